@@ -1,0 +1,604 @@
+"""SINet: Salient-to-Broad Transition for Video Person Re-identification.
+
+Bai, Ma, Chang, Huang, Chen. CVPR 2022.
+https://openaccess.thecvf.com/content/CVPR2022/html/Bai_Salient-to-Broad_Transition_for_Video_Person_Re-Identification_CVPR_2022_paper.html
+
+The frames of a clip tend to attend to the same salient region. SBM lets the first s frames find it and damps it in the
+later ones, which then attend to broader regions; what is lost is passed to the other frames. IDM mixes all channels and
+positions of a clip through learnt low-rank matrices, so that every frame is richer before.
+
+    python sinet.py                                  # a small run on synthetic data, on any machine
+    python sinet.py --data mars --gpu 0              # the paper's recipe
+    python sinet.py --data mars --variant base+sbm   # a row of its tables (see VARIANTS)
+
+Where to find what:
+    Sec. 3.1, Eq. 1-2  ChannelAttentionLayer (CAL)      Sec. 3.1, Fig. 2     SalientToBroadModule (SBM)
+    Sec. 3.1           KernelGenerationModule (KGM)     Sec. 3.2, Eq. 7      IntegrationDistributionModule (IDM)
+    Sec. 3.1, Eq. 3-4  SuppressOperation (SO)           Sec. 4.5, Table 3    NonLocalBlock, GlobalContextBlock
+    Sec. 3.1, Eq. 5-6  CrossPropagationModule (CPM)     Sec. 3.3, Fig. 4     SINet; Eq. 8: objective
+
+What the paper leaves open, and the reading taken:
+    KGM's attention   1x1 convolution to k^2 maps, BatchNorm, ReLU; the L1 norms have an eps (a zero map gives S = 1)
+    Eq. 3             replicate padding; the response is averaged over the k x k window, because the softmax over h w
+                      positions saturates on the plain sum (mean_response=False: the printed form)
+    w_ctr             per clip, without gradient; SE: one vector per clip, reduction 4, no bias
+    Eq. 4             S multiplies X, not Q, as printed
+    IDM               no bias and no BatchNorm, as printed; G^D starts at zero, so that training starts from the backbone
+    positions         SBM after blocks 2, 4, 6 of layer3, IDM after blocks 2 and 4 of layer2; "Same Pos.": all three SBMs
+                      after block 6; one IDM: after block 4, three: after blocks 2, 3, 4
+    s = 1, 2, 3       for every clip length, hence at least 4 frames
+    L_mi              its supplement is not at hand: see mutual_information_loss
+    Table 3           GC block with reduction 16; Non-local (1): the mean over all positions; (inverse): softmax of -affinity
+    epoch             every identity once, K clips of it
+"""
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+from common import batch_hard_triplet, complexity, evaluate
+from data import PKSampler, TrainClips, UserError, load_dataset, normalize, sample_segments, split_segments
+
+
+# ----------------------------------------------------------------------------------- Sec. 3.1: salient-to-broad module
+
+class ChannelAttentionLayer(nn.Module):
+    """CAL, Eq. 1-2: weighs channels by squeeze-and-excitation and keeps those that look at the centre of the frame.
+
+    (B, T, C, H, W) -> (B, T, C, H, W), H and W at least 3. reduction: of the squeeze-and-excitation block.
+    """
+
+    def __init__(self, channels, reduction=4):
+        super().__init__()
+        self.squeeze = nn.Linear(channels, channels // reduction, bias=False)
+        self.excite = nn.Linear(channels // reduction, channels, bias=False)
+
+    def forward(self, x):
+        if min(x.shape[-2:]) < 3:
+            raise ValueError(f"CAL needs maps of at least 3x3, not {x.shape[-2]}x{x.shape[-1]}")
+        gap = x.mean((1, 3, 4))
+        w_ctr = gap < x[..., 1:-1, 1:-1].mean((1, 3, 4))                        # Eq. 1
+        w_se = self.excite(self.squeeze(gap).relu()).sigmoid()
+        return (w_ctr * w_se)[:, None, :, None, None] * x                       # Eq. 2
+
+
+class KernelGenerationModule(nn.Module):
+    """KGM: gathers the salient features of the former frames into a k x k kernel, K = P A_p^T.
+
+    P (B, s, C, H, W) -> K (B, k*k, C), the taps in row-major order. kernel_size: k, odd.
+    """
+
+    def __init__(self, channels, kernel_size=3, eps=1e-12):
+        super().__init__()
+        self.attention = nn.Sequential(nn.Conv2d(channels, kernel_size ** 2, 1, bias=False), nn.BatchNorm2d(kernel_size ** 2), nn.ReLU())
+        self.eps = eps
+
+    def forward(self, p):
+        a = self.attention(p.flatten(0, 1)).unflatten(0, p.shape[:2])           # (B, s, k*k, H, W)
+        a = F.normalize(a, p=1, dim=2, eps=self.eps)                            # over the k*k maps,
+        a = F.normalize(a.transpose(1, 2).flatten(2), p=1, dim=2, eps=self.eps)  # then over the s*H*W positions
+        return a @ p.movedim(2, 4).flatten(1, 3)
+
+
+class SuppressOperation(nn.Module):
+    """SO, Eq. 3-4: where the later frames respond to the kernel of the former ones, they are damped.
+
+    Q (B, L, C, H, W), K (B, k*k, C) -> S (B, L, 1, H, W) in (0, 1].
+    beta: strength, > 0; mean_response: the response of Eq. 3 is averaged over the k x k window (False: summed, as printed).
+    """
+
+    def __init__(self, beta=5.0, mean_response=True):
+        super().__init__()
+        self.beta, self.mean_response = beta, mean_response
+
+    def forward(self, q, kernel):
+        (B, L, C, H, W), k = q.shape, math.isqrt(kernel.shape[1])
+        # the response of every pixel to every tap is one matrix product; the convolution then adds shifted taps
+        taps = q.movedim(2, 4).reshape(B, L * H * W, C) @ kernel.transpose(1, 2)
+        taps = taps.to(torch.promote_types(taps.dtype, torch.float32)).view(B * L, H, W, k * k).permute(0, 3, 1, 2)
+        taps = F.pad(taps, (k // 2,) * 4, mode="replicate")
+        response = sum(taps[:, i, i // k:i // k + H, i % k:i % k + W] for i in range(k * k))
+        log_r = (response / k ** 2 if self.mean_response else response).flatten(1).log_softmax(1)  # Eq. 3
+        # Eq. 4, S = exp(beta * min(1 / (hw R) - 1, 0)), from log R, so that a vanishing R gives no 0 * inf
+        s = torch.exp(self.beta * torch.expm1((-log_r - math.log(H * W)).clamp(max=0)))
+        return s.view(B, L, 1, H, W).to(q.dtype)
+
+
+class CrossPropagationModule(nn.Module):
+    """CPM, Eq. 5-6: former frames get what the later ones lost, and later frames get the former ones' mean features.
+
+    X (B, T, C, H, W), Y (B, T - s, C, H, W), the suppressed X of the later frames -> Z (B, T, C, H, W). alpha: degree.
+    """
+
+    def __init__(self, alpha=0.1):
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x, y):
+        former, later = x[:, :-y.shape[1]], x[:, -y.shape[1]:]
+        lost = (later - y).mean((3, 4), keepdim=True).sum(1, keepdim=True)
+        seen = former.mean((3, 4), keepdim=True).sum(1, keepdim=True)
+        return torch.cat([former + self.alpha * lost, y + self.alpha * seen], 1)  # Eq. 5, Eq. 6
+
+
+class SalientToBroadModule(nn.Module):
+    """SBM, Fig. 2: the frames after the first s attend to broader regions than the first s frames do.
+
+    (B, T, C, H, W) -> (B, T, C, H, W), T > split, H and W at least 3 (any size without CAL).
+    split: s, the number of former frames; kernel_size: k, odd; beta: strength of the suppression; alpha: degree of the
+    propagation; reduction: of CAL's squeeze-and-excitation; cal, cpm: leave a component out; mean_response: see
+    SuppressOperation. Raises ValueError when split or kernel_size is impossible.
+    """
+
+    def __init__(self, channels, split, kernel_size=3, beta=5.0, alpha=0.1, reduction=4, cal=True, cpm=True, mean_response=True):
+        super().__init__()
+        if split < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"SBM needs split >= 1 and an odd kernel_size, not {split} and {kernel_size}")
+        self.split = split
+        self.cal = ChannelAttentionLayer(channels, reduction) if cal else nn.Identity()
+        self.kgm = KernelGenerationModule(channels, kernel_size)
+        self.so = SuppressOperation(beta, mean_response)
+        self.cpm = CrossPropagationModule(alpha if cpm else 0.0)
+
+    def forward(self, x):
+        if x.shape[1] <= self.split:
+            raise ValueError(f"SBM with split {self.split} needs clips of more than {self.split} frames, not {x.shape[1]}")
+        weighted = self.cal(x)
+        p, q = weighted[:, :self.split], weighted[:, self.split:]
+        y = self.so(q, self.kgm(p)) * x[:, self.split:]
+        return self.cpm(x, y)
+
+
+# ------------------------------------------------------------------------ Sec. 3.2: integration and distribution module
+
+class IntegrationDistributionModule(nn.Module):
+    """IDM, Eq. 7: F' = G^D G^I F (L^I L^D + I), plus F; the matrices mix channels (G) and all positions of a clip (L).
+
+    (B, T, C, H, W) -> (B, T, C, H, W), for the one clip size m = T*H*W of its construction.
+    frames, height, width: T, H, W of the maps; reduction: c/c' and m/m'. Computed in the order of Fig. 3. Starts as identity.
+    """
+
+    def __init__(self, channels, frames, height, width, reduction=4):
+        super().__init__()
+        m = frames * height * width
+        self.g_i = nn.Conv2d(channels, channels // reduction, 1, bias=False)
+        self.l_i = nn.Linear(m, m // reduction, bias=False)
+        self.l_d = nn.Linear(m // reduction, m, bias=False)
+        self.g_d = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+        nn.init.zeros_(self.g_d.weight)
+
+    def forward(self, x):
+        B, T, C, H, W = x.shape
+        if T * H * W != self.l_i.in_features:
+            raise ValueError(f"IDM was built for clips of {self.l_i.in_features} positions, not {T}x{H}x{W}")
+        f = self.g_i(x.flatten(0, 1))
+        f = f.view(B, T, -1, H, W).transpose(1, 2).flatten(2)                   # (B, c', m)
+        f = self.l_d(self.l_i(f)) + f                                           # G^I F (L^I L^D + I)
+        f = f.view(B, -1, T, H, W).transpose(1, 2).flatten(0, 1)
+        return self.g_d(f).view(B, T, C, H, W) + x
+
+
+class NonLocalBlock(nn.Module):
+    """Non-local block (Wang et al., CVPR 2018) over all positions of a clip, for Table 3. (B, T, C, H, W), same shape out.
+
+    affinity: "softmax" (embedded Gaussian), "ones" (mean over all positions) or "inverse" (softmax of the negated affinity).
+    """
+
+    def __init__(self, channels, affinity="softmax"):
+        super().__init__()
+        self.affinity = affinity
+        if affinity != "ones":
+            self.theta, self.phi = nn.Conv2d(channels, channels // 2, 1), nn.Conv2d(channels, channels // 2, 1)
+        self.g = nn.Conv2d(channels, channels // 2, 1)
+        self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1), nn.BatchNorm2d(channels))
+        nn.init.zeros_(self.out[1].weight)
+
+    def forward(self, x):
+        B, T, C, H, W = x.shape
+        frames = x.flatten(0, 1)
+        theta, phi, g = (layer(frames).view(B, T, -1, H, W).transpose(1, 2).flatten(2).transpose(1, 2) if layer else None
+                         for layer in (getattr(self, "theta", None), getattr(self, "phi", None), self.g))  # (B, m, C/2)
+        if self.affinity == "ones":
+            y = g.mean(1, keepdim=True).expand_as(g)
+        else:
+            theta = -theta if self.affinity == "inverse" else theta
+            y = F.scaled_dot_product_attention(theta[:, None], phi[:, None], g[:, None], scale=1.0)[:, 0]
+        y = y.transpose(1, 2).view(B, -1, T, H, W).transpose(1, 2).flatten(0, 1)
+        return self.out(y).view(B, T, C, H, W) + x
+
+
+class GlobalContextBlock(nn.Module):
+    """GC block (Cao et al., ICCVW 2019) over all positions of a clip, for Table 3. (B, T, C, H, W), same shape out."""
+
+    def __init__(self, channels, reduction=16):
+        super().__init__()
+        self.mask = nn.Conv2d(channels, 1, 1)
+        self.transform = nn.Sequential(nn.Linear(channels, channels // reduction), nn.LayerNorm(channels // reduction), nn.ReLU(),
+                                       nn.Linear(channels // reduction, channels))
+        nn.init.zeros_(self.transform[3].weight)
+        nn.init.zeros_(self.transform[3].bias)
+
+    def forward(self, x):
+        B, T, C, H, W = x.shape
+        a = self.mask(x.flatten(0, 1)).view(B, -1).softmax(1)                   # (B, m)
+        context = torch.einsum("btchw,bthw->bc", x, a.view(B, T, H, W))
+        return x + self.transform(context)[:, None, :, None, None]
+
+
+# ------------------------------------------------------------------------------------------------- Sec. 3.3: network
+
+def resnet50(weights):  # same in every script
+    """torchvision's ResNet-50 with the last stride removed. weights: "imagenet", "none" or a file with its state_dict."""
+    try:
+        with contextlib.redirect_stderr(sys.stdout):                            # torch.hub reports the download there
+            net = torchvision.models.resnet50(weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--weights imagenet: torchvision cannot get its ResNet-50 ({error}); put resnet50-0676ba61.pth into "
+                        f"{torch.hub.get_dir()}/checkpoints, name a file, or use --weights none") from None
+    if weights not in ("imagenet", "none"):
+        state = {k: v for k, v in load_file(weights).items() if not k.startswith("fc.")}
+        try:
+            net.load_state_dict({**state, "fc.weight": net.fc.weight, "fc.bias": net.fc.bias})
+        except RuntimeError as error:
+            raise UserError(f"{weights}: not the weights of torchvision's ResNet-50 ({' '.join(str(error).split())[:160]} ...); "
+                            "the checkpoint of a run goes to --resume") from None
+    net.layer4[0].conv2.stride = net.layer4[0].downsample[0].stride = (1, 1)
+    return net
+
+
+class SINet(nn.Module):
+    """SINet, Fig. 4: ResNet-50 with IDMs in layer2 and SBMs in layer3, pooled over space and time, and a BN neck.
+
+    Clips (B, T, 3, H, W), normalised -> in eval mode embeddings (B, 2048); in train mode also the logits (B, num_classes)
+    and the projected frame embeddings (B, T, 2048) for mutual_information_loss.
+
+    frames, height, width: T, H, W; with SBMs T >= 4 and H, W >= 33; IDMs fix all three.
+    sbm, idms: with SBMs or not, number of IDMs, 0 to 3; same_position, cal, cpm, kernel_size, beta, alpha: see SBM;
+    block: what stands at the IDMs' places, "idm", "softmax", "ones", "inverse" (Non-local) or "gc"; reduction: of the IDMs;
+    pool: "avg" or "max" over the final map; weights: see resnet50. Raises ValueError for a size that it cannot take.
+    """
+
+    def __init__(self, num_classes, frames=4, height=256, width=128, sbm=True, idms=2, same_position=False, cal=True, cpm=True,
+                 kernel_size=3, beta=5.0, alpha=0.1, block="idm", reduction=4, pool="avg", weights="none"):
+        super().__init__()
+        if sbm and frames < 4:
+            raise ValueError(f"SINet's SBMs split a clip after 1, 2 and 3 frames: it needs at least 4 frames, not {frames}")
+        if sbm and min(height, width) < 33:
+            raise ValueError(f"SINet's SBMs need maps of 3x3 at 1/16 of the frame: at least 33x33 pixels, not {height}x{width}")
+        net = resnet50(weights)
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        after = {}                                                              # layer_block: the modules behind it
+        for i in {0: (), 1: (3,), 2: (1, 3), 3: (1, 2, 3)}[idms]:
+            after[f"layer2_{i}"] = [
+                IntegrationDistributionModule(512, frames, -(-height // 8), -(-width // 8), reduction) if block == "idm" else
+                GlobalContextBlock(512) if block == "gc" else NonLocalBlock(512, block)]
+        for s in (1, 2, 3) if sbm else ():
+            after.setdefault("layer3_5" if same_position else f"layer3_{2 * s - 1}", []).append(
+                SalientToBroadModule(1024, s, kernel_size, beta, alpha, cal=cal, cpm=cpm))
+        self.after = nn.ModuleDict({place: nn.Sequential(*modules) for place, modules in after.items()})
+        self.pool = pool
+        self.neck = nn.BatchNorm1d(2048)
+        self.classifier = nn.Linear(2048, num_classes, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        self.projection = nn.Linear(2048, 2048)
+
+    def forward(self, clips):
+        B, T = clips.shape[:2]
+        x = self.stem(clips.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            for i, block in enumerate(getattr(self, name)):
+                x = block(x)
+                if f"{name}_{i}" in self.after:
+                    x = self.after[f"{name}_{i}"](x.unflatten(0, (B, T))).flatten(0, 1)
+        frames = (x.mean((2, 3)) if self.pool == "avg" else x.amax((2, 3))).to(self.neck.weight.dtype).view(B, T, -1)
+        pooled = frames.mean(1)                                                 # TAP
+        embedding = self.neck(pooled)
+        if not self.training:
+            return embedding
+        # the neck is affine: the same map takes the frames to post-BN embeddings whose mean over time is the clip's
+        scale = self.neck.weight / (pooled.var(0, correction=0) + self.neck.eps).sqrt()
+        frames = embedding[:, None] + (frames - pooled[:, None]) * scale
+        return embedding, self.classifier(embedding), self.projection(frames)
+
+
+# ------------------------------------------------------------------------------------------------------------- variants
+
+# Rows of Tables 2 and 3 and of Figure 5: constructor arguments, and (mAP, rank-1) on MARS as printed in the paper. Figure 5
+# prints no numbers. "+idm" is printed as 85.9 mAP in Table 2 and as 85.8 in Table 3; the row is the same.
+VARIANTS = {
+    "sinet": (dict(), (86.2, 91.0)),
+    "base": (dict(sbm=False, idms=0), (83.2, 88.6)),
+    "base+sbm": (dict(idms=0), (85.7, 90.2)),
+    "base+idm": (dict(sbm=False), (85.8, 90.5)),
+    "base+1idm": (dict(sbm=False, idms=1), (85.7, 89.8)),
+    "base+3idm": (dict(sbm=False, idms=3), (85.8, 90.5)),
+    "base+sbm-cal": (dict(idms=0, cal=False), (85.1, 89.9)),
+    "base+sbm-cpm": (dict(idms=0, cpm=False), (85.4, 90.0)),
+    "base+sbm-samepos": (dict(idms=0, same_position=True), (85.3, 89.5)),
+    "base+sbm-k1": (dict(idms=0, kernel_size=1), None),
+    "base+sbm-k3": (dict(idms=0, kernel_size=3), (85.7, 90.2)),
+    "base+sbm-k5": (dict(idms=0, kernel_size=5), None),
+    "base+sbm-k7": (dict(idms=0, kernel_size=7), None),
+    "base+idm-r2": (dict(sbm=False, reduction=2), None),
+    "base+idm-r4": (dict(sbm=False, reduction=4), (85.8, 90.5)),
+    "base+idm-r8": (dict(sbm=False, reduction=8), None),
+    "base+idm-r16": (dict(sbm=False, reduction=16), None),
+    "base+nonlocal": (dict(sbm=False, block="softmax"), (85.1, 89.7)),
+    "base+nonlocal-ones": (dict(sbm=False, block="ones"), (85.1, 90.0)),
+    "base+nonlocal-inverse": (dict(sbm=False, block="inverse"), (85.0, 89.7)),
+    "base+gc": (dict(sbm=False, block="gc"), (85.0, 89.8)),
+}
+
+
+# ------------------------------------------------------------------------------------------------- Sec. 3.3: objective
+
+def mutual_information_loss(frames, pids, temperature=0.07):
+    """L_mi of Eq. 8: frames of a clip should tell different things, which the same frames of other clips tell, too.
+
+    The paper defines it in a supplement; the reading here: for frame i of a clip, positives are the frames i of the other
+    clips of its identity, negatives all frames with another index in all its clips; the loss is the mean over positive
+    pairs of -log(e^{s+/t} / (e^{s+/t} + sum over negatives of e^{s-/t})), s the cosine of projected embeddings.
+
+    frames: projected frame embeddings (B, T, D); pids: (B,); temperature: t. Clips alone of their identity count nothing.
+    """
+    B, T = frames.shape[:2]
+    z = F.normalize(frames.float().flatten(0, 1), dim=1)
+    s = z @ z.T / temperature
+    clip, index = (v.to(s.device).flatten() for v in torch.meshgrid(torch.arange(B), torch.arange(T), indexing="ij"))
+    same = pids[clip][:, None] == pids[clip]
+    positive = same & (index[:, None] == index) & (clip[:, None] != clip)
+    negative = same & (index[:, None] != index)
+    loss = torch.log1p((s.exp() * negative).sum(1, keepdim=True) * (-s).exp())  # |s| <= 1/t: no overflow
+    return loss[positive].sum() / positive.sum().clamp(min=1)
+
+
+def objective(outputs, pids, args):
+    """Eq. 8: the total loss and its parts, {name: scalar}."""
+    embedding, logits, frames = outputs
+    parts = {"xent": F.cross_entropy(logits.float(), pids),
+             "triplet": batch_hard_triplet(embedding, pids, args.margin),
+             "mi": mutual_information_loss(frames, pids)}
+    return parts["xent"] + args.lambda1 * parts["triplet"] + args.lambda2 * parts["mi"], parts
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+RECIPE = dict(epochs=160, ids=8, clips=4, frames=4, height=256, width=128, lr=3e-4, lr_step=40, erase=0.5, pool="avg", weights="imagenet")  # Sec. 4.2
+SMALL = dict(epochs=6, ids=4, clips=2, height=128, width=64, lr_step=5, erase=0.0, pool="max", weights="none")  # for --data synthetic
+SAMPLE, SPLIT = sample_segments, split_segments                                 # clips in training, in test
+
+
+def add_paper_arguments(group):
+    group.add_argument("--beta", type=float, default=5.0, help="strength of the suppression, Eq. 4 (default 5)")
+    group.add_argument("--alpha", type=float, default=0.1, help="degree of the propagation, Eq. 5-6 (default 0.1)")
+    group.add_argument("--lambda1", type=float, default=1.0, help="weight of the triplet loss, Eq. 8 (default 1)")
+    group.add_argument("--lambda2", type=float, default=0.01, help="weight of the mutual-information loss, Eq. 8 (default 0.01)")
+    group.add_argument("--margin", type=float, default=0.3, help="of the triplet loss, cosine distance (default 0.3)")
+
+
+def build(args, num_classes):
+    options, _ = VARIANTS[args.variant]
+    return SINet(num_classes, args.frames, args.height, args.width, beta=args.beta, alpha=args.alpha, pool=args.pool,
+                 weights=args.weights, **options)
+
+
+def parse_args():  # same in every script
+    """Command line -> (arguments, the checkpoint of --resume or None). What the user leaves out comes from the checkpoint,
+    then from the recipe of the data set."""
+    def number(kind, least):
+        def parse(text):
+            value = kind(text)
+            if not least <= value < math.inf:
+                raise ValueError
+            return value
+        parse.__name__ = f"{kind.__name__} of {least} or more"
+        return parse
+
+    def default(key):
+        return f"default {RECIPE[key]}" + (f", synthetic {SMALL[key]}" if key in SMALL else "")
+
+    title, *_ = __doc__.split("\n")
+    rows = "\n".join(f"  {name:22} " + ("-" if printed is None else "  ".join(f"{v:.1f}" for v in printed)) for name, (_, printed) in VARIANTS.items())
+    parser = argparse.ArgumentParser(description=title, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     epilog=f"variants, with mAP and rank-1 on MARS as printed in the paper:\n{rows}")
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (--help lists the flags)"))
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", choices=("mars", "synthetic"), help="data set (default synthetic, with a small recipe)")
+    group.add_argument("--root", metavar="DIR", help="folder that holds the data sets: DIR/mars, DIR/synthetic (default datasets)")
+    group.add_argument("--frames", type=number(int, 1), metavar="T", help=f"frames a clip ({default('frames')})")
+    group.add_argument("--height", type=number(int, 1), metavar="PIXELS", help=f"of the resized frames ({default('height')})")
+    group.add_argument("--width", type=number(int, 1), metavar="PIXELS", help=f"of the resized frames ({default('width')})")
+    group.add_argument("--workers", type=number(int, 0), metavar="N", help="loader processes (default: up to 8 with a GPU, else 0)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--variant", choices=VARIANTS, metavar="NAME", help=f"row of the paper's tables, see below (default {next(iter(VARIANTS))})")
+    group.add_argument("--weights", metavar="{imagenet,none,FILE}", help="backbone: torchvision's ImageNet weights, none, or a state_dict of "
+                       f"torchvision's resnet50 ({default('weights')})")
+    group.add_argument("--pool", choices=("avg", "max"), help=f"spatial pooling of the final map ({default('pool')})")
+    add_paper_arguments(parser.add_argument_group("of this paper"))
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1), metavar="N", help=default("epochs"))
+    group.add_argument("--ids", type=number(int, 2), metavar="P", help=f"identities a batch ({default('ids')})")
+    group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"clips of each identity ({default('clips')})")
+    group.add_argument("--lr", type=number(float, 0), help=f"learning rate ({default('lr')})")
+    group.add_argument("--lr-step", type=number(int, 1), metavar="N", help=f"epochs after which it is divided by 10 ({default('lr_step')})")
+    group.add_argument("--erase", type=number(float, 0), metavar="P", help=f"probability of random erasing ({default('erase')})")
+    group.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
+    group.add_argument("--seed", type=number(int, 0), metavar="N", help="of weights, batches and augmentation (default 0)")
+    group = parser.add_argument_group("run")
+    group.add_argument("--gpu", metavar="N", help="GPU, or cpu (default: the first GPU, else the CPU)")
+    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA)")
+    group.add_argument("--resume", metavar="FILE", help="go on with the run of this last.pt")
+    group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
+    group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
+    group.add_argument("--rerank", action="store_true", default=None, help="k-reciprocal re-ranking in the evaluation")
+    args = parser.parse_args()
+    chosen = {key: value for key, value in vars(args).items() if value is not None}
+    checkpoint, saved = None, {}
+    if args.resume:
+        checkpoint = load_file(args.resume)
+        if checkpoint.get("script") != Path(__file__).name:
+            raise UserError(f"{args.resume}: not a checkpoint of {Path(__file__).name}")
+        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume")}
+        for key in ("variant", "frames", "height", "width", "pool"):
+            if chosen.get(key, saved[key]) != saved[key]:
+                raise UserError(f"{args.resume}: was trained with --{key} {saved[key]}, not {chosen[key]}")
+        saved["output"] = str(Path(args.resume).parent)
+    data = chosen.get("data", saved.get("data", "synthetic"))
+    recipe = dict(data=data, root="datasets", variant=next(iter(VARIANTS)), amp=False, seed=0, eval_every=0, rerank=False,
+                  output=f"runs/{Path(__file__).stem}-{data}", **RECIPE)
+    return argparse.Namespace(**{**vars(args), **recipe, **(SMALL if data == "synthetic" else {}), **saved, **chosen}), checkpoint
+
+
+def pick_device(gpu):  # same in every script
+    count = torch.cuda.device_count()
+    if gpu is None:
+        gpu = "0" if count else "cpu"
+    if gpu != "cpu" and not (gpu.isdecimal() and int(gpu) < count):
+        raise UserError(f"--gpu {gpu}: " + (f"there are GPUs 0 to {count - 1}" if count else "no GPU is there that torch can use; leave --gpu out"))
+    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
+    print(f"device: {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "" if count else " (no GPU found)"))
+    return device
+
+
+def load_file(path):  # same in every script
+    """A dict that torch.save wrote, on the CPU; raises UserError for anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def save_file(state, path):  # same in every script
+    """torch.save to a temporary name, then renamed: the previous file stays until the new one is whole."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        raise UserError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]}); a previous one is still whole") from None
+
+
+def train_epoch(model, loader, optimizer, device, args, epoch):  # same in every script
+    """One epoch; returns the means of the loss and its parts, and clips/s."""
+    model.train()
+    totals, start, clips_done = {}, time.time(), 0
+    with tqdm(total=len(loader) * args.ids * args.clips, desc=f"epoch {epoch}/{args.epochs}", unit=" clips", leave=False, disable=None) as bar:
+        for step, (clips, pids) in enumerate(loader, 1):
+            clips, pids = normalize(clips.to(device, non_blocking=True)), pids.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                outputs = model(clips)
+            loss, parts = objective(outputs, pids, args)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            values = {name: part.item() for name, part in {"loss": loss.detach(), **parts}.items()}
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"epoch {epoch}, step {step}: the loss is not finite ({values}); try a smaller --lr")
+            totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
+            clips_done += len(pids)
+            bar.set_postfix({name: f"{total / step:.3f}" for name, total in totals.items()}, refresh=False)
+            bar.update(len(pids))
+    return {**{name: total / len(loader) for name, total in totals.items()}, "clips/s": clips_done / (time.time() - start)}
+
+
+def main():  # same in every script
+    args, checkpoint = parse_args()
+    device = pick_device(args.gpu)
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+    dataset = load_dataset(args.data, args.root)
+    print(dataset.summary())
+    if checkpoint and not args.evaluate and checkpoint["num_classes"] != dataset.num_identities:
+        raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")
+    sampler = PKSampler([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
+    torch.manual_seed(args.seed)
+    if checkpoint:
+        args.weights = "none"
+    try:
+        model = build(args, checkpoint["num_classes"] if checkpoint else dataset.num_identities)
+    except ValueError as error:
+        raise UserError(f"{error}; see --frames, --height, --width") from None
+    parameters, macs = complexity(model, args.frames, args.height, args.width)
+    print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of {args.height}x{args.width}")
+    model.to(device, memory_format=torch.channels_last)
+    size, history, first = (args.height, args.width), [], 1
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)
+
+    def test(label):
+        return evaluate(model, dataset, SPLIT, args.frames, size, label=label, use_rerank=args.rerank, batch=args.ids * args.clips,
+                        workers=args.workers, amp=args.amp)
+
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise UserError(f"{args.resume}: does not fit {args.variant} ({' '.join(str(error).split())[:160]} ...)") from None
+    if args.evaluate:
+        return test(f"after epoch {checkpoint['epoch']}" if checkpoint else "untrained")
+    output = Path(args.output)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        torch.set_rng_state(checkpoint["rng"])
+        history, first = checkpoint["history"], checkpoint["epoch"] + 1
+        print(f"going on after epoch {checkpoint['epoch']} of {args.resume}")
+    elif (output / "last.pt").exists() or (output / "log.csv").exists():
+        raise UserError(f"{output} holds a run already: go on with --resume {output / 'last.pt'}, or name another --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    if not checkpoint:
+        test("untrained")
+    loader = torch.utils.data.DataLoader(TrainClips(dataset.train, SAMPLE, args.frames, size, erase=args.erase), batch_sampler=sampler, num_workers=args.workers,
+                                         pin_memory=device.type == "cuda", persistent_workers=args.workers > 0)
+    result = None
+    for epoch in range(first, args.epochs + 1):
+        start = time.time()
+        sampler.set_epoch(epoch)
+        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0], **train_epoch(model, loader, optimizer, device, args, epoch)}
+        scheduler.step()
+        print(f"epoch {epoch}/{args.epochs}: " + "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch") + f"  ({time.time() - start:.0f} s)", flush=True)
+        result = test(f"after epoch {epoch}") if epoch == args.epochs or args.eval_every and epoch % args.eval_every == 0 else None
+        history.append({**row, "mAP": "", "rank-1": "", **({k: result[k] for k in ("mAP", "rank-1")} if result else {})})
+        save_file({"script": Path(__file__).name, "args": vars(args), "num_classes": dataset.num_identities, "epoch": epoch, "history": history,
+                   "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                   "rng": torch.get_rng_state()}, output / "last.pt")
+        with open(output / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, history[0])
+            writer.writeheader()
+            writer.writerows(history)
+    return result or test(f"after epoch {args.epochs}")
+
+
+if __name__ == "__main__":  # same in every script
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"{Path(__file__).name}: {error}", file=sys.stderr) or 2)
+    except torch.OutOfMemoryError:
+        sys.exit(print(f"{Path(__file__).name}: out of GPU memory: use fewer --ids or --clips, a smaller --height and --width, or --amp", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print(f"{Path(__file__).name}: interrupted; --resume goes on with the last finished epoch", file=sys.stderr) or 130)

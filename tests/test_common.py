@@ -1,0 +1,202 @@
+"""Distances, the triplet loss, CMC/mAP and re-ranking against slow definitions; feature extraction; the counter."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import common
+from common import batch_hard_triplet, cmc_map, complexity, distance_blocks, distances, evaluate, extract, match_ranks, rerank
+from data import UserError, load_dataset, normalize, read_clip, split_consecutive, split_segments
+
+
+def slow_distance(a, b, metric):
+    a, b = a.double(), b.double()
+    if metric == "euclidean":
+        return math.sqrt(sum((x - y) ** 2 for x, y in zip(a.tolist(), b.tolist())))
+    return 1 - sum(x * y for x, y in zip(a.tolist(), b.tolist())) / (a.norm() * b.norm()).item()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_distances(metric):
+    a, b = torch.randn(7, 5), torch.randn(9, 5)
+    expected = torch.tensor([[slow_distance(x, y, metric) for y in b] for x in a])
+    torch.testing.assert_close(distances(a, b, metric), expected, atol=1e-6, rtol=1e-5)
+    blocks = list(distance_blocks(a, b, metric, rows=3))
+    assert [len(d) for _, d in blocks] == [3, 3, 1] and [rows.start for rows, _ in blocks] == [0, 3, 6]
+    assert torch.equal(torch.cat([d for _, d in blocks]), torch.cat([d for _, d in distance_blocks(a, b, metric, rows=3)]))
+    with pytest.raises(ValueError, match="metric"):
+        next(distance_blocks(a, b, "manhattan"))
+
+
+def slow_triplet(x, pids, margin, metric):
+    losses = []
+    for i in range(len(x)):
+        positives = [slow_distance(x[i], x[j], metric) for j in range(len(x)) if j != i and pids[j] == pids[i]]
+        negatives = [slow_distance(x[i], x[j], metric) for j in range(len(x)) if pids[j] != pids[i]]
+        if positives and negatives:
+            losses.append(max(0.0, margin + max(positives) - min(negatives)))
+    return sum(losses) / max(1, len(losses))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("pids", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
+def test_triplet(metric, pids):
+    x = torch.randn(6, 8, requires_grad=True)
+    loss = batch_hard_triplet(x, torch.tensor(pids), 0.3, metric)
+    assert abs(loss.item() - slow_triplet(x.detach(), pids, 0.3, metric)) < 1e-5
+    loss.backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad.abs().sum() > 0) == (loss.item() > 0)
+
+
+def test_triplet_of_equal_embeddings_is_the_margin():
+    x = torch.ones(4, 3, requires_grad=True)
+    for metric in ("cosine", "euclidean"):
+        loss = batch_hard_triplet(x, torch.tensor([0, 0, 1, 1]), 0.4, metric)
+        loss.backward()
+        assert abs(loss.item() - 0.4) < 1e-6 and x.grad.isfinite().all()
+
+
+def slow_cmc_map(d, q_pids, q_cams, g_pids, g_cams, top):
+    cmc, aps = [], []
+    for q in range(len(q_pids)):
+        ranking = sorted(range(len(g_pids)), key=lambda g: (d[q][g], g))
+        ranking = [g for g in ranking if g_pids[g] != -1 and not (g_pids[g] == q_pids[q] and g_cams[g] == q_cams[q])]
+        hits = [g_pids[g] == q_pids[q] for g in ranking]
+        if not any(hits):
+            continue
+        cmc.append([any(hits[:k]) for k in range(1, top + 1)])
+        aps.append(np.mean([sum(hits[:k + 1]) / (k + 1) for k in range(len(hits)) if hits[k]]))
+    return np.mean(cmc, 0), np.mean(aps), len(aps)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_cmc_map(seed):
+    rng = np.random.default_rng(seed)
+    Q, G = rng.integers(1, 15), rng.integers(5, 60)
+    d = rng.integers(0, rng.choice([2, 5, 1000]), (Q, G)).astype(np.float32)      # many ties
+    q_pids, g_pids = rng.integers(1, 8, Q), rng.integers(-1, 7, G)                # junk, distractors, pid 7 has no match
+    q_cams, g_cams = rng.integers(1, 4, Q), rng.integers(1, 4, G)
+    g_cams[g_pids == 3] = 1                                                       # seen by one camera only
+    q_pids[0], q_cams[0], g_pids[0], g_cams[0] = 1, 1, 1, 2                       # at least one query has a match
+    expected = slow_cmc_map(d, q_pids, q_cams, g_pids, g_cams, 20)
+    for given in (d, ((slice(i, i + 4), d[i:i + 4]) for i in range(0, Q, 4))):
+        cmc, mean_ap, matched = cmc_map(given, q_pids, q_cams, g_pids, g_cams, 20)
+        np.testing.assert_allclose(cmc, expected[0], atol=1e-12)
+        assert abs(mean_ap - expected[1]) < 1e-12 and matched == expected[2]
+
+
+def test_ties_rank_in_gallery_order():
+    ranks, = match_ranks(np.zeros((1, 4)), np.array([1]), np.array([1]), np.array([2, 1, 2, 1]), np.array([2, 2, 2, 2]))
+    assert ranks.tolist() == [1, 3]
+
+
+def test_no_match_at_all_is_an_error():
+    with pytest.raises(UserError, match="no query has a match"):
+        cmc_map(np.zeros((1, 2)), np.array([1]), np.array([1]), np.array([1, 2]), np.array([1, 2]))
+
+
+def slow_rerank(q, g, metric, k1, k2, weight):
+    """Zhong et al., Sec. 3: sets in Python, every step as in the text."""
+    x = torch.cat([q, g])
+    n = len(x)
+    d = np.array([[slow_distance(a, b, metric) for b in x] for a in x])
+    d = d ** (1 if metric == "cosine" else 2)
+    d /= d.max(1, keepdims=True)
+    ranking = [sorted(range(n), key=lambda j: (j != i, d[i, j])) for i in range(n)]
+
+    def near(p, k):
+        return set(ranking[p][:k + 1])
+
+    def reciprocal(p, k):
+        return {j for j in near(p, k) if p in near(j, k)}
+
+    V = np.zeros((n, n))
+    for p in range(n):
+        members = set(reciprocal(p, k1))
+        for j in reciprocal(p, k1):
+            half = reciprocal(j, round(k1 / 2))
+            if len(reciprocal(p, k1) & half) >= 2 / 3 * len(half):
+                members |= half
+        for j in members:
+            V[p, j] = math.exp(-d[p, j])
+    V = np.array([np.mean([V[j] for j in ranking[p][:k2]], 0) for p in range(n)])
+    jaccard = [[1 - np.minimum(V[i], V[j]).sum() / np.maximum(V[i], V[j]).sum() for j in range(len(q), n)] for i in range(len(q))]
+    return weight * d[:len(q), len(q):] + (1 - weight) * np.array(jaccard)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("k1, k2, weight", [(6, 3, 0.3), (20, 6, 0.3), (4, 1, 0.0)])
+def test_rerank(metric, k1, k2, weight):
+    centres = torch.randn(6, 8)
+    q, g = centres + 0.3 * torch.randn(6, 8), centres.repeat(5, 1) + 0.3 * torch.randn(30, 8)
+    np.testing.assert_allclose(rerank(q, g, metric, k1, k2, weight), slow_rerank(q, g, metric, k1, k2, weight), atol=2e-5)
+
+
+class Mean(nn.Module):
+    """A stand-in network: the mean colours of a clip, and its frames' positions weighted, so that order matters."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.seen = []
+
+    def forward(self, clips):
+        assert not self.training
+        self.seen.append(len(clips))
+        weights = torch.arange(1, clips.shape[1] + 1, dtype=clips.dtype, device=clips.device)
+        return self.scale * torch.cat([clips.mean((1, 3, 4)), (clips.mean((2, 3, 4)) * weights).sum(1, keepdim=True)], 1)
+
+
+@pytest.mark.parametrize("split", [split_consecutive, split_segments])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_extract_packs_clips_and_equals_one_tracklet_at_a_time(small_root, split, workers):
+    tracklets, model = load_dataset("synthetic", small_root).gallery, Mean().train()
+    x = extract(model, tracklets, split, 4, (64, 32), batch=5, workers=workers)
+    clips = sum(-(-len(t.frames) // 4) for t in tracklets)
+    assert model.seen == [5] * (clips // 5) + [clips % 5] * (clips % 5 > 0)       # full batches across tracklets
+    assert model.training                                                         # left as it was
+    model.eval()
+    for i, t in enumerate(tracklets):
+        batch = torch.stack([read_clip([t.frames[f] for f in clip], (64, 32)) for clip in split(len(t.frames), 4)])
+        torch.testing.assert_close(x[i], model(normalize(batch)).mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_evaluate(small_root, capsys, monkeypatch):
+    dataset, calls = load_dataset("synthetic", small_root), []
+    monkeypatch.setattr(common, "extract", lambda model, tracklets, *a, **k: calls.append(tracklets) or extract(model, tracklets, *a, **k))
+    result = evaluate(Mean(), dataset, split_segments, 4, (64, 32), label="here", batch=4)
+    assert len(calls[0]) == len(dataset.gallery)                                  # queries are not extracted twice
+    q, g = (extract(Mean(), part, split_segments, 4, (64, 32)) for part in (dataset.query, dataset.gallery))
+    arrays = [np.array([getattr(t, key) for t in part]) for part in (dataset.query, dataset.gallery) for key in ("pid", "cam")]
+    cmc, mean_ap, _ = slow_cmc_map(distances(q, g).tolist(), *arrays, 20)
+    assert abs(result["mAP"] - 100 * mean_ap) < 1e-6 and abs(result["rank-5"] - 100 * cmc[4]) < 1e-6
+    out = capsys.readouterr().out
+    assert out.startswith("here, all frames:  mAP ") and "CMC-20" in out and f"{result['mAP']:.1f}" in out
+    evaluate(Mean(), dataset, split_segments, 4, (64, 32), use_rerank=True)
+    assert "re-ranked" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_features_that_are_not_finite(small_root):
+    model = Mean()
+    model.scale.data.fill_(math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        evaluate(model, load_dataset("synthetic", small_root), split_segments, 4, (64, 32))
+
+
+def test_complexity():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.line = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Linear(8, 5)
+
+        def forward(self, clips):
+            return self.line(self.conv(clips.flatten(0, 1)).mean((2, 3)))
+
+    net = Net()
+    assert complexity(net, T=2, height=10, width=6) == (8 * 27 + 45, 2 * (8 * 27 * 60 + 40))
+    assert net.conv.weight.device.type == "cpu" and net.training
+
+
