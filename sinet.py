@@ -242,7 +242,8 @@ def resnet50(weights):  # same in every script
     """torchvision's ResNet-50 with the last stride removed. weights: "imagenet", "none" or a file with its state_dict."""
     try:
         with contextlib.redirect_stderr(sys.stdout):                            # torch.hub reports the download there
-            net = torchvision.models.resnet50(weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+            # zero_init_residual: without pretrained weights a deep network starts to learn much sooner; weights overwrite it
+            net = torchvision.models.resnet50(weights="IMAGENET1K_V1" if weights == "imagenet" else None, zero_init_residual=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--weights imagenet: torchvision cannot get its ResNet-50 ({error}); put resnet50-0676ba61.pth into "
                         f"{torch.hub.get_dir()}/checkpoints, name a file, or use --weights none") from None
@@ -375,17 +376,17 @@ def objective(outputs, pids, args):
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-RECIPE = dict(epochs=160, ids=8, clips=4, frames=4, height=256, width=128, lr=3e-4, lr_step=40, erase=0.5, pool="avg", weights="imagenet")  # Sec. 4.2
-SMALL = dict(epochs=6, ids=4, clips=2, height=128, width=64, lr_step=5, erase=0.0, pool="max", weights="none")  # for --data synthetic
+RECIPE = dict(epochs=160, ids=8, clips=4, frames=4, height=256, width=128, lr=3e-4, lr_step=40, erase=0.5, pool="avg", weights="imagenet",
+              beta=5.0, alpha=0.1, lambda1=1.0, lambda2=0.01, margin=0.3)       # Sec. 3.1, 4.2
+SMALL = dict(epochs=8, ids=4, clips=2, height=128, width=64, lr=5e-4, lr_step=7, erase=0.0, pool="max", weights="none")  # --data synthetic
 SAMPLE, SPLIT = sample_segments, split_segments                                 # clips in training, in test
 
 
 def add_paper_arguments(group):
-    group.add_argument("--beta", type=float, default=5.0, help="strength of the suppression, Eq. 4 (default 5)")
-    group.add_argument("--alpha", type=float, default=0.1, help="degree of the propagation, Eq. 5-6 (default 0.1)")
-    group.add_argument("--lambda1", type=float, default=1.0, help="weight of the triplet loss, Eq. 8 (default 1)")
-    group.add_argument("--lambda2", type=float, default=0.01, help="weight of the mutual-information loss, Eq. 8 (default 0.01)")
-    group.add_argument("--margin", type=float, default=0.3, help="of the triplet loss, cosine distance (default 0.3)")
+    for name, text in (("beta", "strength of the suppression, Eq. 4"), ("alpha", "degree of the propagation, Eq. 5-6"),
+                       ("lambda1", "weight of the triplet loss, Eq. 8"), ("lambda2", "weight of the mutual-information loss, Eq. 8"),
+                       ("margin", "of the triplet loss, cosine distance")):
+        group.add_argument(f"--{name}", type=float, help=f"{text} (default {RECIPE[name]})")
 
 
 def build(args, num_classes):
@@ -448,12 +449,12 @@ def parse_args():  # same in every script
     checkpoint, saved = None, {}
     if args.resume:
         checkpoint = load_file(args.resume)
-        if checkpoint.get("script") != Path(__file__).name:
+        if checkpoint.get("script") != Path(__file__).name or not {"args", "num_classes", "epoch", "model"} < checkpoint.keys():
             raise UserError(f"{args.resume}: not a checkpoint of {Path(__file__).name}")
         saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume")}
-        for key in ("variant", "frames", "height", "width", "pool"):
+        for key in ("variant", "frames", "height", "width", "pool", *(() if args.evaluate else ("data", "ids", "clips", "lr", "lr_step", "seed"))):
             if chosen.get(key, saved[key]) != saved[key]:
-                raise UserError(f"{args.resume}: was trained with --{key} {saved[key]}, not {chosen[key]}")
+                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved[key]}, not {chosen[key]}")
         saved["output"] = str(Path(args.resume).parent)
     data = chosen.get("data", saved.get("data", "synthetic"))
     recipe = dict(data=data, root="datasets", variant=next(iter(VARIANTS)), amp=False, seed=0, eval_every=0, rerank=False,

@@ -1,0 +1,200 @@
+"""The scripts as a user runs them: real processes on real files."""
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import sinet
+from data import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["sinet.py"]
+TINY = ("--height", 48, "--width", 40, "--ids", 2, "--clips", 2)
+
+
+@pytest.fixture(scope="module")
+def trained(small_root, tmp_path_factory):
+    """Two epochs of the baseline on the small set: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, ROOT / "sinet.py", "--root", small_root, "--variant", "base", "--epochs", "2", *map(str, TINY), "--output", folder / "run"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+def read_log(folder):
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(run, script):
+    done = run(script, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for flag in ("--data", "--root", "--gpu", "--weights", "--variant", "--epochs", "--ids", "--clips", "--frames", "--height", "--width", "--lr",
+                 "--pool", "--workers", "--amp", "--seed", "--eval-every", "--evaluate", "--resume", "--rerank", "--output"):
+        assert f"  {flag}" in done.stdout
+    assert "default 160, synthetic" in done.stdout and "base+sbm " in done.stdout and "86.2  91.0" in done.stdout
+
+
+def test_a_run_prints_and_writes(trained):
+    folder, out = trained
+    assert "no GPU found" in out and "identities  tracklets" in out
+    assert re.search(r"base: [\d,]+ parameters, \d+\.\d+ GFLOPs", out)
+    results = re.findall(r"^(.*), all frames:  mAP ([\d.]+)   CMC-1 ([\d.]+)", out, re.M)
+    assert [label for label, *_ in results] == ["untrained", "after epoch 2"]
+    assert out.strip().splitlines()[-1].startswith("after epoch 2")          # the last epoch's result ends the output
+    log = read_log(folder)
+    assert [row["epoch"] for row in log] == ["1", "2"] and log[0]["mAP"] == "" and f"{float(log[1]['mAP']):.1f}" == results[1][1]
+    assert {"lr", "loss", "xent", "triplet", "mi", "clips/s"} < set(log[0])
+    args = json.loads((folder / "args.json").read_text())
+    assert args["variant"] == "base" and args["height"] == 48 and args["lr"] == 5e-4 and args["weights"] == "none"
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert {"model", "optimizer", "scheduler", "epoch", "args"} < set(state) and state["epoch"] == 2
+    assert sorted(p.name for p in folder.iterdir()) == ["args.json", "last.pt", "log.csv"]
+
+
+def test_resume_goes_on_as_if_never_stopped(trained, run, small_root, tmp_path):
+    """One epoch, then a resumed second: the same weights and losses as the two in one go."""
+    common = ("--root", small_root, "--variant", "base", *TINY)
+    assert run("sinet.py", *common, "--epochs", 1, "--output", "r").returncode == 0
+    done = run("sinet.py", "--resume", "r/last.pt", "--root", small_root, "--epochs", 2)
+    assert done.returncode == 0 and "going on after epoch 1" in done.stdout and "untrained" not in done.stdout, done.stderr
+    whole, resumed = (torch.load(f / "last.pt", weights_only=True) for f in (trained[0], tmp_path / "r"))
+    assert all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
+    assert whole["optimizer"]["state"].keys() == resumed["optimizer"]["state"].keys() and whole["scheduler"] == resumed["scheduler"]
+    for a, b in zip(read_log(trained[0]), read_log(tmp_path / "r"), strict=True):
+        assert all(a[k] == b[k] for k in ("epoch", "lr", "loss", "xent", "triplet", "mi"))
+    assert read_log(trained[0])[1]["mAP"] == read_log(tmp_path / "r")[1]["mAP"]
+
+
+def test_evaluate_repeats_the_result_and_reranks(trained, run):
+    folder, out = trained
+    done = run("sinet.py", "--evaluate", "--resume", folder / "last.pt")
+    assert done.returncode == 0 and out.strip().splitlines()[-1].split("(")[0] in done.stdout
+    assert "epoch 1/" not in done.stdout and sorted(p.name for p in folder.iterdir()) == ["args.json", "last.pt", "log.csv"]
+    done = run("sinet.py", "--evaluate", "--resume", folder / "last.pt", "--rerank", "--workers", 1, "--amp")
+    assert done.returncode == 0 and "after epoch 2, all frames, re-ranked:  mAP" in done.stdout, done.stderr
+
+
+def test_sinet_trains_with_amp_workers_and_eval_every(run, small_root, tmp_path):
+    done = run("sinet.py", "--root", small_root, *TINY, "--epochs", 2, "--eval-every", 1, "--amp", "--workers", 2, "--pool", "avg", "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all frames") == 3 and "after epoch 1, all frames" in done.stdout
+    assert all(row["mAP"] for row in read_log(tmp_path / "runs/sinet-synthetic"))
+
+
+def test_backbone_weights_from_a_file(run, small_root, tmp_path):
+    state = torchvision.models.resnet50().state_dict()
+    torch.save(state, tmp_path / "resnet50.pth")
+    done = run("sinet.py", "--evaluate", "--root", small_root, *TINY, "--weights", "resnet50.pth")
+    assert done.returncode == 0 and "untrained, all frames" in done.stdout, done.stderr
+    state["conv1.weight"] = state["conv1.weight"][:, :1]
+    torch.save(state, tmp_path / "odd.pth")
+    fails(run("sinet.py", "--evaluate", "--root", small_root, *TINY, "--weights", "odd.pth"), "odd.pth: not the weights of torchvision's ResNet-50")
+
+
+@pytest.fixture
+def refuses(tmp_path, monkeypatch):
+    """The same without a process: refuses(arguments, texts...) runs main() and reads the UserError that becomes the line."""
+    def call(arguments, *says):
+        monkeypatch.setattr(sys, "argv", ["sinet.py", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(UserError) as error:
+            sinet.main()
+        assert "\n" not in str(error.value)
+        for text in says:
+            assert text in str(error.value)
+    return call
+
+
+def fails(done, *says):
+    """One line on stderr, exit code 2, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr
+    for text in says:
+        assert text in done.stderr
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("--data", "mars", "--root", "nowhere"), ["nowhere/mars: missing bbox_train", "expected nowhere/mars/{bbox_train"]),
+    (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
+    (("--bogus",), ["--bogus", "--help"]),
+    (("--weights", "imagenet"), ["cannot get its ResNet-50", "resnet50-0676ba61.pth", "--weights none"]),
+])
+def test_errors_are_one_line(run, small_root, tmp_path, arguments, says):
+    root = () if "--root" in arguments else ("--root", small_root)
+    # no download: the proxy of every protocol is a closed port of this machine, and the cache of weights is empty
+    env = {**{f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https", "HTTP", "HTTPS")}, "TORCH_HOME": str(tmp_path / "cache")}
+    fails(run("sinet.py", *root, *arguments, env=env), *says)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("--frames", "3"), ["at least 4 frames, not 3", "--frames"]),
+    (("--height", "32"), ["at least 33x33 pixels, not 32x64", "--height"]),
+    (("--ids", "7"), ["a batch needs 7 identities, the training set has 6"]),
+    (("--epochs", "0"), ["--epochs", "int of 1 or more"]),
+    (("--lr", "nan"), ["--lr", "float of 0 or more"]),
+    (("--variant", "sinett"), ["--variant", "'sinett'"]),
+    (("--data", "marz"), ["--data", "'marz'"]),
+    (("--weights", "nothing.pth"), ["nothing.pth: no such file"]),
+    (("--resume", "nothing.pt"), ["nothing.pt: no such file"]),
+])
+def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
+    refuses(("--root", small_root, *arguments), *says)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_damaged_data_is_one_line(run, small_root, tmp_path):
+    shutil.copytree(small_root / "synthetic", tmp_path / "d/synthetic")
+    frame = next((tmp_path / "d/synthetic/bbox_train/0003").glob("*.jpg"))
+    for damaged in (tmp_path / "d/synthetic/bbox_train/0003").glob("*.jpg"):
+        damaged.write_bytes(frame.read_bytes()[:100])
+    for workers in (0, 2):
+        fails(run("sinet.py", "--root", "d", *TINY, "--ids", 6, "--epochs", 1, "--variant", "base", "--workers", workers, "--output", f"o{workers}"),
+              "bbox_train/0003/0003C", "unreadable image")
+    (tmp_path / "d/synthetic/info/tracks_test_info.mat").unlink()
+    fails(run("sinet.py", "--root", "d"), "missing info/tracks_test_info.mat")
+
+
+def test_checkpoint_errors(trained, run, refuses, tmp_path):
+    last = trained[0] / "last.pt"
+    (tmp_path / "cut.pt").write_bytes(last.read_bytes()[:100_000])
+    fails(run("sinet.py", "--resume", "cut.pt"), "cut.pt: not a readable checkpoint")
+    refuses(("--resume", last, "--variant", "sinet"), "was trained with --variant base, not sinet")
+    refuses(("--resume", last, "--height", 64), "was trained with --height 48, not 64")
+    refuses(("--resume", last, "--lr", 1), "was trained with --lr 0.0005, not 1.0")
+    for content, says in (({"a": 1}, "not a checkpoint of sinet.py"), ({"script": "sinet.py"}, "not a checkpoint of sinet.py"),
+                          ([1], "holds a list"), ({"script": Path("x")}, "not a readable checkpoint")):   # a Path is more than data
+        torch.save(content, tmp_path / "odd.pt")
+        refuses(("--resume", "odd.pt"), f"odd.pt: {says}")
+    state = torch.load(last, weights_only=True)
+    del state["model"]["stem.0.weight"]
+    torch.save(state, tmp_path / "odd.pt")
+    refuses(("--resume", "odd.pt"), "odd.pt: does not fit base")
+
+
+def test_output_folder_errors(trained, refuses, small_root, tmp_path):
+    refuses(("--root", small_root, "--output", trained[0]), "holds a run already", "--resume")
+    (tmp_path / "file").write_text("")
+    refuses(("--root", small_root, "--output", "file/run"), "--output file/run: cannot be written")
+
+
+def test_the_readme_snippet_runs(run, tmp_path):
+    """Copying a module out: the code block of the README, run as it stands beside the script."""
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert 4 <= len(code.strip().splitlines()) <= 8
+    (tmp_path / "snippet.py").write_text(code)
+    done = subprocess.run([sys.executable, tmp_path / "snippet.py"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "torch.Size([2, 4, 1024, 16, 8])" in done.stdout, done.stderr
