@@ -248,7 +248,7 @@ def resnet50(weights):  # same in every script
         raise UserError(f"--weights imagenet: torchvision cannot get its ResNet-50 ({error}); put resnet50-0676ba61.pth into "
                         f"{torch.hub.get_dir()}/checkpoints, name a file, or use --weights none") from None
     if weights not in ("imagenet", "none"):
-        state = {k: v for k, v in load_file(weights).items() if not k.startswith("fc.")}
+        state = {k: v for k, v in load_file(weights).items() if not str(k).startswith("fc.")}
         try:
             net.load_state_dict({**state, "fc.weight": net.fc.weight, "fc.bias": net.fc.bias})
         except RuntimeError as error:
@@ -382,31 +382,33 @@ SMALL = dict(epochs=8, ids=4, clips=2, height=128, width=64, lr=5e-4, lr_step=7,
 SAMPLE, SPLIT = sample_segments, split_segments                                 # clips in training, in test
 
 
+def number(kind, least, most=2 ** 31):  # same in every script
+    """An argparse type: int or float from `least` to `most`."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} of {least} to {most}"
+    return parse
+
+
 def add_paper_arguments(group):
     for name, text in (("beta", "strength of the suppression, Eq. 4"), ("alpha", "degree of the propagation, Eq. 5-6"),
                        ("lambda1", "weight of the triplet loss, Eq. 8"), ("lambda2", "weight of the mutual-information loss, Eq. 8"),
                        ("margin", "of the triplet loss, cosine distance")):
-        group.add_argument(f"--{name}", type=float, help=f"{text} (default {RECIPE[name]})")
+        group.add_argument(f"--{name}", type=number(float, 0), metavar="X", help=f"{text} (default {RECIPE[name]})")
 
 
-def build(args, num_classes):
+def build(args, num_classes, weights):
     options, _ = VARIANTS[args.variant]
     return SINet(num_classes, args.frames, args.height, args.width, beta=args.beta, alpha=args.alpha, pool=args.pool,
-                 weights=args.weights, **options)
+                 weights=weights, **options)
 
 
 def parse_args():  # same in every script
     """Command line -> (arguments, the checkpoint of --resume or None). What the user leaves out comes from the checkpoint,
     then from the recipe of the data set."""
-    def number(kind, least):
-        def parse(text):
-            value = kind(text)
-            if not least <= value < math.inf:
-                raise ValueError
-            return value
-        parse.__name__ = f"{kind.__name__} of {least} or more"
-        return parse
-
     def default(key):
         return f"default {RECIPE[key]}" + (f", synthetic {SMALL[key]}" if key in SMALL else "")
 
@@ -434,7 +436,7 @@ def parse_args():  # same in every script
     group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"clips of each identity ({default('clips')})")
     group.add_argument("--lr", type=number(float, 0), help=f"learning rate ({default('lr')})")
     group.add_argument("--lr-step", type=number(int, 1), metavar="N", help=f"epochs after which it is divided by 10 ({default('lr_step')})")
-    group.add_argument("--erase", type=number(float, 0), metavar="P", help=f"probability of random erasing ({default('erase')})")
+    group.add_argument("--erase", type=number(float, 0, 1), metavar="P", help=f"probability of random erasing ({default('erase')})")
     group.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
     group.add_argument("--seed", type=number(int, 0), metavar="N", help="of weights, batches and augmentation (default 0)")
     group = parser.add_argument_group("run")
@@ -533,10 +535,8 @@ def main():  # same in every script
         raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")
     sampler = PKSampler([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
     torch.manual_seed(args.seed)
-    if checkpoint:
-        args.weights = "none"
     try:
-        model = build(args, checkpoint["num_classes"] if checkpoint else dataset.num_identities)
+        model = build(args, checkpoint["num_classes"], "none") if checkpoint else build(args, dataset.num_identities, args.weights)
     except ValueError as error:
         raise UserError(f"{error}; see --frames, --height, --width") from None
     parameters, macs = complexity(model, args.frames, args.height, args.width)
@@ -558,14 +558,15 @@ def main():  # same in every script
     if args.evaluate:
         return test(f"after epoch {checkpoint['epoch']}" if checkpoint else "untrained")
     output = Path(args.output)
+    own = checkpoint and output.resolve() == Path(args.resume).resolve().parent
+    if not own and ((output / "last.pt").exists() or (output / "log.csv").exists()):
+        raise UserError(f"{output} holds a run already: go on with --resume {output / 'last.pt'}, or name another --output")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
         torch.set_rng_state(checkpoint["rng"])
         history, first = checkpoint["history"], checkpoint["epoch"] + 1
         print(f"going on after epoch {checkpoint['epoch']} of {args.resume}")
-    elif (output / "last.pt").exists() or (output / "log.csv").exists():
-        raise UserError(f"{output} holds a run already: go on with --resume {output / 'last.pt'}, or name another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
@@ -587,10 +588,13 @@ def main():  # same in every script
         save_file({"script": Path(__file__).name, "args": vars(args), "num_classes": dataset.num_identities, "epoch": epoch, "history": history,
                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                    "rng": torch.get_rng_state()}, output / "last.pt")
-        with open(output / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, history[0])
-            writer.writeheader()
-            writer.writerows(history)
+        try:
+            with open(output / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, history[0])
+                writer.writeheader()
+                writer.writerows(history)
+        except OSError as error:
+            raise UserError(f"{output / 'log.csv'}: cannot be written ({error.strerror}); last.pt is whole, --resume goes on") from None
     return result or test(f"after epoch {args.epochs}")
 
 

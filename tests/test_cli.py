@@ -143,8 +143,10 @@ def test_errors_are_one_line(run, small_root, tmp_path, arguments, says):
     (("--frames", "3"), ["at least 4 frames, not 3", "--frames"]),
     (("--height", "32"), ["at least 33x33 pixels, not 32x64", "--height"]),
     (("--ids", "7"), ["a batch needs 7 identities, the training set has 6"]),
-    (("--epochs", "0"), ["--epochs", "int of 1 or more"]),
-    (("--lr", "nan"), ["--lr", "float of 0 or more"]),
+    (("--epochs", "0"), ["--epochs", "int of 1 to"]),
+    (("--lr", "nan"), ["--lr", "float of 0 to"]),
+    (("--seed", "1" + 30 * "0"), ["--seed", "int of 0 to"]),
+    (("--erase", "1.5"), ["--erase", "float of 0 to 1"]),
     (("--variant", "sinett"), ["--variant", "'sinett'"]),
     (("--data", "marz"), ["--data", "'marz'"]),
     (("--weights", "nothing.pth"), ["nothing.pth: no such file"]),
@@ -186,6 +188,8 @@ def test_checkpoint_errors(trained, run, refuses, tmp_path):
 
 def test_output_folder_errors(trained, refuses, small_root, tmp_path):
     refuses(("--root", small_root, "--output", trained[0]), "holds a run already", "--resume")
+    shutil.copytree(trained[0], tmp_path / "other")              # a resumed run does not overwrite another one, either
+    refuses(("--resume", trained[0] / "last.pt", "--output", "other", "--epochs", 3), "other holds a run already")
     (tmp_path / "file").write_text("")
     refuses(("--root", small_root, "--output", "file/run"), "--output file/run: cannot be written")
 
