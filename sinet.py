@@ -238,8 +238,8 @@ class GlobalContextBlock(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- Sec. 3.3: network
 
-def resnet50(weights):  # same in every script
-    """torchvision's ResNet-50 with the last stride removed. weights: "imagenet", "none" or a file with its state_dict."""
+def resnet50(weights, last_stride=1):  # same in every script
+    """torchvision's ResNet-50, by default with the last stride removed. weights: "imagenet", "none" or a file with its state_dict."""
     try:
         with contextlib.redirect_stderr(sys.stdout):                            # torch.hub reports the download there
             # zero_init_residual: without pretrained weights a deep network starts to learn much sooner; weights overwrite it
@@ -254,7 +254,7 @@ def resnet50(weights):  # same in every script
         except RuntimeError as error:
             raise UserError(f"{weights}: not the weights of torchvision's ResNet-50 ({' '.join(str(error).split())[:160]} ...); "
                             "the checkpoint of a run goes to --resume") from None
-    net.layer4[0].conv2.stride = net.layer4[0].downsample[0].stride = (1, 1)
+    net.layer4[0].conv2.stride = net.layer4[0].downsample[0].stride = (last_stride, last_stride)
     return net
 
 
@@ -341,6 +341,8 @@ VARIANTS = {
     "base+nonlocal-inverse": (dict(sbm=False, block="inverse"), (85.0, 89.7)),
     "base+gc": (dict(sbm=False, block="gc"), (85.0, 89.8)),
 }
+COLUMNS = "mAP and rank-1 on MARS"
+ROW_RECIPE = {}                                                                 # row -> what it changes in the recipe
 
 
 # ------------------------------------------------------------------------------------------------- Sec. 3.3: objective
@@ -379,7 +381,7 @@ def objective(outputs, pids, args):
 RECIPE = dict(epochs=160, ids=8, clips=4, frames=4, height=256, width=128, lr=3e-4, lr_step=40, erase=0.5, pool="avg", weights="imagenet",
               beta=5.0, alpha=0.1, lambda1=1.0, lambda2=0.01, margin=0.3)       # Sec. 3.1, 4.2
 SMALL = dict(epochs=8, ids=4, clips=2, height=128, width=64, lr=5e-4, lr_step=7, erase=0.0, pool="max", weights="none")  # --data synthetic
-SAMPLE, SPLIT = sample_segments, split_segments                                 # clips in training, in test
+SAMPLE, SPLIT, METRIC = sample_segments, split_segments, "cosine"               # clips in training, in test; distance of the retrieval
 
 
 def number(kind, least, most=2 ** 31):  # same in every script
@@ -406,6 +408,10 @@ def build(args, num_classes, weights):
                  weights=weights, **options)
 
 
+def make_optimizer(model, args):
+    return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4)
+
+
 def parse_args():  # same in every script
     """Command line -> (arguments, the checkpoint of --resume or None). What the user leaves out comes from the checkpoint,
     then from the recipe of the data set."""
@@ -413,9 +419,10 @@ def parse_args():  # same in every script
         return f"default {RECIPE[key]}" + (f", synthetic {SMALL[key]}" if key in SMALL else "")
 
     title, *_ = __doc__.split("\n")
-    rows = "\n".join(f"  {name:22} " + ("-" if printed is None else "  ".join(f"{v:.1f}" for v in printed)) for name, (_, printed) in VARIANTS.items())
+    rows = "\n".join(f"  {name:22} {'  '.join(map(str, printed or '-')):28}{' '.join(f'--{k} {v}' for k, v in ROW_RECIPE.get(name, {}).items())}".rstrip()
+                     for name, (_, printed) in VARIANTS.items())
     parser = argparse.ArgumentParser(description=title, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     epilog=f"variants, with mAP and rank-1 on MARS as printed in the paper:\n{rows}")
+                                     epilog=f"variants, with {COLUMNS} as printed in the paper, and the flags they change:\n{rows}")
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (--help lists the flags)"))
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=("mars", "synthetic"), help="data set (default synthetic, with a small recipe)")
@@ -459,9 +466,10 @@ def parse_args():  # same in every script
                 raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved[key]}, not {chosen[key]}")
         saved["output"] = str(Path(args.resume).parent)
     data = chosen.get("data", saved.get("data", "synthetic"))
-    recipe = dict(data=data, root="datasets", variant=next(iter(VARIANTS)), amp=False, seed=0, eval_every=0, rerank=False,
-                  output=f"runs/{Path(__file__).stem}-{data}", **RECIPE)
-    return argparse.Namespace(**{**vars(args), **recipe, **(SMALL if data == "synthetic" else {}), **saved, **chosen}), checkpoint
+    variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
+    recipe = dict(data=data, root="datasets", variant=variant, amp=False, seed=0, eval_every=0, rerank=False, output=f"runs/{Path(__file__).stem}-{data}")
+    recipe |= RECIPE | ROW_RECIPE.get(variant, {}) | (SMALL if data == "synthetic" else {})
+    return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
 
 
 def pick_device(gpu):  # same in every script
@@ -543,11 +551,11 @@ def main():  # same in every script
     print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of {args.height}x{args.width}")
     model.to(device, memory_format=torch.channels_last)
     size, history, first = (args.height, args.width), [], 1
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4)
+    optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)
 
     def test(label):
-        return evaluate(model, dataset, SPLIT, args.frames, size, label=label, use_rerank=args.rerank, batch=args.ids * args.clips,
+        return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, batch=args.ids * args.clips,
                         workers=args.workers, amp=args.amp)
 
     if checkpoint:

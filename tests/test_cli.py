@@ -1,6 +1,8 @@
 """The scripts as a user runs them: real processes on real files."""
 import csv
+import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -12,11 +14,10 @@ import pytest
 import torch
 import torchvision
 
-import sinet
 from data import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["sinet.py"]
+SCRIPTS = {"sinet.py": ("xent", "triplet", "mi"), "tclnet.py": ("xent", "triplet"), "bicnet_tks.py": ("xent", "triplet", "div")}   # parts of the loss
 TINY = ("--height", 48, "--width", 40, "--ids", 2, "--clips", 2)
 
 
@@ -42,7 +43,27 @@ def test_help(run, script):
     for flag in ("--data", "--root", "--gpu", "--weights", "--variant", "--epochs", "--ids", "--clips", "--frames", "--height", "--width", "--lr",
                  "--pool", "--workers", "--amp", "--seed", "--eval-every", "--evaluate", "--resume", "--rerank", "--output"):
         assert f"  {flag}" in done.stdout
-    assert "default 160, synthetic" in done.stdout and "base+sbm " in done.stdout and "86.2  91.0" in done.stdout
+    assert ", synthetic" in done.stdout and "as printed in the paper" in done.stdout
+    module = importlib.import_module(Path(script).stem)
+    for row, (_, printed) in module.VARIANTS.items():
+        line, = re.findall(rf"^  {re.escape(row)} .*$", done.stdout, re.M)
+        assert not printed or "  ".join(map(str, printed)) in line
+
+
+@pytest.mark.parametrize("script", list(SCRIPTS)[1:])
+def test_every_script_trains_resumes_and_evaluates(run, small_root, tmp_path, script):
+    """sinet.py is tried in detail below; the others share its loop, which tests/test_same.py holds equal."""
+    size = ("--height", 64, "--width", 32, "--ids", 2, "--clips", 2)
+    done = run(script, "--root", small_root, *size, "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / f"runs/{Path(script).stem}-synthetic"
+    done = run(script, "--resume", folder / "last.pt", "--epochs", 2, "--amp", "--workers", 1)
+    assert done.returncode == 0 and "after epoch 2, all frames" in done.stdout, done.stderr
+    log = read_log(folder)
+    assert [row["epoch"] for row in log] == ["1", "2"] and {"loss", *SCRIPTS[script]} < set(log[0])
+    assert all(math.isfinite(float(row["loss"])) for row in log) and log[1]["mAP"]
+    done = run(script, "--resume", folder / "last.pt", "--evaluate")
+    assert done.returncode == 0 and "after epoch 2, all frames" in done.stdout, done.stderr
 
 
 def test_a_run_prints_and_writes(trained):
@@ -105,12 +126,12 @@ def test_backbone_weights_from_a_file(run, small_root, tmp_path):
 @pytest.fixture
 def refuses(tmp_path, monkeypatch):
     """The same without a process: refuses(arguments, texts...) runs main() and reads the UserError that becomes the line."""
-    def call(arguments, *says):
-        monkeypatch.setattr(sys, "argv", ["sinet.py", *map(str, arguments)])
+    def call(arguments, *says, script="sinet.py"):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         with pytest.raises(UserError) as error:
-            sinet.main()
+            importlib.import_module(Path(script).stem).main()
         assert "\n" not in str(error.value)
         for text in says:
             assert text in str(error.value)
@@ -155,6 +176,24 @@ def test_errors_are_one_line(run, small_root, tmp_path, arguments, says):
 def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
     refuses(("--root", small_root, *arguments), *says)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script, arguments, says", [
+    ("tclnet.py", ("--frames", 3), ["2 learners take clips of 2, 4, 6 ... frames, not 3", "--frames"]),
+    ("tclnet.py", ("--height", 16), ["map of 1x4 that the erased block covers"]),
+    ("tclnet.py", ("--loss", "tri"), ["--loss", "'tri'"]),
+    ("bicnet_tks.py", ("--frames", 6), ["a clip needs 4, 8, 12 ... frames, not 6", "--frames"]),
+    ("bicnet_tks.py", ("--height", 48), ["heights of 64, 128, 192 ... and widths of 32, 64, 96 ... pixels, not for 48x64"]),
+    ("bicnet_tks.py", ("--divergence", "-1"), ["--divergence", "float of 0 to"]),
+    *((script, *case) for script in list(SCRIPTS)[1:] for case in (
+        (("--data", "mars", "--root", "nowhere"), ["nowhere/mars: missing bbox_train"]),
+        (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
+        (("--bogus",), ["--bogus", "--help"]),
+        (("--resume", "sinet.pt"), [f"sinet.pt: not a checkpoint of {script}"]),
+        (("--ids", "7"), ["a batch needs 7 identities, the training set has 6"])))])
+def test_wrong_flags_of_every_script(refuses, small_root, tmp_path, script, arguments, says):
+    torch.save({"script": "sinet.py"}, tmp_path / "sinet.pt")
+    refuses((*(() if "--root" in arguments else ("--root", small_root)), *arguments), *says, script=script)
 
 
 def test_damaged_data_is_one_line(run, small_root, tmp_path):

@@ -7,26 +7,12 @@ import torch.nn as nn
 
 import sinet
 from common import complexity
+from conftest import check_gradients, close, maps, parameters, randomize, wake
 from sinet import (VARIANTS, ChannelAttentionLayer, CrossPropagationModule, GlobalContextBlock, IntegrationDistributionModule,
                    KernelGenerationModule, NonLocalBlock, SINet, SalientToBroadModule, SuppressOperation, mutual_information_loss)
 
 SIZES = pytest.mark.parametrize("C, H, W", [(8, 5, 4), (12, 8, 3)])
 LENGTHS = pytest.mark.parametrize("T", [3, 4, 8])
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
-
-
-def maps(T, C, H, W, B=2):
-    return torch.randn(B, T, C, H, W, dtype=torch.float64).relu()
-
-
-def randomize(module):
-    """Float64, train mode, every parameter random: no zero-initialised one hides a mistake."""
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.5)
-    return module.double()
 
 
 # ------------------------------------------------------------------------- the equations, slowly: one clip, with loops
@@ -301,11 +287,6 @@ def meta(variant="sinet", T=4, H=256, W=128, **options):
         return SINet(625, T, H, W, **{**VARIANTS[variant][0], **options})
 
 
-def parameters(model):
-    """Without the training heads: neck, classifier, projection."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("neck", "classifier", "projection")))
-
-
 # C = 512 at layer2, m = 4*32*16; C = 1024 at layer3. SBM: SE 2*C*C/4, attention C*k^2 and BN 2*k^2.
 IDM = {r: 2 * 512 * (512 // r) + 2 * 2048 * (2048 // r) for r in (2, 4, 8, 16)}
 SBM = {k: 2 * 1024 * 256 + 1024 * k * k + 2 * k * k for k in (1, 3, 5, 7)}
@@ -346,19 +327,15 @@ def test_multiply_adds():
 @pytest.mark.parametrize("T, H, W, pool", [(4, 64, 48, "avg"), (6, 100, 33, "max")])
 def test_network(T, H, W, pool):
     model, clips = SINet(5, T, H, W, pool=pool).to(memory_format=torch.channels_last), torch.randn(4, T, 3, H, W)
-    for module in model.modules():                                # away from the zeros of the initialisation
+    for module in wake(model).modules():                          # away from the zeros of the initialisation
         if isinstance(module, IntegrationDistributionModule):
             nn.init.normal_(module.g_d.weight, std=0.01)
-        if hasattr(module, "bn3"):
-            nn.init.ones_(module.bn3.weight)
     embedding, logits, frames = model(clips)
     assert embedding.shape == (4, 2048) and logits.shape == (4, 5) and frames.shape == (4, T, 2048)
     args = type("Args", (), dict(margin=0.3, lambda1=1.0, lambda2=0.01))
     loss, parts = sinet.objective((embedding, logits, frames), torch.tensor([0, 0, 1, 1]), args)
     assert abs(loss.item() - (parts["xent"] + parts["triplet"] + 0.01 * parts["mi"]).item()) < 1e-5
-    loss.backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+    check_gradients(model, loss)
     model.eval()
     with torch.no_grad():
         assert model(clips).shape == (4, 2048)

@@ -1,0 +1,586 @@
+"""TCLNet: Temporal Complementary Learning for Video Person Re-identification.
+
+Hou, Chang, Ma, Shan, Chen. ECCV 2020. https://arxiv.org/abs/2007.09357
+
+The frames of a clip are much alike, and a network sees the same salient part in each. TSE erases from a frame what the
+learners of the frames before have seen, so that its own learner has to find another part. TSB spreads the salient part of
+every frame to the others first, so that little is lost by the erasing.
+
+    python tclnet.py                                  # a small run on synthetic data, on any machine
+    python tclnet.py --data mars --gpu 0              # the paper's recipe
+    python tclnet.py --data mars --variant base+tse   # a row of its tables (see VARIANTS)
+
+Where to find what:
+    Sec. 3.1, Eq. 3    CorrelationLayer                        Sec. 3.2, Eq. 6, Fig. 3  TemporalSaliencyBoosting (TSB)
+    Sec. 3.1, Eq. 4    BlockBinarization                       Sec. 3.3, Fig. 4         TCLNet; objective
+    Sec. 3.1, Eq. 4-5  SaliencyErasingOperation (SEO)          Sec. 4.4, Table 4        NonLocalBlock, TemporalConv
+    Sec. 3.1, Eq. 1-2  TemporalSaliencyErasing (TSE)
+
+What the paper leaves open, and the reading taken:
+    erased map        F * B + BN(sum over positions of G * F), the sum for all positions, BN starting at zero: the only use of
+                      G that keeps the printed parameters (but for the 2,048 of BN) and lets gradients reach w
+    first frame       B = 1 and, the product of no correlation maps being 1, G = softmax(1): uniform
+    Eq. 3             divided by sqrt(D), because the softmax saturates on plain products (scaled=False: the printed form);
+                      one w for all pairs of frames; f_k without gradient
+    block search      the block lies inside the map (N_pos of the paper); the first of equal maxima wins
+    erased size       h_e and w_e are given for the 16 x 8 map of 256x128 frames and scale with the map
+    TSB               the memory holds the other T - 1 frames, no projections, tau = 5, BN starting at zero
+    BatchNorm         the two shared blocks and SEO's BN see one frame of every segment at a time, in training too
+    test              BN, then L2 of each learner's vector, concatenated; a BN neck is not in the paper
+    training clips    frames 8 apart; in test consecutive ones
+    batch of 32       8 identities x 4 clips; an epoch shows every identity once
+    Table 4           non-local block after stage 3 (c' = 512, no biases); DropBlock after stages 3 and 4, p = 0.1, 7x7; 3D: the
+                      first convolution of all sixteen blocks becomes 3x1x1 (has the printed GFLOPs, 32.2M parameters for 33.7M)
+
+Single images (Sec. 4.3): TSE takes clips of one frame, too, and repeats it over the learners, so that they find different parts
+of one image: build TCLNet with frames=1, tsb=(), or call TSE on maps (B, 1, D, H, W).
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import functools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+from common import batch_hard_triplet, complexity, evaluate
+from data import PKSampler, TrainClips, UserError, load_dataset, normalize, sample_strided, split_consecutive
+
+
+# ---------------------------------------------------------------------------------- Sec. 3.1: temporal saliency erasing
+
+class CorrelationLayer(nn.Module):
+    """Eq. 3: how much every position of a frame has to do with what the learners of former frames have seen.
+
+    F_n (B, D, H, W), f (B, K, D1), the vectors of K former frames -> R (B, K, H, W).
+    channels: D; features: D1; scaled: divide by sqrt(D) (False: as printed).
+    """
+
+    def __init__(self, channels, features, scaled=True):
+        super().__init__()
+        self.w = nn.Linear(features, channels, bias=False)                      # f -> w^T f
+        self.scale = channels ** -0.5 if scaled else 1.0
+
+    def forward(self, x, f):
+        r = self.w(f.detach()) @ x.flatten(2) * self.scale                      # Eq. 3
+        return r.unflatten(2, x.shape[2:])
+
+
+class BlockBinarization(nn.Module):
+    """Block binarization layer: 0 in the block of the highest correlation, 1 elsewhere.
+
+    R (..., H, W) -> B (..., H, W), always with exactly h_e * w_e zeros; no gradient.
+    block: (h_e, w_e), height and width of the block, H >= h_e, W >= w_e; stride: (s_h, s_w), its vertical and horizontal steps.
+    """
+
+    def __init__(self, block, stride=(1, 1)):
+        super().__init__()
+        self.block, self.stride = tuple(block), tuple(stride)
+
+    @torch.no_grad()
+    def forward(self, r):
+        (H, W), (h, w), (s_h, s_w) = r.shape[-2:], self.block, self.stride
+        if h > H or w > W:
+            raise ValueError(f"a block of {h}x{w} does not fit into maps of {H}x{W}")
+        sums = F.avg_pool2d(r.reshape(-1, 1, H, W), self.block, self.stride)    # (..., 1, N_pos rows, N_pos columns)
+        best, columns = sums.flatten(1).argmax(1), sums.shape[-1]
+        top, left = (best // columns * s_h)[:, None, None], (best % columns * s_w)[:, None, None]
+        y, x = torch.arange(H, device=r.device)[:, None], torch.arange(W, device=r.device)
+        inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
+        return (~inside).to(r.dtype).view_as(r)
+
+
+class SaliencyErasingOperation(nn.Module):
+    """SEO, Fig. 2 (b): erases from a frame what the learners of the former frames have seen.
+
+    F_n (B, D, H, W), f (B, n - 1, D1), the vectors of the former frames (n = 1: none) -> erased F_n (B, D, H, W).
+    channels: D; features: D1; block, stride: see BlockBinarization; scaled: see CorrelationLayer.
+    """
+
+    def __init__(self, channels, features, block, stride=(1, 1), scaled=True):
+        super().__init__()
+        self.correlation = CorrelationLayer(channels, features, scaled)
+        self.binarization = BlockBinarization(block, stride)
+        self.bn = nn.BatchNorm1d(channels)
+        nn.init.zeros_(self.bn.weight)
+
+    def forward(self, x, f):
+        r = self.correlation(x, f)
+        r = r.to(torch.promote_types(r.dtype, torch.float32))
+        mask = self.binarization(r).prod(1)                                     # B_n, Eq. 4
+        gate = r.prod(1).flatten(1).softmax(1) * mask.flatten(1)                # G_n, Eq. 5
+        attended = self.bn((x.flatten(2) @ gate.to(x.dtype)[:, :, None])[:, :, 0])
+        return x * mask[:, None].to(x.dtype) + attended[:, :, None, None].to(x.dtype)
+
+
+class TemporalSaliencyErasing(nn.Module):
+    """TSE, Fig. 2 (a), Eq. 1-2, 7: N ordered learners for N consecutive frames, each for the parts that those before missed.
+
+    Maps (B, T, D, H, W) -> frame vectors c (B, T/N, N, D1), by segments of N frames. T divisible by N; T = 1 is repeated for
+    all learners (single images, Sec. 4.3).
+    shared: the layers that all learners share; learners: N modules, L_n without the shared ones;
+    channels: D; features: D1; block, stride, scaled: see SaliencyErasingOperation; erase: False leaves it out; pool: "avg" or "max".
+    """
+
+    def __init__(self, shared, learners, channels, features, block, stride=(1, 1), scaled=True, erase=True, pool="avg"):
+        super().__init__()
+        self.shared, self.learners, self.pool = shared, nn.ModuleList(learners), pool
+        self.seo = SaliencyErasingOperation(channels, features, block, stride, scaled) if erase and len(learners) > 1 else None
+
+    def forward(self, x):
+        B, T = x.shape[:2]
+        N = len(self.learners)
+        if T == 1:
+            x, T = x.expand(-1, N, -1, -1, -1), N
+        if T % N:
+            raise ValueError(f"TSE with {N} learners needs clips of a multiple of {N} frames, not {T}")
+        x = x.reshape(B * T // N, N, *x.shape[2:])                              # all segments C_k at once
+        features = []
+        for n, learner in enumerate(self.learners):
+            frame = x[:, n].contiguous(memory_format=torch.channels_last)
+            if self.seo:
+                frame = self.seo(frame, torch.stack(features, 1) if n else frame.new_empty(len(x), 0, self.seo.correlation.w.in_features))
+            y = learner(self.shared(frame))
+            features.append(y.mean((2, 3)) if self.pool == "avg" else y.amax((2, 3)))   # Eq. 1-2
+        return torch.stack(features, 1).view(B, T // N, N, -1)                  # Eq. 7
+
+
+# -------------------------------------------------------------------------------- Sec. 3.2: temporal saliency boosting
+
+class TemporalSaliencyBoosting(nn.Module):
+    """TSB, Fig. 3, Eq. 6: every frame gets what the other frames show of its own salient part.
+
+    (B, T, D, H, W) -> (B, T, D, H, W), T >= 2. tau: temperature of the softmax over the cosine similarities. Starts as identity.
+    """
+
+    def __init__(self, channels, tau=5.0):
+        super().__init__()
+        self.tau = tau
+        self.bn = nn.BatchNorm1d(channels)
+        nn.init.zeros_(self.bn.weight)
+
+    def forward(self, x):
+        B, T, D, H, W = x.shape
+        if T < 2:
+            raise ValueError("TSB needs clips of at least 2 frames: the memory of a frame are the others")
+        q = F.normalize(x.mean((3, 4)), dim=2)                                  # (B, T, D)
+        memory = x.movedim(2, 4).reshape(B, T * H * W, D)
+        norm = torch.linalg.vector_norm(memory, dim=2, dtype=torch.promote_types(x.dtype, torch.float32)).clamp(min=1e-12)
+        a = self.tau * (q @ memory.transpose(1, 2)) / norm[:, None]             # (B, T, T*H*W)
+        own = torch.eye(T, dtype=torch.bool, device=x.device).repeat_interleave(H * W, 1)
+        a = a.masked_fill(own, -math.inf).softmax(2)                            # Eq. 6; a frame is not in its own memory
+        o = (a.to(x.dtype) @ memory).flatten(0, 1)
+        return self.bn(o).to(x.dtype).view(B, T, D, 1, 1) + x
+
+
+# --------------------------------------------------------------------- Sec. 4.4: what Table 4 compares the modules with
+
+class NonLocalBlock(nn.Module):
+    """Non-local block (Wang et al., CVPR 2018), embedded Gaussian, over all positions of a clip. (B, T, C, H, W), same shape out."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.theta, self.phi, self.g = (nn.Conv2d(channels, channels // 2, 1, bias=False) for _ in range(3))
+        self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        nn.init.zeros_(self.out[1].weight)
+
+    def forward(self, x):
+        B, T, C, H, W = x.shape
+        frames = x.flatten(0, 1)
+        theta, phi, g = (layer(frames).view(B, T, -1, H, W).transpose(1, 2).flatten(2).transpose(1, 2)
+                         for layer in (self.theta, self.phi, self.g))           # (B, m, C/2)
+        y = F.scaled_dot_product_attention(theta[:, None], phi[:, None], g[:, None], scale=1.0)[:, 0]
+        y = y.transpose(1, 2).view(B, -1, T, H, W).transpose(1, 2).flatten(0, 1)
+        return self.out(y).view(B, T, C, H, W) + x
+
+
+class TemporalConv(nn.Module):
+    """A 3x1x1 convolution in place of the 1x1 `conv`, equal to it at the start. (B*T, C, H, W) -> (B*T, C', H, W); frames: T."""
+
+    def __init__(self, conv, frames):
+        super().__init__()
+        self.frames = frames
+        self.taps = nn.Conv2d(conv.in_channels, 3 * conv.out_channels, 1, bias=False)
+        with torch.no_grad():
+            self.taps.weight.zero_().chunk(3)[1].copy_(conv.weight)
+
+    def forward(self, x):
+        before, here, after = self.taps(x).unflatten(0, (-1, self.frames)).chunk(3, 2)
+        return (here + F.pad(before, (0,) * 6 + (1, -1)) + F.pad(after, (0,) * 6 + (-1, 1))).flatten(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------- Sec. 3.3: network
+
+def resnet50(weights, last_stride=1):  # same in every script
+    """torchvision's ResNet-50, by default with the last stride removed. weights: "imagenet", "none" or a file with its state_dict."""
+    try:
+        with contextlib.redirect_stderr(sys.stdout):                            # torch.hub reports the download there
+            # zero_init_residual: without pretrained weights a deep network starts to learn much sooner; weights overwrite it
+            net = torchvision.models.resnet50(weights="IMAGENET1K_V1" if weights == "imagenet" else None, zero_init_residual=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--weights imagenet: torchvision cannot get its ResNet-50 ({error}); put resnet50-0676ba61.pth into "
+                        f"{torch.hub.get_dir()}/checkpoints, name a file, or use --weights none") from None
+    if weights not in ("imagenet", "none"):
+        state = {k: v for k, v in load_file(weights).items() if not str(k).startswith("fc.")}
+        try:
+            net.load_state_dict({**state, "fc.weight": net.fc.weight, "fc.bias": net.fc.bias})
+        except RuntimeError as error:
+            raise UserError(f"{weights}: not the weights of torchvision's ResNet-50 ({' '.join(str(error).split())[:160]} ...); "
+                            "the checkpoint of a run goes to --resume") from None
+    net.layer4[0].conv2.stride = net.layer4[0].downsample[0].stride = (last_stride, last_stride)
+    return net
+
+
+class TCLNet(nn.Module):
+    """TCLNet, Fig. 4: ResNet-50 whose stage 4 makes the learners of TSE, with TSBs between the stages; a BN neck a learner.
+
+    Clips (B, T, 3, H, W), normalised -> in eval mode embeddings (B, N * 2048), the learners' L2-normalised vectors; in train
+    mode embeddings (B, N, 2048) and logits (B, N, num_classes).
+
+    frames, height, width: T, H, W; T a multiple of N (or 1), the map H/16 x W/16 larger than the erased block.
+    learners: N >= 1 (1: no erasing); erase: False is "TSE-wo-SEO"; block: (h_e, w_e) at a 16x8 map; tsb: stages with a TSB behind
+    them, of 1, 2, 3; tau: see TSB; scaled: see CorrelationLayer; extra: None or what Table 4 compares with, "dropblock", "3d" or
+    "nl"; pool: "avg" or "max" over the final map; weights: see resnet50. Raises ValueError for a size that it cannot take.
+    """
+
+    def __init__(self, num_classes, frames=4, height=256, width=128, learners=2, erase=True, block=(3, 8), tsb=(2,), tau=5.0,
+                 scaled=True, extra=None, pool="avg", weights="none"):
+        super().__init__()
+        if frames % learners and frames > 1:
+            raise ValueError(f"{learners} learners take clips of {learners}, {2 * learners}, {3 * learners} ... frames, not {frames}")
+        if tsb and frames < 2:
+            raise ValueError(f"TSB takes the other frames of a clip for its memory: it needs at least 2 frames, not {frames}")
+        rows, columns = -(-height // 16), -(-width // 16)
+        block = max(1, int(block[0] * rows / 16 + 0.5)), max(1, min(columns, int(block[1] * columns / 8 + 0.5)))
+        if erase and learners > 1 and block == (rows, columns):
+            raise ValueError(f"frames of {height}x{width} have a map of {rows}x{columns} that the erased block covers: at least 17 pixels of height")
+        net = resnet50(weights)
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.layer1, self.layer2, self.layer3 = net.layer1, net.layer2, net.layer3
+        self.after = nn.ModuleDict({f"layer{stage}": TemporalSaliencyBoosting((256, 512, 1024)[stage - 1], tau) for stage in tsb})
+        *shared, last = net.layer4
+        if extra == "nl":
+            self.after["layer3"] = NonLocalBlock(1024)
+        if extra == "dropblock":
+            shared, last = [torchvision.ops.DropBlock2d(0.1, 7), *shared], nn.Sequential(last, torchvision.ops.DropBlock2d(0.1, 7))
+        if extra == "3d":
+            for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+                for bottleneck in stage:
+                    bottleneck.conv1 = TemporalConv(bottleneck.conv1, frames)
+        self.tse = TemporalSaliencyErasing(nn.Sequential(*shared), [copy.deepcopy(last) for _ in range(learners)], 1024, 2048, block,
+                                           scaled=scaled, erase=erase, pool=pool)
+        self.neck = nn.ModuleList(nn.BatchNorm1d(2048) for _ in range(learners))
+        self.classifier = nn.ModuleList(nn.Linear(2048, num_classes, bias=False) for _ in range(learners))
+        for layer in self.classifier:
+            nn.init.normal_(layer.weight, std=0.001)
+
+    def forward(self, clips):
+        B, T = clips.shape[:2]
+        x = self.stem(clips.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        for name in ("layer1", "layer2", "layer3"):
+            x = getattr(self, name)(x)
+            if name in self.after:
+                x = self.after[name](x.unflatten(0, (B, T))).flatten(0, 1)
+        v = self.tse(x.unflatten(0, (B, T))).mean(1).to(self.neck[0].weight.dtype)   # Eq. 7, TAP over the segments: (B, N, 2048)
+        embeddings = [neck(v[:, n]) for n, neck in enumerate(self.neck)]
+        if not self.training:
+            return torch.cat([F.normalize(e, dim=1) for e in embeddings], 1)
+        logits = [layer(e) for layer, e in zip(self.classifier, embeddings)]
+        return torch.stack(embeddings, 1), torch.stack(logits, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- variants
+
+# Rows of Tables 1 to 4: constructor arguments, and the figures as printed in the paper. The first row is "TCLNet-tri" of Table 1;
+# Tables 2 to 4 are printed for the cross entropy alone (tclnet-xent is TCLNet there, base+tse-n1 is base).
+BASE = dict(learners=1, tsb=())
+VARIANTS = {
+    "tclnet": (dict(), (85.1, 89.8, 16.259, 29.9)),
+    "tclnet-xent": (dict(), (83.0, 88.8, 16.259, 29.9)),
+    "base": (BASE, (79.6, 86.8, 16.246, 23.5)),
+    "base+tse-wo-seo": (dict(tsb=(), erase=False), (80.9, 87.2, 16.246, 27.9)),
+    "base+tse": (dict(tsb=()), (82.5, 88.2, 16.251, 29.9)),
+    "base+tsb": (dict(learners=1), (82.3, 87.6, 16.254, 23.5)),
+    "tclnet-tsb1": (dict(tsb=(1,)), (82.2, 87.4, 16.267, 29.9)),
+    "tclnet-tsb2": (dict(tsb=(2,)), (83.0, 88.8, 16.259, 29.9)),
+    "tclnet-tsb3": (dict(tsb=(3,)), (82.6, 88.2, 16.255, 29.9)),
+    "tclnet-tsb23": (dict(tsb=(2, 3)), (82.7, 88.2, 16.263, 29.9)),
+    "base+tse-n1": (BASE, (79.6, 86.8, 16.246, 23.5)),
+    "base+tse-n2": (dict(tsb=()), (82.5, 88.2, 16.251, 29.9)),
+    "base+tse-n3": (dict(learners=3, tsb=()), (82.4, 88.4, 16.252, 34.5)),
+    "base+tse-n4": (dict(learners=4, tsb=()), (81.0, 87.0, 16.253, 38.9)),
+    "base+tse-he2": (dict(block=(2, 8), tsb=()), (81.8, 87.2)),
+    "base+tse-he3": (dict(block=(3, 8), tsb=()), (82.5, 88.2)),
+    "base+tse-he4": (dict(block=(4, 8), tsb=()), (82.0, 87.4)),
+    "base+tse-he5": (dict(block=(5, 8), tsb=()), (81.7, 87.2)),
+    "base+dropblock": (dict(extra="dropblock", **BASE), (79.8, 86.9)),
+    "base+re": (BASE, (81.5, 86.6)),
+    "base+tse+re": (dict(tsb=()), (82.9, 88.1)),
+    "base+3d": (dict(extra="3d", **BASE), (80.0, 86.1, 22.756, 33.7)),
+    "base+nl": (dict(extra="nl", **BASE), (82.4, 87.6, 21.615, 25.6)),
+    "base+tse+nl": (dict(extra="nl", tsb=()), (82.6, 87.6, 21.619, 32.1)),
+}
+COLUMNS = "mAP and rank-1 on MARS, GFLOPs of 4 frames and millions of parameters"
+ROW_RECIPE = {row: dict(loss="xent") for row in list(VARIANTS)[1:]}              # row -> what it changes in the recipe
+ROW_RECIPE["base+re"]["erase"] = ROW_RECIPE["base+tse+re"]["erase"] = 0.5
+ROW_RECIPE["base+tse-n3"]["frames"] = 6                                         # a multiple of N
+
+
+# ------------------------------------------------------------------------------------------------- Sec. 3.3: objective
+
+def objective(outputs, pids, args):
+    """Sec. 3.3: cross entropy, and with --loss xent+tri the triplet loss, of every learner, summed; and the parts, {name: scalar}."""
+    embeddings, logits = (x.float().unbind(1) for x in outputs)
+    parts = {"xent": sum(F.cross_entropy(x, pids) for x in logits)}
+    if args.loss == "xent+tri":
+        parts["triplet"] = sum(batch_hard_triplet(x, pids, args.margin) for x in embeddings)
+    return sum(parts.values()), parts
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+RECIPE = dict(epochs=150, ids=8, clips=4, frames=4, height=256, width=128, lr=3e-4, lr_step=40, erase=0.0, pool="avg", weights="imagenet",
+              tau=5.0, loss="xent+tri", margin=0.4)                             # Sec. 4.1
+SMALL = dict(epochs=8, ids=4, clips=2, height=128, width=64, lr=5e-4, lr_step=7, pool="max", weights="none")  # --data synthetic
+SAMPLE, SPLIT, METRIC = functools.partial(sample_strided, stride=8), split_consecutive, "cosine"  # clips in training, in test; distance of the retrieval
+
+
+def number(kind, least, most=2 ** 31):  # same in every script
+    """An argparse type: int or float from `least` to `most`."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} of {least} to {most}"
+    return parse
+
+
+def add_paper_arguments(group):
+    group.add_argument("--loss", choices=("xent", "xent+tri"), help=f"of every learner: cross entropy, with or without triplet (default {RECIPE['loss']})")
+    for name, text in (("tau", "temperature of TSB, Eq. 6"), ("margin", "of the triplet loss, cosine distance")):
+        group.add_argument(f"--{name}", type=number(float, 0), metavar="X", help=f"{text} (default {RECIPE[name]})")
+
+
+def build(args, num_classes, weights):
+    options, _ = VARIANTS[args.variant]
+    return TCLNet(num_classes, args.frames, args.height, args.width, tau=args.tau, pool=args.pool, weights=weights, **options)
+
+
+def make_optimizer(model, args):
+    return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4)
+
+
+def parse_args():  # same in every script
+    """Command line -> (arguments, the checkpoint of --resume or None). What the user leaves out comes from the checkpoint,
+    then from the recipe of the data set."""
+    def default(key):
+        return f"default {RECIPE[key]}" + (f", synthetic {SMALL[key]}" if key in SMALL else "")
+
+    title, *_ = __doc__.split("\n")
+    rows = "\n".join(f"  {name:22} {'  '.join(map(str, printed or '-')):28}{' '.join(f'--{k} {v}' for k, v in ROW_RECIPE.get(name, {}).items())}".rstrip()
+                     for name, (_, printed) in VARIANTS.items())
+    parser = argparse.ArgumentParser(description=title, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     epilog=f"variants, with {COLUMNS} as printed in the paper, and the flags they change:\n{rows}")
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (--help lists the flags)"))
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", choices=("mars", "synthetic"), help="data set (default synthetic, with a small recipe)")
+    group.add_argument("--root", metavar="DIR", help="folder that holds the data sets: DIR/mars, DIR/synthetic (default datasets)")
+    group.add_argument("--frames", type=number(int, 1), metavar="T", help=f"frames a clip ({default('frames')})")
+    group.add_argument("--height", type=number(int, 1), metavar="PIXELS", help=f"of the resized frames ({default('height')})")
+    group.add_argument("--width", type=number(int, 1), metavar="PIXELS", help=f"of the resized frames ({default('width')})")
+    group.add_argument("--workers", type=number(int, 0), metavar="N", help="loader processes (default: up to 8 with a GPU, else 0)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--variant", choices=VARIANTS, metavar="NAME", help=f"row of the paper's tables, see below (default {next(iter(VARIANTS))})")
+    group.add_argument("--weights", metavar="{imagenet,none,FILE}", help="backbone: torchvision's ImageNet weights, none, or a state_dict of "
+                       f"torchvision's resnet50 ({default('weights')})")
+    group.add_argument("--pool", choices=("avg", "max"), help=f"spatial pooling of the final map ({default('pool')})")
+    add_paper_arguments(parser.add_argument_group("of this paper"))
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1), metavar="N", help=default("epochs"))
+    group.add_argument("--ids", type=number(int, 2), metavar="P", help=f"identities a batch ({default('ids')})")
+    group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"clips of each identity ({default('clips')})")
+    group.add_argument("--lr", type=number(float, 0), help=f"learning rate ({default('lr')})")
+    group.add_argument("--lr-step", type=number(int, 1), metavar="N", help=f"epochs after which it is divided by 10 ({default('lr_step')})")
+    group.add_argument("--erase", type=number(float, 0, 1), metavar="P", help=f"probability of random erasing ({default('erase')})")
+    group.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
+    group.add_argument("--seed", type=number(int, 0), metavar="N", help="of weights, batches and augmentation (default 0)")
+    group = parser.add_argument_group("run")
+    group.add_argument("--gpu", metavar="N", help="GPU, or cpu (default: the first GPU, else the CPU)")
+    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA)")
+    group.add_argument("--resume", metavar="FILE", help="go on with the run of this last.pt")
+    group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
+    group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
+    group.add_argument("--rerank", action="store_true", default=None, help="k-reciprocal re-ranking in the evaluation")
+    args = parser.parse_args()
+    chosen = {key: value for key, value in vars(args).items() if value is not None}
+    checkpoint, saved = None, {}
+    if args.resume:
+        checkpoint = load_file(args.resume)
+        if checkpoint.get("script") != Path(__file__).name or not {"args", "num_classes", "epoch", "model"} < checkpoint.keys():
+            raise UserError(f"{args.resume}: not a checkpoint of {Path(__file__).name}")
+        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume")}
+        for key in ("variant", "frames", "height", "width", "pool", *(() if args.evaluate else ("data", "ids", "clips", "lr", "lr_step", "seed"))):
+            if chosen.get(key, saved[key]) != saved[key]:
+                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved[key]}, not {chosen[key]}")
+        saved["output"] = str(Path(args.resume).parent)
+    data = chosen.get("data", saved.get("data", "synthetic"))
+    variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
+    recipe = dict(data=data, root="datasets", variant=variant, amp=False, seed=0, eval_every=0, rerank=False, output=f"runs/{Path(__file__).stem}-{data}")
+    recipe |= RECIPE | ROW_RECIPE.get(variant, {}) | (SMALL if data == "synthetic" else {})
+    return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
+
+
+def pick_device(gpu):  # same in every script
+    count = torch.cuda.device_count()
+    if gpu is None:
+        gpu = "0" if count else "cpu"
+    if gpu != "cpu" and not (gpu.isdecimal() and int(gpu) < count):
+        raise UserError(f"--gpu {gpu}: " + (f"there are GPUs 0 to {count - 1}" if count else "no GPU is there that torch can use; leave --gpu out"))
+    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
+    print(f"device: {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "" if count else " (no GPU found)"))
+    return device
+
+
+def load_file(path):  # same in every script
+    """A dict that torch.save wrote, on the CPU; raises UserError for anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def save_file(state, path):  # same in every script
+    """torch.save to a temporary name, then renamed: the previous file stays until the new one is whole."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        raise UserError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]}); a previous one is still whole") from None
+
+
+def train_epoch(model, loader, optimizer, device, args, epoch):  # same in every script
+    """One epoch; returns the means of the loss and its parts, and clips/s."""
+    model.train()
+    totals, start, clips_done = {}, time.time(), 0
+    with tqdm(total=len(loader) * args.ids * args.clips, desc=f"epoch {epoch}/{args.epochs}", unit=" clips", leave=False, disable=None) as bar:
+        for step, (clips, pids) in enumerate(loader, 1):
+            clips, pids = normalize(clips.to(device, non_blocking=True)), pids.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                outputs = model(clips)
+            loss, parts = objective(outputs, pids, args)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            values = {name: part.item() for name, part in {"loss": loss.detach(), **parts}.items()}
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"epoch {epoch}, step {step}: the loss is not finite ({values}); try a smaller --lr")
+            totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
+            clips_done += len(pids)
+            bar.set_postfix({name: f"{total / step:.3f}" for name, total in totals.items()}, refresh=False)
+            bar.update(len(pids))
+    return {**{name: total / len(loader) for name, total in totals.items()}, "clips/s": clips_done / (time.time() - start)}
+
+
+def main():  # same in every script
+    args, checkpoint = parse_args()
+    device = pick_device(args.gpu)
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+    dataset = load_dataset(args.data, args.root)
+    print(dataset.summary())
+    if checkpoint and not args.evaluate and checkpoint["num_classes"] != dataset.num_identities:
+        raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")
+    sampler = PKSampler([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
+    torch.manual_seed(args.seed)
+    try:
+        model = build(args, checkpoint["num_classes"], "none") if checkpoint else build(args, dataset.num_identities, args.weights)
+    except ValueError as error:
+        raise UserError(f"{error}; see --frames, --height, --width") from None
+    parameters, macs = complexity(model, args.frames, args.height, args.width)
+    print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of {args.height}x{args.width}")
+    model.to(device, memory_format=torch.channels_last)
+    size, history, first = (args.height, args.width), [], 1
+    optimizer = make_optimizer(model, args)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)
+
+    def test(label):
+        return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, batch=args.ids * args.clips,
+                        workers=args.workers, amp=args.amp)
+
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise UserError(f"{args.resume}: does not fit {args.variant} ({' '.join(str(error).split())[:160]} ...)") from None
+    if args.evaluate:
+        return test(f"after epoch {checkpoint['epoch']}" if checkpoint else "untrained")
+    output = Path(args.output)
+    own = checkpoint and output.resolve() == Path(args.resume).resolve().parent
+    if not own and ((output / "last.pt").exists() or (output / "log.csv").exists()):
+        raise UserError(f"{output} holds a run already: go on with --resume {output / 'last.pt'}, or name another --output")
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        torch.set_rng_state(checkpoint["rng"])
+        history, first = checkpoint["history"], checkpoint["epoch"] + 1
+        print(f"going on after epoch {checkpoint['epoch']} of {args.resume}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    if not checkpoint:
+        test("untrained")
+    loader = torch.utils.data.DataLoader(TrainClips(dataset.train, SAMPLE, args.frames, size, erase=args.erase), batch_sampler=sampler, num_workers=args.workers,
+                                         pin_memory=device.type == "cuda", persistent_workers=args.workers > 0)
+    result = None
+    for epoch in range(first, args.epochs + 1):
+        start = time.time()
+        sampler.set_epoch(epoch)
+        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0], **train_epoch(model, loader, optimizer, device, args, epoch)}
+        scheduler.step()
+        print(f"epoch {epoch}/{args.epochs}: " + "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch") + f"  ({time.time() - start:.0f} s)", flush=True)
+        result = test(f"after epoch {epoch}") if epoch == args.epochs or args.eval_every and epoch % args.eval_every == 0 else None
+        history.append({**row, "mAP": "", "rank-1": "", **({k: result[k] for k in ("mAP", "rank-1")} if result else {})})
+        save_file({"script": Path(__file__).name, "args": vars(args), "num_classes": dataset.num_identities, "epoch": epoch, "history": history,
+                   "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                   "rng": torch.get_rng_state()}, output / "last.pt")
+        try:
+            with open(output / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, history[0])
+                writer.writeheader()
+                writer.writerows(history)
+        except OSError as error:
+            raise UserError(f"{output / 'log.csv'}: cannot be written ({error.strerror}); last.pt is whole, --resume goes on") from None
+    return result or test(f"after epoch {args.epochs}")
+
+
+if __name__ == "__main__":  # same in every script
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"{Path(__file__).name}: {error}", file=sys.stderr) or 2)
+    except torch.OutOfMemoryError:
+        sys.exit(print(f"{Path(__file__).name}: out of GPU memory: use fewer --ids or --clips, a smaller --height and --width, or --amp", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print(f"{Path(__file__).name}: interrupted; --resume goes on with the last finished epoch", file=sys.stderr) or 130)
