@@ -13,24 +13,25 @@ TKS mixes the frames over time by kernels of several lengths, selected for every
 Where to find what:
     Sec. 3.1, Eq. 2    CrossScalePath (CSP)                        Sec. 3.2, Fig. 4, Eq. 6-8  TemporalKernelSelection (TKS)
     Sec. 3.1, Eq. 3    DiverseAttentionsOperation (DAO)            Sec. 3.1, Eq. 1, Sec. 3.3  BiCnet
-    Sec. 3.1, Eq. 4-5  divergence_loss                             Sec. 4.1                   objective
+    Sec. 3.1, Eq. 4-5  divergence_loss                             Sec. 3.1, 4.3.1            objective
 
 What the paper leaves open, and the reading taken:
     big frames        the first N / (1 + alpha) of a clip, as printed; the video feature is (f_d + f_c) / 2
-    small frames      resized at the input, bilinear with antialiasing (the printed GFLOPs fit a resize after the stem)
+    small frames      resized at the input, bilinear with antialiasing (most printed GFLOPs, 1.89 and 1.99 too, fit a resize after the stem)
     shared weights    BatchNorm too: in training each branch normalises by its own batch, the running averages take both in
     CSP               after stages 1 to 3; no bias; big frame m feeds the small frames alpha m ... alpha m + alpha - 1
     order             CSP, then TKS, then DAO (at stage 3)
     DAO's attention   k > 1: 1x1 convolution C -> 1, then H W -> H W, without biases; own modules for each branch
     DAO's residual    D_k + BN(sum over positions of A_k * D_k) for all positions, BN starting at zero (A * D would change D by
                       1 / (H W) only)
-    Eq. 5             mean of the two branches, weight 0.01; 0 for a branch of one frame
+    Eq. 5             mean of the two branches, weight 0.01; 0 for a branch of one frame; added to cross entropy and triplet loss
     TKS               over all N frames in their order: both branches are pooled to the same grid of 4 x 2 regions (the printed
                       GFLOPs fit regions of 4 x 2 pixels); W_i: a shared C -> C/16, BN, ReLU, then C/16 -> C for each path (the
                       printed parameters exclude C x C); nothing to select with one kernel; BN before the residual, starting at zero
     Table 4           alpha 2 and 4 with clips of 9 and 10 frames, Table 3's three branches with 9, a third each
     cross entropy     on a BN neck, as the triplet loss (cosine distance, margin 0.5)
-    test              clips of 8 consecutive frames; an epoch shows every identity once
+    sizes             exact halves and equal regions are asked for: multiples of 64 x 32 pixels for TKS at stage 2
+    test              clips of 8 consecutive frames; an epoch shows every identity once (some of the last batch twice)
 """
 import argparse
 import contextlib
@@ -189,14 +190,16 @@ class BiCnet(nn.Module):
     def __init__(self, num_classes, frames=8, height=256, width=128, shares=(1, 3), csp=True, dao=True, divergence=True, tks=(2,),
                  kernels=(3, 5), select=True, grid=(4, 2), pool="avg", weights="none"):
         super().__init__()
+        if csp and not (len(shares) == 2 and shares[0] and shares[1] % shares[0] == 0):
+            raise ValueError(f"CSP joins two branches with a whole number of small frames for each big one, not {':'.join(map(str, shares))}")
         if frames % sum(shares):
             raise ValueError(f"frames shared out as {':'.join(map(str, shares))}: a clip needs {sum(shares)}, {2 * sum(shares)}, {3 * sum(shares)} ... "
                              f"frames, not {frames}")
         smallest = 2 ** (len(shares) - 1)                                       # of the scales; sizes that all maps below divide
         rows, columns = (math.lcm(32 if csp else smallest, *(smallest * (4, 8, 16, 16)[stage - 1] * regions for stage in tks)) for regions in grid)
         if height % rows or width % columns:
-            raise ValueError(f"the branches fit together for heights of {rows}, {2 * rows}, {3 * rows} ... and widths of {columns}, {2 * columns}, "
-                             f"{3 * columns} ... pixels, not for {height}x{width}")
+            raise ValueError(f"the branches take heights of {rows}, {2 * rows}, {3 * rows} ... and widths of {columns}, {2 * columns}, {3 * columns} ... "
+                             f"pixels, not {height}x{width}")
         self.split = [frames * share // sum(shares) for share in shares]        # frames of each branch
         net = resnet50(weights)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
@@ -205,7 +208,7 @@ class BiCnet(nn.Module):
         self.csp = nn.ModuleDict({name: CrossScalePath(width_of[name], shares[1] // shares[0]) for name in ("layer1", "layer2", "layer3") if csp})
         self.tks = nn.ModuleDict({name: TemporalKernelSelection(width_of[name], kernels, grid, select=select) for name in (f"layer{i}" for i in tks)})
         self.dao = nn.ModuleList(DiverseAttentionsOperation(1024, M, -(-height // 2 ** (i + 4)), -(-width // 2 ** (i + 4)))
-                                 for i, M in enumerate(self.split) if dao)
+                                 for i, M in enumerate(self.split) if dao and M)
         self.divergence, self.pool = divergence, pool
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes, bias=False)
@@ -276,7 +279,7 @@ COLUMNS = "mAP and rank-1 on MARS, GFLOPs a frame and millions of parameters"
 ROW_RECIPE = {"height-256+128+64": dict(frames=9), "tb-alpha2": dict(frames=9), "tb-alpha4": dict(frames=10)}  # row -> what it changes in the recipe
 
 
-# ------------------------------------------------------------------------------------------------- Sec. 4.1: objective
+# ------------------------------------------------------------------------------------------ Sec. 3.1, 4.3.1: objective
 
 def objective(outputs, pids, args):
     """Cross entropy, triplet and divergence loss (Eq. 5, mean of the branches): the total and its parts, {name: scalar}."""
@@ -293,7 +296,7 @@ def objective(outputs, pids, args):
 RECIPE = dict(epochs=150, ids=16, clips=4, frames=8, height=256, width=128, lr=3.5e-4, lr_step=40, erase=0.5, pool="avg", weights="imagenet",
               margin=0.5, divergence=0.01)                                      # Sec. 4.1
 SMALL = dict(epochs=8, ids=4, clips=2, height=128, width=64, lr=5e-4, lr_step=7, erase=0.0, pool="max", weights="none")  # --data synthetic
-SAMPLE, SPLIT, METRIC = sample_strided, split_consecutive, "cosine"             # clips in training, in test; distance of the retrieval
+SAMPLER, SAMPLE, SPLIT, METRIC = PKSampler, sample_strided, split_consecutive, "cosine"  # batches and clips in training, clips in test; distance
 
 
 def number(kind, least, most=2 ** 31):  # same in every script
@@ -348,8 +351,8 @@ def parse_args():  # same in every script
     add_paper_arguments(parser.add_argument_group("of this paper"))
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=number(int, 1), metavar="N", help=default("epochs"))
-    group.add_argument("--ids", type=number(int, 2), metavar="P", help=f"identities a batch ({default('ids')})")
-    group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"clips of each identity ({default('clips')})")
+    group.add_argument("--ids", type=number(int, 2), metavar="P", help=f"P of the P x K clips in a batch ({default('ids')})")
+    group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"K of them ({default('clips')})")
     group.add_argument("--lr", type=number(float, 0), help=f"learning rate ({default('lr')})")
     group.add_argument("--lr-step", type=number(int, 1), metavar="N", help=f"epochs after which it is divided by 10 ({default('lr_step')})")
     group.add_argument("--erase", type=number(float, 0, 1), metavar="P", help=f"probability of random erasing ({default('erase')})")
@@ -370,14 +373,16 @@ def parse_args():  # same in every script
         if checkpoint.get("script") != Path(__file__).name or not {"args", "num_classes", "epoch", "model"} < checkpoint.keys():
             raise UserError(f"{args.resume}: not a checkpoint of {Path(__file__).name}")
         saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume")}
-        for key in ("variant", "frames", "height", "width", "pool", *(() if args.evaluate else ("data", "ids", "clips", "lr", "lr_step", "seed"))):
-            if chosen.get(key, saved[key]) != saved[key]:
-                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved[key]}, not {chosen[key]}")
+        training = {"data", "seed", "ids", "clips", "lr", "lr_step", "erase"}
+        for key in sorted({"variant", "data", "seed", *RECIPE} - {"epochs", "weights"} - (training if args.evaluate else set())):
+            if chosen.get(key, saved.get(key)) != saved.get(key):
+                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {chosen[key]}")
         saved["output"] = str(Path(args.resume).parent)
     data = chosen.get("data", saved.get("data", "synthetic"))
     variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
     recipe = dict(data=data, root="datasets", variant=variant, amp=False, seed=0, eval_every=0, rerank=False, output=f"runs/{Path(__file__).stem}-{data}")
-    recipe |= RECIPE | ROW_RECIPE.get(variant, {}) | (SMALL if data == "synthetic" else {})
+    row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
+    recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
 
 
@@ -450,7 +455,7 @@ def main():  # same in every script
     print(dataset.summary())
     if checkpoint and not args.evaluate and checkpoint["num_classes"] != dataset.num_identities:
         raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")
-    sampler = PKSampler([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
+    sampler = SAMPLER([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
     torch.manual_seed(args.seed)
     try:
         model = build(args, checkpoint["num_classes"], "none") if checkpoint else build(args, dataset.num_identities, args.weights)
@@ -458,7 +463,9 @@ def main():  # same in every script
         raise UserError(f"{error}; see --frames, --height, --width") from None
     parameters, macs = complexity(model, args.frames, args.height, args.width)
     print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of {args.height}x{args.width}")
-    model.to(device, memory_format=torch.channels_last)
+    for layer in model.to(device).modules():
+        if isinstance(layer, nn.Conv2d):                                        # 5-dimensional weights cannot be channels_last
+            layer.to(memory_format=torch.channels_last)
     size, history, first = (args.height, args.width), [], 1
     optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)

@@ -215,7 +215,8 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
     cmc, mean_ap, matched = cmc_map(d, q_pids, q_cams, g_pids, g_cams)
     result = {"mAP": 100 * mean_ap, **{f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}}
     skipped = f", {len(q) - matched:,} more have no match and are left out" if matched < len(q) else ""
-    print(f"{label}, all frames{', re-ranked' * use_rerank}:  mAP {result['mAP']:.1f}   CMC-1 {result['rank-1']:.1f}  CMC-5 {result['rank-5']:.1f}"
+    frames = "all frames" if all(split(len(t.frames), T).size >= len(t.frames) for t in tracklets) else f"whole clips of {T} frames"
+    print(f"{label}, {frames}{', re-ranked' * use_rerank}:  mAP {result['mAP']:.1f}   CMC-1 {result['rank-1']:.1f}  CMC-5 {result['rank-5']:.1f}"
           f"  CMC-10 {result['rank-10']:.1f}  CMC-20 {result['rank-20']:.1f}   ({matched:,} queries{skipped}, {len(g):,} gallery"
           f" tracklets, {time.time() - start:.0f} s)", flush=True)
     return result

@@ -176,6 +176,11 @@ def split_consecutive(n, T):
     return (np.arange(-(-n // T) * T) % n).reshape(-1, T)
 
 
+def split_whole(n, T):
+    """floor(n/T) clips of T consecutive frames, the rest dropped; a tracklet with fewer than T frames is cycled to one clip."""
+    return (np.arange(max(n // T, 1) * T) % n).reshape(-1, T)
+
+
 def split_segments(n, T):
     """ceil(n/T) clips, each with one frame of each of T equal parts, every frame used; filled by cycling the tracklet."""
     return (np.arange(-(-n // T) * T) % n).reshape(T, -1).T
@@ -317,6 +322,29 @@ class PKSampler(torch.utils.data.Sampler):
                 places = np.arange(self.P * self.K).reshape(self.P, self.K) + number * self.P * self.K
                 yield [(index, self.seed, self.epoch, int(place)) for p in range(self.rank, self.P, self.world)
                        for index, place in zip(picks[p], places[p])]
+
+
+class TrackletSampler(PKSampler):
+    """Batches of P * K tracklets, whatever their identities; an epoch shows every tracklet once, the last batch is filled up
+    with the first ones. Otherwise as PKSampler."""
+
+    def __init__(self, pids, P, K, seed=0, rank=0, world=1):
+        if P * K > len(pids):
+            raise UserError(f"a batch needs {P * K} tracklets, the training set has {len(pids)}: use fewer --ids or --clips")
+        if P * K % world:
+            raise UserError(f"{P * K} tracklets a batch do not divide over {world} processes: use a multiple of {world}")
+        self.count, self.batch, self.seed, self.rank, self.world = len(pids), P * K, seed, rank, world
+        self.set_epoch(0)
+
+    def __len__(self):
+        return -(-self.count // self.batch) - self.start
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
+        order = np.resize(order, len(order) + -len(order) % self.batch).reshape(-1, self.batch)
+        for number, batch in enumerate(order):
+            if number >= self.start:
+                yield [(int(batch[i]), self.seed, self.epoch, int(number * self.batch + i)) for i in range(self.rank, self.batch, self.world)]
 
 
 # ------------------------------------------------------------------------------------------------ the synthetic data set

@@ -381,7 +381,7 @@ def objective(outputs, pids, args):
 RECIPE = dict(epochs=160, ids=8, clips=4, frames=4, height=256, width=128, lr=3e-4, lr_step=40, erase=0.5, pool="avg", weights="imagenet",
               beta=5.0, alpha=0.1, lambda1=1.0, lambda2=0.01, margin=0.3)       # Sec. 3.1, 4.2
 SMALL = dict(epochs=8, ids=4, clips=2, height=128, width=64, lr=5e-4, lr_step=7, erase=0.0, pool="max", weights="none")  # --data synthetic
-SAMPLE, SPLIT, METRIC = sample_segments, split_segments, "cosine"               # clips in training, in test; distance of the retrieval
+SAMPLER, SAMPLE, SPLIT, METRIC = PKSampler, sample_segments, split_segments, "cosine"  # batches and clips in training, clips in test; distance
 
 
 def number(kind, least, most=2 ** 31):  # same in every script
@@ -439,8 +439,8 @@ def parse_args():  # same in every script
     add_paper_arguments(parser.add_argument_group("of this paper"))
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=number(int, 1), metavar="N", help=default("epochs"))
-    group.add_argument("--ids", type=number(int, 2), metavar="P", help=f"identities a batch ({default('ids')})")
-    group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"clips of each identity ({default('clips')})")
+    group.add_argument("--ids", type=number(int, 2), metavar="P", help=f"P of the P x K clips in a batch ({default('ids')})")
+    group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"K of them ({default('clips')})")
     group.add_argument("--lr", type=number(float, 0), help=f"learning rate ({default('lr')})")
     group.add_argument("--lr-step", type=number(int, 1), metavar="N", help=f"epochs after which it is divided by 10 ({default('lr_step')})")
     group.add_argument("--erase", type=number(float, 0, 1), metavar="P", help=f"probability of random erasing ({default('erase')})")
@@ -461,14 +461,16 @@ def parse_args():  # same in every script
         if checkpoint.get("script") != Path(__file__).name or not {"args", "num_classes", "epoch", "model"} < checkpoint.keys():
             raise UserError(f"{args.resume}: not a checkpoint of {Path(__file__).name}")
         saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume")}
-        for key in ("variant", "frames", "height", "width", "pool", *(() if args.evaluate else ("data", "ids", "clips", "lr", "lr_step", "seed"))):
-            if chosen.get(key, saved[key]) != saved[key]:
-                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved[key]}, not {chosen[key]}")
+        training = {"data", "seed", "ids", "clips", "lr", "lr_step", "erase"}
+        for key in sorted({"variant", "data", "seed", *RECIPE} - {"epochs", "weights"} - (training if args.evaluate else set())):
+            if chosen.get(key, saved.get(key)) != saved.get(key):
+                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {chosen[key]}")
         saved["output"] = str(Path(args.resume).parent)
     data = chosen.get("data", saved.get("data", "synthetic"))
     variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
     recipe = dict(data=data, root="datasets", variant=variant, amp=False, seed=0, eval_every=0, rerank=False, output=f"runs/{Path(__file__).stem}-{data}")
-    recipe |= RECIPE | ROW_RECIPE.get(variant, {}) | (SMALL if data == "synthetic" else {})
+    row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
+    recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
 
 
@@ -541,7 +543,7 @@ def main():  # same in every script
     print(dataset.summary())
     if checkpoint and not args.evaluate and checkpoint["num_classes"] != dataset.num_identities:
         raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")
-    sampler = PKSampler([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
+    sampler = SAMPLER([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
     torch.manual_seed(args.seed)
     try:
         model = build(args, checkpoint["num_classes"], "none") if checkpoint else build(args, dataset.num_identities, args.weights)
@@ -549,7 +551,9 @@ def main():  # same in every script
         raise UserError(f"{error}; see --frames, --height, --width") from None
     parameters, macs = complexity(model, args.frames, args.height, args.width)
     print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of {args.height}x{args.width}")
-    model.to(device, memory_format=torch.channels_last)
+    for layer in model.to(device).modules():
+        if isinstance(layer, nn.Conv2d):                                        # 5-dimensional weights cannot be channels_last
+            layer.to(memory_format=torch.channels_last)
     size, history, first = (args.height, args.width), [], 1
     optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)

@@ -12,25 +12,29 @@ every frame to the others first, so that little is lost by the erasing.
 
 Where to find what:
     Sec. 3.1, Eq. 3    CorrelationLayer                        Sec. 3.2, Eq. 6, Fig. 3  TemporalSaliencyBoosting (TSB)
-    Sec. 3.1, Eq. 4    BlockBinarization                       Sec. 3.3, Fig. 4         TCLNet; objective
+    Sec. 3.1, Fig. 2b  BlockBinarization                       Sec. 3.3, Fig. 4         TCLNet; objective
     Sec. 3.1, Eq. 4-5  SaliencyErasingOperation (SEO)          Sec. 4.4, Table 4        NonLocalBlock, TemporalConv
     Sec. 3.1, Eq. 1-2  TemporalSaliencyErasing (TSE)
 
 What the paper leaves open, and the reading taken:
     erased map        F * B + BN(sum over positions of G * F), the sum for all positions, BN starting at zero: the only use of
-                      G that keeps the printed parameters (but for the 2,048 of BN) and lets gradients reach w
+                      G read here that neither shrinks with the map nor adds to the printed parameters (but for BN's 2,048); it lets
+                      gradients reach w
     first frame       B = 1 and, the product of no correlation maps being 1, G = softmax(1): uniform
     Eq. 3             divided by sqrt(D), because the softmax saturates on plain products (scaled=False: the printed form);
-                      one w for all pairs of frames; f_k without gradient
+                      one w for all pairs of frames; f_k is the average-pooled vector, without gradient
     block search      the block lies inside the map (N_pos of the paper); the first of equal maxima wins
     erased size       h_e and w_e are given for the 16 x 8 map of 256x128 frames and scale with the map
     TSB               the memory holds the other T - 1 frames, no projections, tau = 5, BN starting at zero
     BatchNorm         the two shared blocks and SEO's BN see one frame of every segment at a time, in training too
-    test              BN, then L2 of each learner's vector, concatenated; a BN neck is not in the paper
-    training clips    frames 8 apart; in test consecutive ones
-    batch of 32       8 identities x 4 clips; an epoch shows every identity once
-    Table 4           non-local block after stage 3 (c' = 512, no biases); DropBlock after stages 3 and 4, p = 0.1, 7x7; 3D: the
-                      first convolution of all sixteen blocks becomes 3x1x1 (has the printed GFLOPs, 32.2M parameters for 33.7M)
+    test              BN, then L2 of each learner's vector, concatenated, clip by clip; the clips are averaged after that
+    training clips    frames 8 apart, in test consecutive ones; N = 3 takes clips of 6 frames
+    batch of 32       8 identities x 4 clips, losses summed over the learners, cosine triplet with margin 0.4 on the BN neck's output,
+                      weight decay 5e-4; an epoch shows every identity once (some of the last batch twice)
+    parameters        all rows with N = 2 are printed as 29.9 million; the modules have 30.07, which N = 3 and 4 confirm
+    Table 4           non-local block after stage 3 (c' = 512, no biases; its cost is printed four times too high); DropBlock after stages 3
+                      and 4, p = 0.1, 7x7 or the largest odd block that fits; RE with p = 0.5; 3D: the first convolution of all
+                      sixteen blocks becomes 3x1x1 (has the printed GFLOPs, 32.2M parameters for 33.7M)
 
 Single images (Sec. 4.3): TSE takes clips of one frame, too, and repeats it over the learners, so that they find different parts
 of one image: build TCLNet with frames=1, tsb=(), or call TSE on maps (B, 1, D, H, W).
@@ -129,7 +133,8 @@ class TemporalSaliencyErasing(nn.Module):
     Maps (B, T, D, H, W) -> frame vectors c (B, T/N, N, D1), by segments of N frames. T divisible by N; T = 1 is repeated for
     all learners (single images, Sec. 4.3).
     shared: the layers that all learners share; learners: N modules, L_n without the shared ones;
-    channels: D; features: D1; block, stride, scaled: see SaliencyErasingOperation; erase: False leaves it out; pool: "avg" or "max".
+    channels: D; features: D1; block, stride, scaled: see SaliencyErasingOperation; erase: False leaves it out; pool: "avg" or "max" of
+    the vectors returned (SEO takes the averages).
     """
 
     def __init__(self, shared, learners, channels, features, block, stride=(1, 1), scaled=True, erase=True, pool="avg"):
@@ -145,13 +150,14 @@ class TemporalSaliencyErasing(nn.Module):
         if T % N:
             raise ValueError(f"TSE with {N} learners needs clips of a multiple of {N} frames, not {T}")
         x = x.reshape(B * T // N, N, *x.shape[2:])                              # all segments C_k at once
-        features = []
+        seen, features = [], []
         for n, learner in enumerate(self.learners):
             frame = x[:, n].contiguous(memory_format=torch.channels_last)
             if self.seo:
-                frame = self.seo(frame, torch.stack(features, 1) if n else frame.new_empty(len(x), 0, self.seo.correlation.w.in_features))
+                frame = self.seo(frame, torch.stack(seen, 1) if n else frame.new_empty(len(x), 0, self.seo.correlation.w.in_features))
             y = learner(self.shared(frame))
-            features.append(y.mean((2, 3)) if self.pool == "avg" else y.amax((2, 3)))   # Eq. 1-2
+            seen.append(y.mean((2, 3)))                                         # f_n, Eq. 1-2
+            features.append(seen[-1] if self.pool == "avg" else y.amax((2, 3)))
         return torch.stack(features, 1).view(B, T // N, N, -1)                  # Eq. 7
 
 
@@ -210,13 +216,12 @@ class TemporalConv(nn.Module):
     def __init__(self, conv, frames):
         super().__init__()
         self.frames = frames
-        self.taps = nn.Conv2d(conv.in_channels, 3 * conv.out_channels, 1, bias=False)
+        self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, 1, 1), padding=(1, 0, 0), bias=False)
         with torch.no_grad():
-            self.taps.weight.zero_().chunk(3)[1].copy_(conv.weight)
+            self.conv.weight.zero_()[:, :, 1].copy_(conv.weight)
 
     def forward(self, x):
-        before, here, after = self.taps(x).unflatten(0, (-1, self.frames)).chunk(3, 2)
-        return (here + F.pad(before, (0,) * 6 + (1, -1)) + F.pad(after, (0,) * 6 + (-1, 1))).flatten(0, 1)
+        return self.conv(x.unflatten(0, (-1, self.frames)).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------- Sec. 3.3: network
@@ -247,7 +252,7 @@ class TCLNet(nn.Module):
     Clips (B, T, 3, H, W), normalised -> in eval mode embeddings (B, N * 2048), the learners' L2-normalised vectors; in train
     mode embeddings (B, N, 2048) and logits (B, N, num_classes).
 
-    frames, height, width: T, H, W; T a multiple of N (or 1), the map H/16 x W/16 larger than the erased block.
+    frames, height, width: T, H, W; T a multiple of N (or 1), the map H/16 x W/16 larger than what N - 1 blocks erase.
     learners: N >= 1 (1: no erasing); erase: False is "TSE-wo-SEO"; block: (h_e, w_e) at a 16x8 map; tsb: stages with a TSB behind
     them, of 1, 2, 3; tau: see TSB; scaled: see CorrelationLayer; extra: None or what Table 4 compares with, "dropblock", "3d" or
     "nl"; pool: "avg" or "max" over the final map; weights: see resnet50. Raises ValueError for a size that it cannot take.
@@ -262,8 +267,11 @@ class TCLNet(nn.Module):
             raise ValueError(f"TSB takes the other frames of a clip for its memory: it needs at least 2 frames, not {frames}")
         rows, columns = -(-height // 16), -(-width // 16)
         block = max(1, int(block[0] * rows / 16 + 0.5)), max(1, min(columns, int(block[1] * columns / 8 + 0.5)))
-        if erase and learners > 1 and block == (rows, columns):
-            raise ValueError(f"frames of {height}x{width} have a map of {rows}x{columns} that the erased block covers: at least 17 pixels of height")
+        if erase and learners > 1 and block[1] == columns and (learners - 1) * block[0] >= rows:
+            raise ValueError(f"{learners - 1} erased block(s) of {block[0]}x{block[1]} can cover the whole {rows}x{columns} map of {height}x{width} frames: "
+                             "use a larger height")
+        if extra == "3d" and learners > 1 or extra == "nl" and 3 in tsb:
+            raise ValueError('"3d" goes with one learner, "nl" stands where the TSB of stage 3 would')
         net = resnet50(weights)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layer1, self.layer2, self.layer3 = net.layer1, net.layer2, net.layer3
@@ -272,7 +280,8 @@ class TCLNet(nn.Module):
         if extra == "nl":
             self.after["layer3"] = NonLocalBlock(1024)
         if extra == "dropblock":
-            shared, last = [torchvision.ops.DropBlock2d(0.1, 7), *shared], nn.Sequential(last, torchvision.ops.DropBlock2d(0.1, 7))
+            drop = torchvision.ops.DropBlock2d(0.1, min(7, rows - 1 + rows % 2, columns - 1 + columns % 2))   # odd, and inside the map
+            shared, last = [drop, *shared], nn.Sequential(last, drop)
         if extra == "3d":
             for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
                 for bottleneck in stage:
@@ -352,7 +361,8 @@ def objective(outputs, pids, args):
 RECIPE = dict(epochs=150, ids=8, clips=4, frames=4, height=256, width=128, lr=3e-4, lr_step=40, erase=0.0, pool="avg", weights="imagenet",
               tau=5.0, loss="xent+tri", margin=0.4)                             # Sec. 4.1
 SMALL = dict(epochs=8, ids=4, clips=2, height=128, width=64, lr=5e-4, lr_step=7, pool="max", weights="none")  # --data synthetic
-SAMPLE, SPLIT, METRIC = functools.partial(sample_strided, stride=8), split_consecutive, "cosine"  # clips in training, in test; distance of the retrieval
+SAMPLER, SAMPLE, SPLIT, METRIC = (PKSampler, functools.partial(sample_strided, stride=8), split_consecutive,
+                                  "cosine")                                     # batches and clips in training, clips in test; distance
 
 
 def number(kind, least, most=2 ** 31):  # same in every script
@@ -408,8 +418,8 @@ def parse_args():  # same in every script
     add_paper_arguments(parser.add_argument_group("of this paper"))
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=number(int, 1), metavar="N", help=default("epochs"))
-    group.add_argument("--ids", type=number(int, 2), metavar="P", help=f"identities a batch ({default('ids')})")
-    group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"clips of each identity ({default('clips')})")
+    group.add_argument("--ids", type=number(int, 2), metavar="P", help=f"P of the P x K clips in a batch ({default('ids')})")
+    group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"K of them ({default('clips')})")
     group.add_argument("--lr", type=number(float, 0), help=f"learning rate ({default('lr')})")
     group.add_argument("--lr-step", type=number(int, 1), metavar="N", help=f"epochs after which it is divided by 10 ({default('lr_step')})")
     group.add_argument("--erase", type=number(float, 0, 1), metavar="P", help=f"probability of random erasing ({default('erase')})")
@@ -430,14 +440,16 @@ def parse_args():  # same in every script
         if checkpoint.get("script") != Path(__file__).name or not {"args", "num_classes", "epoch", "model"} < checkpoint.keys():
             raise UserError(f"{args.resume}: not a checkpoint of {Path(__file__).name}")
         saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume")}
-        for key in ("variant", "frames", "height", "width", "pool", *(() if args.evaluate else ("data", "ids", "clips", "lr", "lr_step", "seed"))):
-            if chosen.get(key, saved[key]) != saved[key]:
-                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved[key]}, not {chosen[key]}")
+        training = {"data", "seed", "ids", "clips", "lr", "lr_step", "erase"}
+        for key in sorted({"variant", "data", "seed", *RECIPE} - {"epochs", "weights"} - (training if args.evaluate else set())):
+            if chosen.get(key, saved.get(key)) != saved.get(key):
+                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {chosen[key]}")
         saved["output"] = str(Path(args.resume).parent)
     data = chosen.get("data", saved.get("data", "synthetic"))
     variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
     recipe = dict(data=data, root="datasets", variant=variant, amp=False, seed=0, eval_every=0, rerank=False, output=f"runs/{Path(__file__).stem}-{data}")
-    recipe |= RECIPE | ROW_RECIPE.get(variant, {}) | (SMALL if data == "synthetic" else {})
+    row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
+    recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
 
 
@@ -510,7 +522,7 @@ def main():  # same in every script
     print(dataset.summary())
     if checkpoint and not args.evaluate and checkpoint["num_classes"] != dataset.num_identities:
         raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")
-    sampler = PKSampler([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
+    sampler = SAMPLER([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
     torch.manual_seed(args.seed)
     try:
         model = build(args, checkpoint["num_classes"], "none") if checkpoint else build(args, dataset.num_identities, args.weights)
@@ -518,7 +530,9 @@ def main():  # same in every script
         raise UserError(f"{error}; see --frames, --height, --width") from None
     parameters, macs = complexity(model, args.frames, args.height, args.width)
     print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of {args.height}x{args.width}")
-    model.to(device, memory_format=torch.channels_last)
+    for layer in model.to(device).modules():
+        if isinstance(layer, nn.Conv2d):                                        # 5-dimensional weights cannot be channels_last
+            layer.to(memory_format=torch.channels_last)
     size, history, first = (args.height, args.width), [], 1
     optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)

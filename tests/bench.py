@@ -14,15 +14,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bicnet_tks
+import m3d
 import sinet
+import strf
 import tclnet
 
-# name: (the model, what it is compared with, frames a clip)
-PAIRS = {
-    "bicnet_tks.py / its base-b": (lambda **o: bicnet_tks.BiCnet(625, **o), lambda **o: bicnet_tks.BiCnet(625, **bicnet_tks.VARIANTS["base-b"][0], **o), 8),
-    "sinet.py / its base": (lambda **o: sinet.SINet(625, **o), lambda **o: sinet.SINet(625, **sinet.VARIANTS["base"][0], **o), 4),
-    "tclnet.py / its base": (lambda **o: tclnet.TCLNet(625, **o), lambda **o: tclnet.TCLNet(625, **tclnet.VARIANTS["base"][0], **o), 4),
-}
+
+def make(row, script, frames, size, **options):
+    """The network of a row of VARIANTS."""
+    network = {bicnet_tks: bicnet_tks.BiCnet, sinet: sinet.SINet, tclnet: tclnet.TCLNet, m3d: m3d.TwoStreamM3D, strf: strf.STRFNet}[script]
+    sizes = {} if script in (m3d, strf) else dict(height=size[0], width=size[1])
+    return network(625, frames, **sizes, **{**script.VARIANTS[row][0], **options})
+
+
+# (script, row, its 2D baseline, frames a clip); tclnet's base is the plain network that STRF starts from, too
+PAIRS = [(bicnet_tks, "bicnet-tks", (bicnet_tks, "base-b"), 8), (sinet, "sinet", (sinet, "base"), 4), (tclnet, "tclnet", (tclnet, "base"), 4),
+         (m3d, "m3d", (m3d, "2d"), 8), (m3d, "m3d+ral", (m3d, "2d"), 8), (strf, "p3dc", (tclnet, "base"), 8), (strf, "strf-p3dc", (tclnet, "base"), 8)]
 
 
 def seconds(work, device):
@@ -46,16 +53,24 @@ def paired(a, b, device, repeats):
 def inference(args, device):
     """Milliseconds a clip of a full model and of its paper's 2D baseline on the same frames, eval mode."""
     print(f"inference, {args.clips} clips of {args.height}x{args.width} a batch, {'bfloat16' if args.amp else 'float32'}, {device}")
-    print(f"  {'model / baseline':32} {'ms a clip':>10} {'ms a clip':>10} {'ratio':>7}   (min - max of {args.repeats})")
-    for name, (full, base, frames) in PAIRS.items():
-        models = [make(frames=frames, height=args.height, width=args.width).eval().to(device, memory_format=torch.channels_last) for make in (full, base)]
+    print(f"  {'model / baseline':36} {'ms a clip':>10} {'ms a clip':>10} {'ratio':>7}   (min - max of {args.repeats})")
+    for script, row, (other, base), frames in PAIRS:
+        models = []
+        for owner, name in ((script, row), (other, base)):
+            stream = dict(stream=m3d.ROW_RECIPE[name]["stream"]) if owner is m3d else {}
+            model = make(name, owner, frames, (args.height, args.width), **stream).eval().to(device)
+            for layer in model.modules():
+                if isinstance(layer, torch.nn.Conv2d):
+                    layer.to(memory_format=torch.channels_last)
+            models.append(model)
+        name = f"{script.__name__}.py {row} / {'2D' if other is not script else base}"
         clips = torch.randn(args.clips, frames, 3, args.height, args.width, device=device)
 
         def run(model):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 model(clips)
         a, b, ratio, low, high = paired(lambda: run(models[0]), lambda: run(models[1]), device, args.repeats)
-        print(f"  {name:32} {1e3 * a / args.clips:10.1f} {1e3 * b / args.clips:10.1f} {ratio:7.2f}   ({low:.2f} - {high:.2f})", flush=True)
+        print(f"  {name:36} {1e3 * a / args.clips:10.1f} {1e3 * b / args.clips:10.1f} {ratio:7.2f}   ({low:.2f} - {high:.2f})", flush=True)
 
 
 PARTS = {"inference": inference}

@@ -17,7 +17,8 @@ import torchvision
 from data import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"sinet.py": ("xent", "triplet", "mi"), "tclnet.py": ("xent", "triplet"), "bicnet_tks.py": ("xent", "triplet", "div")}   # parts of the loss
+SCRIPTS = {"sinet.py": ("xent", "triplet", "mi"), "tclnet.py": ("xent", "triplet"), "bicnet_tks.py": ("xent", "triplet", "div"),
+           "m3d.py": ("xent-spatial", "xent-temporal"), "strf.py": ("xent", "triplet")}          # parts of the loss
 TINY = ("--height", 48, "--width", 40, "--ids", 2, "--clips", 2)
 
 
@@ -58,12 +59,24 @@ def test_every_script_trains_resumes_and_evaluates(run, small_root, tmp_path, sc
     assert done.returncode == 0, done.stderr
     folder = tmp_path / f"runs/{Path(script).stem}-synthetic"
     done = run(script, "--resume", folder / "last.pt", "--epochs", 2, "--amp", "--workers", 1)
-    assert done.returncode == 0 and "after epoch 2, all frames" in done.stdout, done.stderr
+    protocol = "whole clips of 3 frames" if script == "m3d.py" else "all frames"
+    assert done.returncode == 0 and f"after epoch 2, {protocol}" in done.stdout, done.stderr
     log = read_log(folder)
     assert [row["epoch"] for row in log] == ["1", "2"] and {"loss", *SCRIPTS[script]} < set(log[0])
     assert all(math.isfinite(float(row["loss"])) for row in log) and log[1]["mAP"]
     done = run(script, "--resume", folder / "last.pt", "--evaluate")
-    assert done.returncode == 0 and "after epoch 2, all frames" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"after epoch 2, {protocol}" in done.stdout, done.stderr
+
+
+def test_m3d_starts_from_a_2d_stream(run, refuses, small_root, tmp_path):
+    common = ("--root", small_root, "--height", 64, "--width", 32, "--ids", 3, "--frames", 4)
+    done = run("m3d.py", *common, "--variant", "2d", "--epochs", 1, "--output", "2d")
+    assert done.returncode == 0, done.stderr
+    done = run("m3d.py", *common, "--variant", "m3d", "--init-2d", "2d/last.pt", "--epochs", 1, "--output", "m3d")
+    assert done.returncode == 0 and "mAP" in done.stdout, done.stderr
+    assert run("m3d.py", "--resume", "m3d/last.pt", "--evaluate").returncode == 0
+    refuses((*common, "--init-2d", "m3d/last.pt"), "m3d/last.pt: holds no 2D stream", script="m3d.py")
+    refuses((*common, "--init-2d", "none.pt"), "none.pt: no such file", script="m3d.py")
 
 
 def test_a_run_prints_and_writes(trained):
@@ -180,17 +193,21 @@ def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
 
 @pytest.mark.parametrize("script, arguments, says", [
     ("tclnet.py", ("--frames", 3), ["2 learners take clips of 2, 4, 6 ... frames, not 3", "--frames"]),
-    ("tclnet.py", ("--height", 16), ["map of 1x4 that the erased block covers"]),
+    ("tclnet.py", ("--height", 16), ["1 erased block(s) of 1x4 can cover the whole 1x4 map of 16x64 frames"]),
     ("tclnet.py", ("--loss", "tri"), ["--loss", "'tri'"]),
     ("bicnet_tks.py", ("--frames", 6), ["a clip needs 4, 8, 12 ... frames, not 6", "--frames"]),
-    ("bicnet_tks.py", ("--height", 48), ["heights of 64, 128, 192 ... and widths of 32, 64, 96 ... pixels, not for 48x64"]),
+    ("bicnet_tks.py", ("--height", 48), ["heights of 64, 128, 192 ... and widths of 32, 64, 96 ... pixels, not 48x64"]),
     ("bicnet_tks.py", ("--divergence", "-1"), ["--divergence", "float of 0 to"]),
     *((script, *case) for script in list(SCRIPTS)[1:] for case in (
         (("--data", "mars", "--root", "nowhere"), ["nowhere/mars: missing bbox_train"]),
         (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
         (("--bogus",), ["--bogus", "--help"]),
         (("--resume", "sinet.pt"), [f"sinet.pt: not a checkpoint of {script}"]),
-        (("--ids", "7"), ["a batch needs 7 identities, the training set has 6"])))])
+        (("--frames", "0"), ["--frames", "int of 1 to"]))),
+    *((script, ("--ids", "7"), ["a batch needs 7 identities, the training set has 6"]) for script in list(SCRIPTS)[1:] if script != "m3d.py"),
+    ("m3d.py", ("--ids", "700"), ["a batch needs 700 tracklets, the training set has"]),
+    ("m3d.py", ("--stream", "both"), ["--stream", "'both'"]),
+    ("strf.py", ("--kappa", "x"), ["--kappa", "float of 0 to"])])
 def test_wrong_flags_of_every_script(refuses, small_root, tmp_path, script, arguments, says):
     torch.save({"script": "sinet.py"}, tmp_path / "sinet.pt")
     refuses((*(() if "--root" in arguments else ("--root", small_root)), *arguments), *says, script=script)
@@ -215,6 +232,7 @@ def test_checkpoint_errors(trained, run, refuses, tmp_path):
     refuses(("--resume", last, "--variant", "sinet"), "was trained with --variant base, not sinet")
     refuses(("--resume", last, "--height", 64), "was trained with --height 48, not 64")
     refuses(("--resume", last, "--lr", 1), "was trained with --lr 0.0005, not 1.0")
+    refuses(("--resume", last, "--evaluate", "--beta", 1), "was trained with --beta 5.0, not 1.0")
     for content, says in (({"a": 1}, "not a checkpoint of sinet.py"), ({"script": "sinet.py"}, "not a checkpoint of sinet.py"),
                           ([1], "holds a list"), ({"script": Path("x")}, "not a readable checkpoint")):   # a Path is more than data
         torch.save(content, tmp_path / "odd.pt")

@@ -159,11 +159,27 @@ def test_a_learner_never_sees_what_was_erased():
     features = tse.learners[0](x[:, 0]).mean((2, 3))
     r = tse.seo.correlation(x[:, 1], features[:, None])
     assert (tse.seo.binarization(r)[:, 0] == ~erased).all()
-    changed = x.clone()                                           # whatever is in the erased block does not reach the second learner
+    changed = x.clone()                                           # what is in the erased block does not reach the second learner
     changed[:, 1] += 1e-4 * torch.rand_like(changed[:, 1]) * erased[:, None]
     seen = tse.learners[1].seen
     tse(changed)
     assert torch.equal(tse.learners[1].seen, seen)
+    wake(tse)                                                     # nor does it with BN(sum of G * F) on: G is 0 there
+    gate_free = SaliencyErasingOperation(D, 10, (2, W))
+    gate_free.load_state_dict(tse.seo.state_dict())
+    inside = []
+    gate_free.bn.register_forward_pre_hook(lambda module, args: inside.append(args[0]))
+    f = features[:, None]
+    mask = gate_free.binarization(gate_free.correlation(x[:, 1], f))[:, 0]
+    gate_free(x[:, 1], f)
+    r = gate_free.correlation(x[:, 1], f).flatten(1).softmax(1).unflatten(1, (H, W)) * mask
+    torch.testing.assert_close(inside[0], torch.einsum("bdhw,bhw->bd", x[:, 1] * mask[:, None], r))
+
+
+def test_former_features_get_no_gradient():
+    layer, f = CorrelationLayer(8, 10), torch.randn(2, 1, 10, requires_grad=True)
+    layer(torch.randn(2, 8, 3, 3, requires_grad=True), f).sum().backward()
+    assert f.grad is None and layer.w.weight.grad.any()
 
 
 def test_tse_gradients_reach_w():
@@ -206,8 +222,9 @@ def test_tsb_properties():
     order = torch.tensor([2, 0, 3, 1])                            # the others are a set: order plays no role
     torch.testing.assert_close(tsb(x[:, order]), tsb(x)[:, order], atol=1e-5, rtol=1e-5)
     tsb.eval()
-    same = tsb(x[:, :1].expand(-1, 4, -1, -1, -1))
-    torch.testing.assert_close(same[:, 0], same[:, 3])
+    own = x.clone()
+    own[:, 0] *= 2                                                # a frame is not in its own memory: doubled, it finds the same
+    torch.testing.assert_close((tsb(own) - own)[:, 0], (tsb(x) - x)[:, 0])
     with pytest.raises(ValueError, match="at least 2 frames"):
         tsb(x[:, :1])
 
@@ -237,8 +254,12 @@ def test_non_local_and_temporal_convolution():
     temporal = TemporalConv(conv, 3).double()
     close(temporal(x.flatten(0, 1)), conv(x.flatten(0, 1)))       # as the 1x1 convolution at the start
     randomize(temporal)
-    kernel = torch.stack(temporal.taps.weight.chunk(3), 2)        # (6, 8, 3, 1, 1)
-    close(temporal(x.flatten(0, 1)), F.conv3d(x.transpose(1, 2), kernel, padding=(1, 0, 0)).transpose(1, 2).flatten(0, 1))
+    y = torch.zeros(2, 3, 6, 4, 3, dtype=x.dtype)
+    for t in range(3):
+        for a in range(3):
+            if 0 <= t + a - 1 < 3:
+                y[:, t] += torch.einsum("oc,bchw->bohw", temporal.conv.weight[:, :, a, 0, 0], x[:, t + a - 1])
+    close(temporal(x.flatten(0, 1)), y.flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------ objective and network
@@ -323,8 +344,8 @@ def test_network(T, H, W, pool):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_runs(variant):
     T = ROW_RECIPE.get(variant, {}).get("frames", 4)
-    model = TCLNet(3, T, 112, 48, **VARIANTS[variant][0])
-    embeddings, logits = model(torch.randn(2, T, 3, 112, 48))
+    model = TCLNet(3, T, 128, 64, **VARIANTS[variant][0])
+    embeddings, logits = model(torch.randn(2, T, 3, 128, 64))
     N = len(model.tse.learners)
     assert embeddings.isfinite().all() and logits.shape == (2, N, 3)
 
@@ -341,7 +362,7 @@ def test_the_erased_block_scales_with_the_map(height, width, block):
         assert TCLNet(5, 4, height, width).tse.seo.binarization.block == block
 
 
-def test_all_variants_start_as_the_baseline():
+def test_learners_without_erasing_start_as_the_baseline():
     """With the zeros of the initialisation TSB adds nothing, and the first learner is the backbone."""
     base, tcl = TCLNet(3, 4, 64, 48, **tclnet.BASE).eval(), TCLNet(3, 4, 64, 48, tsb=(1, 2, 3), erase=False).eval()
     missing, unexpected = tcl.load_state_dict(base.state_dict(), strict=False)
@@ -353,8 +374,10 @@ def test_all_variants_start_as_the_baseline():
 
 
 @pytest.mark.parametrize("arguments, options, says", [
-    ((3, 256, 128), {}, "2 learners take clips of 2, 4, 6 ... frames, not 3"), ((4, 16, 128), {}, "map of 1x8 that the erased block covers"),
-    ((1, 256, 128), {}, "at least 2 frames, not 1")])
+    ((3, 256, 128), {}, "2 learners take clips of 2, 4, 6 ... frames, not 3"), ((1, 256, 128), {}, "at least 2 frames, not 1"),
+    ((4, 16, 128), {}, "can cover the whole 1x8 map of 16x128"), ((4, 256, 128), dict(block=(17, 8)), "can cover the whole 16x8 map"),
+    ((6, 32, 16), dict(learners=3), "2 erased block.s. of 1x1 can cover the whole 2x1 map"),
+    ((4, 256, 128), dict(extra="3d"), "one learner"), ((4, 256, 128), dict(extra="nl", tsb=(3,)), "stands where the TSB")])
 def test_network_refuses(arguments, options, says):
     with pytest.raises(ValueError, match=says):
         TCLNet(5, *arguments, **options)

@@ -1,0 +1,533 @@
+"""STRF: Spatio-Temporal Representation Factorization for Video-based Person Re-Identification.
+
+Aich, Zheng, Karanam, Chen, Roy-Chowdhury, Wu. ICCV 2021. https://arxiv.org/abs/2107.11878
+
+A unit of four attention masks in front of a temporal convolution: what changes over time and what does not, what is fine in space and
+what is coarse. Each mask compares the positions of a clip by features that were pooled over time or space, little or much, and
+every position becomes an average of those like it. The unit needs four 1x1 convolutions and no more.
+
+    python strf.py                                  # a small run on synthetic data, on any machine
+    python strf.py --data mars --gpu 0              # the paper's recipe
+    python strf.py --data mars --variant p3dc       # a row of its tables (see VARIANTS)
+
+Where to find what:
+    Sec. 3.2, Eq. 2-4, 6  FactorizedAttentionMask (FAM)           Sec. 3.2, Fig. 3  InflatedConv (I3D), P3DConv (P3D-A, -B, -C)
+    Sec. 3.1, Eq. 1, 5, 7  FeatureFactorizationModule (FFM)       Sec. 3.2, 4.1     STRFNet
+    Sec. 3.2, Eq. 8       STRF                                    Sec. 3.2, Eq. 9   objective
+
+What the paper leaves open, and the reading taken:
+    Eq. 3             the columns of T are L2-normalised over channels and frames first: kappa = 4 comes from works that apply it to
+                      cosine similarity (normalize=False: as printed)
+    softmax axis      over rows: every position of the output is a weighted average (the columns of M sum to one)
+    H_dk              a 1x1x1 convolution c -> c/16 without bias for each of the four factors of a unit (the printed +0.05M)
+    pooling           max, stride 1, same padding, (r_tau, r_sigma) = (1, 3); averages leave the padding out
+    order             temporal, then spatial (Sec. 4.2)
+    residual, scale   none: Eq. 5, 7, 8 as printed; a dimension without factors is left out
+    where             on the input of the temporal convolution (P3D) or of the 3x3x3 one (I3D); blocks 0 and 2 of stage 2, 0, 2 and 4 of
+                      stage 3 (stages 1 and 4: 0 and 2); nothing between the convolutions of a P3D block, no temporal BatchNorm
+    Table 5           stages 2 and 3 stay 3D; STRF stands in the named stages, whose blocks become 3D where they were not
+    3D blocks         start as the 2D network (P3D-A: centre tap identity; I3D: centre tap the 2D weights; others zero)
+    recipe            its supplement is not at hand: T = 8, 224x112, stride 4, Adam 3e-4, 240 epochs, /10 every 60, 8 x 4 clips, flip only,
+                      margin 0.3, a BN neck; in test clips of consecutive frames; an epoch shows every identity once
+    parameters        the paper counts the 625-way classifier of MARS, with bias, and no neck
+"""
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+from common import batch_hard_triplet, complexity, evaluate
+from data import PKSampler, TrainClips, UserError, load_dataset, normalize, sample_strided, split_consecutive
+
+
+# Frames are the batch of the 2D network, (B*T, C, H, W) in channels_last: as (B, C, T, H, W) the same memory is channels_last_3d, so
+# that a temporal convolution reads and writes it where it is.
+
+def as_clips(x, T):
+    """(B*T, C, H, W) -> (B, C, T, H, W), a view."""
+    return x.unflatten(0, (-1, T)).transpose(1, 2)
+
+
+def as_frames(x):
+    """(B, C, T, H, W) -> (B*T, C, H, W)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+# ------------------------------------------------------------------------- Sec. 3: spatio-temporal factorization (STRF)
+
+class FactorizedAttentionMask(nn.Module):
+    """FAM, Eq. 2-3: which positions of a clip are alike, judged by features pooled over time or space.
+
+    f (B, T, C, H, W) -> M (B, H*W, H*W), columns with sum 1.
+    dimension: "t" or "s", over which G pools (Eq. 4, 6); resolution: r, odd, the window of G in frames or positions; pool: "max" or
+    "avg"; reduction: n; kappa: temperature; normalize: cosine similarity (False: as printed).
+    """
+
+    def __init__(self, channels, dimension, resolution, pool="max", reduction=16, kappa=4.0, normalize=True):
+        super().__init__()
+        self.h = nn.Conv2d(channels, channels // reduction, 1, bias=False)
+        self.window = (resolution, 1, 1) if dimension == "t" else (1, resolution, resolution)
+        self.pool, self.kappa, self.normalize = pool, kappa, normalize
+
+    def forward(self, f):
+        x = as_clips(self.h(f.flatten(0, 1)), f.shape[1])                       # H_dk: (B, C/n, T, H, W)
+        padding = [r // 2 for r in self.window]
+        if self.pool == "max":                                                  # G_dk
+            x = F.max_pool3d(x, self.window, 1, padding)
+        else:                                                                   # maps may be smaller than the window
+            edge = [p for p in reversed(padding) for _ in (0, 1)]
+            x, inside = (F.avg_pool3d(F.pad(v, edge), self.window, 1) for v in (x, torch.ones_like(x[:1, :1])))
+            x = x / inside
+        x = x.flatten(1, 2).flatten(2)                                          # T_dk, Eq. 2: (B, C/n T, H W)
+        if self.normalize:
+            x = F.normalize(x, dim=1)
+        return (self.kappa * x.transpose(1, 2) @ x).softmax(1)                  # Eq. 3
+
+
+class FeatureFactorizationModule(nn.Module):
+    """FFM, Eq. 1 with 5 or 7: the sum of what the masks of one dimension, "t" or "s", make of the features.
+
+    f (B, T, C, H, W) -> the same shape. masks: FactorizedAttentionMask modules.
+    """
+
+    def __init__(self, masks):
+        super().__init__()
+        self.masks = nn.ModuleList(masks)
+
+    def forward(self, f):
+        B, T, C, H, W = f.shape
+        m = sum(mask(f) for mask in self.masks).to(f.dtype)                     # f M_1 + f M_2 = f (M_1 + M_2)
+        x = f.movedim(2, 4).reshape(B, T, H * W, C).transpose(1, 2).reshape(B, H * W, T * C)
+        x = m.transpose(1, 2) @ x                                               # Eq. 1, transposed
+        return x.view(B, H, W, T, C).permute(0, 3, 4, 1, 2)
+
+
+class STRF(nn.Module):
+    """STRF, Fig. 2, Eq. 8: temporal and spatial factorization one after the other or in parallel.
+
+    f (B, T, C, H, W) -> the same shape. factors: of "t-dynamic" (t, tau), "t-static" (t, sigma), "s-fine" (s, tau), "s-coarse" (s, sigma);
+    resolutions: r_tau, r_sigma; pools: "max" or "avg" for t and for s; order: "ts", "st" or "parallel"; reduction, kappa, normalize: see
+    FactorizedAttentionMask.
+    """
+
+    def __init__(self, channels, factors=("t-dynamic", "t-static", "s-fine", "s-coarse"), resolutions=(1, 3), pools=("max", "max"), order="ts",
+                 **options):
+        super().__init__()
+        fine, coarse = resolutions
+        resolution = {"t-dynamic": fine, "t-static": coarse, "s-fine": fine, "s-coarse": coarse}
+        self.ffm = nn.ModuleDict()
+        for d, pool in zip("ts", pools):
+            masks = [FactorizedAttentionMask(channels, d, resolution[name], pool, **options) for name in factors if name[0] == d]
+            if masks:
+                self.ffm[d] = FeatureFactorizationModule(masks)
+        self.order = order
+
+    def forward(self, f):
+        if self.order == "parallel":
+            return sum(ffm(f) for ffm in self.ffm.values())
+        for d in self.order:                                                    # Eq. 8
+            f = self.ffm[d](f) if d in self.ffm else f
+        return f
+
+
+# ----------------------------------------------------------------------------- Sec. 3.2, Fig. 3: the 3D layers it is put into
+
+class InflatedConv(nn.Module):
+    """I3D (Carreira and Zisserman, CVPR 2017): `conv` inflated to three frames. (B*T, C, H, W) -> (B*T, C', H', W'); starts as `conv`."""
+
+    def __init__(self, conv, frames, strf=None):
+        super().__init__()
+        self.frames, self.strf = frames, strf
+        self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, *conv.kernel_size), (1, *conv.stride), (1, *conv.padding), bias=False)
+        with torch.no_grad():
+            self.conv.weight.zero_()[:, :, 1].copy_(conv.weight)
+
+    def forward(self, x):
+        if self.strf:
+            x = self.strf(x.unflatten(0, (-1, self.frames))).flatten(0, 1)
+        return as_frames(self.conv(as_clips(x, self.frames)))
+
+
+class P3DConv(nn.Module):
+    """P3D (Qiu et al., ICCV 2017): a temporal 3x1x1 convolution T with the spatial S: T(S(x)) ("a"), S(x) + T(x) ("b") or
+    S(x) + T(S(x)) ("c"). (B*T, C, H, W) -> (B*T, C', H', W'); starts as S. conv: S; frames: T; strf: stands in front of T."""
+
+    def __init__(self, conv, frames, kind, strf=None):
+        super().__init__()
+        self.spatial, self.frames, self.kind, self.strf = conv, frames, kind, strf
+        inputs, stride = (conv.in_channels, (1, *conv.stride)) if kind == "b" else (conv.out_channels, 1)
+        self.temporal = nn.Conv3d(inputs, conv.out_channels, (3, 1, 1), stride, (1, 0, 0), bias=False)
+        nn.init.zeros_(self.temporal.weight)
+        if kind == "a":
+            nn.init.eye_(self.temporal.weight.data[:, :, 1, 0, 0])
+
+    def forward(self, x):
+        s = self.spatial(x)
+        t = x if self.kind == "b" else s
+        if self.strf:
+            t = self.strf(t.unflatten(0, (-1, self.frames))).flatten(0, 1)
+        t = as_frames(self.temporal(as_clips(t, self.frames)))
+        return t if self.kind == "a" else s + t
+
+
+# ------------------------------------------------------------------------------------------------------------- network
+
+def resnet50(weights, last_stride=1):  # same in every script
+    """torchvision's ResNet-50, by default with the last stride removed. weights: "imagenet", "none" or a file with its state_dict."""
+    try:
+        with contextlib.redirect_stderr(sys.stdout):                            # torch.hub reports the download there
+            # zero_init_residual: without pretrained weights a deep network starts to learn much sooner; weights overwrite it
+            net = torchvision.models.resnet50(weights="IMAGENET1K_V1" if weights == "imagenet" else None, zero_init_residual=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--weights imagenet: torchvision cannot get its ResNet-50 ({error}); put resnet50-0676ba61.pth into "
+                        f"{torch.hub.get_dir()}/checkpoints, name a file, or use --weights none") from None
+    if weights not in ("imagenet", "none"):
+        state = {k: v for k, v in load_file(weights).items() if not str(k).startswith("fc.")}
+        try:
+            net.load_state_dict({**state, "fc.weight": net.fc.weight, "fc.bias": net.fc.bias})
+        except RuntimeError as error:
+            raise UserError(f"{weights}: not the weights of torchvision's ResNet-50 ({' '.join(str(error).split())[:160]} ...); "
+                            "the checkpoint of a run goes to --resume") from None
+    net.layer4[0].conv2.stride = net.layer4[0].downsample[0].stride = (last_stride, last_stride)
+    return net
+
+
+class STRFNet(nn.Module):
+    """ResNet-50 with 3D blocks in stages 2 and 3 and STRF in them, pooled over space and time, and a BN neck.
+
+    Clips (B, T, 3, H, W), normalised -> in eval mode embeddings (B, 2048); in train mode also the logits (B, num_classes).
+
+    frames: T, fixed; any height and width. layer: "i3d", "p3d-a", "p3d-b" or "p3d-c"; stages: those with STRF, of 1 to 4, () for the
+    baseline; factors, resolutions, pools, order, kappa, normalize: see STRF; pool: "avg" or "max" over the final map; weights: see resnet50.
+    """
+
+    def __init__(self, num_classes, frames=8, layer="p3d-c", stages=(2, 3), pool="avg", weights="none", **strf):
+        super().__init__()
+        self.frames, self.pool = frames, pool
+        net = resnet50(weights)
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        for stage in {2, 3, *stages}:
+            for i in (0, 2, 4) if stage == 3 else (0, 2):
+                block = getattr(self, f"layer{stage}")[i]
+                unit = STRF(block.conv2.in_channels, **strf) if stage in stages else None
+                block.conv2 = InflatedConv(block.conv2, frames, unit) if layer == "i3d" else P3DConv(block.conv2, frames, layer[-1], unit)
+        self.neck = nn.BatchNorm1d(2048)
+        self.classifier = nn.Linear(2048, num_classes)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, clips):
+        B, T = clips.shape[:2]
+        if T != self.frames:
+            raise ValueError(f"the network was built for clips of {self.frames} frames, not {T}")
+        x = self.stem(clips.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = (x.mean((2, 3)) if self.pool == "avg" else x.amax((2, 3))).to(self.neck.weight.dtype).view(B, T, -1).mean(1)
+        embedding = self.neck(x)
+        return (embedding, self.classifier(embedding)) if self.training else embedding
+
+
+# ------------------------------------------------------------------------------------------------------------- variants
+
+# Rows of Tables 2, 4 and 5 and of Figure 4: constructor arguments, and the figures as printed in the paper. Figure 4 prints no numbers.
+FINE, COARSE, DYNAMIC, STATIC = "s-fine", "s-coarse", "t-dynamic", "t-static"
+VARIANTS = {
+    "strf-p3dc": (dict(), (86.10, 90.30, 25.53)),
+    "strf-i3d": (dict(layer="i3d"), (83.10, 88.70, 28.97)),
+    "strf-p3da": (dict(layer="p3d-a"), (85.40, 89.80, 25.53)),
+    "strf-p3db": (dict(layer="p3d-b"), (85.60, 90.30, 25.53)),
+    "i3d": (dict(layer="i3d", stages=()), (82.70, 88.50, 28.92)),
+    "p3da": (dict(layer="p3d-a", stages=()), (83.20, 88.90, 25.48)),
+    "p3db": (dict(layer="p3d-b", stages=()), (83.00, 88.80, 25.48)),
+    "p3dc": (dict(stages=()), (83.10, 88.50, 25.48)),
+    "p3dc+fine": (dict(factors=(FINE,)), (85.20, 89.70)),
+    "p3dc+coarse": (dict(factors=(COARSE,)), (85.10, 89.90)),
+    "p3dc+dynamic": (dict(factors=(DYNAMIC,)), (85.20, 89.90)),
+    "p3dc+static": (dict(factors=(STATIC,)), (85.10, 90.00)),
+    "p3dc+fine+coarse": (dict(factors=(FINE, COARSE)), (85.50, 90.10)),
+    "p3dc+dynamic+static": (dict(factors=(DYNAMIC, STATIC)), (85.30, 89.70)),
+    "p3dc+fine+dynamic": (dict(factors=(FINE, DYNAMIC)), (85.40, 90.00)),
+    "p3dc+coarse+static": (dict(factors=(COARSE, STATIC)), (85.70, 90.10)),
+    "stage1": (dict(stages=(1,)), (83.40, 88.80)),
+    "stage12": (dict(stages=(1, 2)), (83.60, 89.00)),
+    "stage23": (dict(stages=(2, 3)), (86.10, 90.30)),
+    "stage123": (dict(stages=(1, 2, 3)), (84.70, 89.30)),
+    "stage234": (dict(stages=(2, 3, 4)), (85.50, 90.00)),
+    "stage1234": (dict(stages=(1, 2, 3, 4)), (83.70, 88.70)),
+    "resolutions-11": (dict(resolutions=(1, 1)), None),
+    "resolutions-13": (dict(resolutions=(1, 3)), (86.10, 90.30)),
+    "resolutions-15": (dict(resolutions=(1, 5)), None),
+    "resolutions-35": (dict(resolutions=(3, 5)), None),
+    "pool-t-max-s-max": (dict(pools=("max", "max")), (86.10, 90.30)),
+    "pool-t-max-s-avg": (dict(pools=("max", "avg")), None),
+    "pool-t-avg-s-max": (dict(pools=("avg", "max")), None),
+    "pool-t-avg-s-avg": (dict(pools=("avg", "avg")), None),
+    "order-ts": (dict(order="ts"), (86.10, 90.30)),
+    "order-st": (dict(order="st"), None),
+    "order-parallel": (dict(order="parallel"), None),
+}
+COLUMNS = "mAP and rank-1 on MARS, millions of parameters"
+ROW_RECIPE = {}                                                                 # row -> what it changes in the recipe
+
+
+# ----------------------------------------------------------------------------------------------- Sec. 3.2: objective
+
+def objective(outputs, pids, args):
+    """Eq. 9: the total loss and its parts, {name: scalar}."""
+    embedding, logits = outputs
+    parts = {"xent": F.cross_entropy(logits.float(), pids), "triplet": batch_hard_triplet(embedding, pids, args.margin)}
+    return parts["xent"] + parts["triplet"], parts
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+RECIPE = dict(epochs=240, ids=8, clips=4, frames=8, height=224, width=112, lr=3e-4, lr_step=60, erase=0.0, pool="avg", weights="imagenet",
+              kappa=4.0, margin=0.3)
+SMALL = dict(epochs=8, ids=4, clips=2, frames=4, height=128, width=64, lr=5e-4, lr_step=7, pool="max", weights="none")  # --data synthetic
+SAMPLER, SAMPLE, SPLIT, METRIC = PKSampler, sample_strided, split_consecutive, "cosine"  # batches and clips in training, clips in test; distance
+
+
+def number(kind, least, most=2 ** 31):  # same in every script
+    """An argparse type: int or float from `least` to `most`."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} of {least} to {most}"
+    return parse
+
+
+def add_paper_arguments(group):
+    for name, text in (("kappa", "temperature of the masks, Eq. 3"), ("margin", "of the triplet loss, cosine distance")):
+        group.add_argument(f"--{name}", type=number(float, 0), metavar="X", help=f"{text} (default {RECIPE[name]})")
+
+
+def build(args, num_classes, weights):
+    options, _ = VARIANTS[args.variant]
+    return STRFNet(num_classes, args.frames, pool=args.pool, weights=weights, kappa=args.kappa, **options)
+
+
+def make_optimizer(model, args):
+    return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4)
+
+
+def parse_args():  # same in every script
+    """Command line -> (arguments, the checkpoint of --resume or None). What the user leaves out comes from the checkpoint,
+    then from the recipe of the data set."""
+    def default(key):
+        return f"default {RECIPE[key]}" + (f", synthetic {SMALL[key]}" if key in SMALL else "")
+
+    title, *_ = __doc__.split("\n")
+    rows = "\n".join(f"  {name:22} {'  '.join(map(str, printed or '-')):28}{' '.join(f'--{k} {v}' for k, v in ROW_RECIPE.get(name, {}).items())}".rstrip()
+                     for name, (_, printed) in VARIANTS.items())
+    parser = argparse.ArgumentParser(description=title, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     epilog=f"variants, with {COLUMNS} as printed in the paper, and the flags they change:\n{rows}")
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (--help lists the flags)"))
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", choices=("mars", "synthetic"), help="data set (default synthetic, with a small recipe)")
+    group.add_argument("--root", metavar="DIR", help="folder that holds the data sets: DIR/mars, DIR/synthetic (default datasets)")
+    group.add_argument("--frames", type=number(int, 1), metavar="T", help=f"frames a clip ({default('frames')})")
+    group.add_argument("--height", type=number(int, 1), metavar="PIXELS", help=f"of the resized frames ({default('height')})")
+    group.add_argument("--width", type=number(int, 1), metavar="PIXELS", help=f"of the resized frames ({default('width')})")
+    group.add_argument("--workers", type=number(int, 0), metavar="N", help="loader processes (default: up to 8 with a GPU, else 0)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--variant", choices=VARIANTS, metavar="NAME", help=f"row of the paper's tables, see below (default {next(iter(VARIANTS))})")
+    group.add_argument("--weights", metavar="{imagenet,none,FILE}", help="backbone: torchvision's ImageNet weights, none, or a state_dict of "
+                       f"torchvision's resnet50 ({default('weights')})")
+    group.add_argument("--pool", choices=("avg", "max"), help=f"spatial pooling of the final map ({default('pool')})")
+    add_paper_arguments(parser.add_argument_group("of this paper"))
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1), metavar="N", help=default("epochs"))
+    group.add_argument("--ids", type=number(int, 2), metavar="P", help=f"P of the P x K clips in a batch ({default('ids')})")
+    group.add_argument("--clips", type=number(int, 1), metavar="K", help=f"K of them ({default('clips')})")
+    group.add_argument("--lr", type=number(float, 0), help=f"learning rate ({default('lr')})")
+    group.add_argument("--lr-step", type=number(int, 1), metavar="N", help=f"epochs after which it is divided by 10 ({default('lr_step')})")
+    group.add_argument("--erase", type=number(float, 0, 1), metavar="P", help=f"probability of random erasing ({default('erase')})")
+    group.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
+    group.add_argument("--seed", type=number(int, 0), metavar="N", help="of weights, batches and augmentation (default 0)")
+    group = parser.add_argument_group("run")
+    group.add_argument("--gpu", metavar="N", help="GPU, or cpu (default: the first GPU, else the CPU)")
+    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA)")
+    group.add_argument("--resume", metavar="FILE", help="go on with the run of this last.pt")
+    group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
+    group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
+    group.add_argument("--rerank", action="store_true", default=None, help="k-reciprocal re-ranking in the evaluation")
+    args = parser.parse_args()
+    chosen = {key: value for key, value in vars(args).items() if value is not None}
+    checkpoint, saved = None, {}
+    if args.resume:
+        checkpoint = load_file(args.resume)
+        if checkpoint.get("script") != Path(__file__).name or not {"args", "num_classes", "epoch", "model"} < checkpoint.keys():
+            raise UserError(f"{args.resume}: not a checkpoint of {Path(__file__).name}")
+        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume")}
+        training = {"data", "seed", "ids", "clips", "lr", "lr_step", "erase"}
+        for key in sorted({"variant", "data", "seed", *RECIPE} - {"epochs", "weights"} - (training if args.evaluate else set())):
+            if chosen.get(key, saved.get(key)) != saved.get(key):
+                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {chosen[key]}")
+        saved["output"] = str(Path(args.resume).parent)
+    data = chosen.get("data", saved.get("data", "synthetic"))
+    variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
+    recipe = dict(data=data, root="datasets", variant=variant, amp=False, seed=0, eval_every=0, rerank=False, output=f"runs/{Path(__file__).stem}-{data}")
+    row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
+    recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
+    return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
+
+
+def pick_device(gpu):  # same in every script
+    count = torch.cuda.device_count()
+    if gpu is None:
+        gpu = "0" if count else "cpu"
+    if gpu != "cpu" and not (gpu.isdecimal() and int(gpu) < count):
+        raise UserError(f"--gpu {gpu}: " + (f"there are GPUs 0 to {count - 1}" if count else "no GPU is there that torch can use; leave --gpu out"))
+    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
+    print(f"device: {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "" if count else " (no GPU found)"))
+    return device
+
+
+def load_file(path):  # same in every script
+    """A dict that torch.save wrote, on the CPU; raises UserError for anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def save_file(state, path):  # same in every script
+    """torch.save to a temporary name, then renamed: the previous file stays until the new one is whole."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        raise UserError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]}); a previous one is still whole") from None
+
+
+def train_epoch(model, loader, optimizer, device, args, epoch):  # same in every script
+    """One epoch; returns the means of the loss and its parts, and clips/s."""
+    model.train()
+    totals, start, clips_done = {}, time.time(), 0
+    with tqdm(total=len(loader) * args.ids * args.clips, desc=f"epoch {epoch}/{args.epochs}", unit=" clips", leave=False, disable=None) as bar:
+        for step, (clips, pids) in enumerate(loader, 1):
+            clips, pids = normalize(clips.to(device, non_blocking=True)), pids.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                outputs = model(clips)
+            loss, parts = objective(outputs, pids, args)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            values = {name: part.item() for name, part in {"loss": loss.detach(), **parts}.items()}
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"epoch {epoch}, step {step}: the loss is not finite ({values}); try a smaller --lr")
+            totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
+            clips_done += len(pids)
+            bar.set_postfix({name: f"{total / step:.3f}" for name, total in totals.items()}, refresh=False)
+            bar.update(len(pids))
+    return {**{name: total / len(loader) for name, total in totals.items()}, "clips/s": clips_done / (time.time() - start)}
+
+
+def main():  # same in every script
+    args, checkpoint = parse_args()
+    device = pick_device(args.gpu)
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+    dataset = load_dataset(args.data, args.root)
+    print(dataset.summary())
+    if checkpoint and not args.evaluate and checkpoint["num_classes"] != dataset.num_identities:
+        raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")
+    sampler = SAMPLER([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
+    torch.manual_seed(args.seed)
+    try:
+        model = build(args, checkpoint["num_classes"], "none") if checkpoint else build(args, dataset.num_identities, args.weights)
+    except ValueError as error:
+        raise UserError(f"{error}; see --frames, --height, --width") from None
+    parameters, macs = complexity(model, args.frames, args.height, args.width)
+    print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of {args.height}x{args.width}")
+    for layer in model.to(device).modules():
+        if isinstance(layer, nn.Conv2d):                                        # 5-dimensional weights cannot be channels_last
+            layer.to(memory_format=torch.channels_last)
+    size, history, first = (args.height, args.width), [], 1
+    optimizer = make_optimizer(model, args)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)
+
+    def test(label):
+        return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, batch=args.ids * args.clips,
+                        workers=args.workers, amp=args.amp)
+
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise UserError(f"{args.resume}: does not fit {args.variant} ({' '.join(str(error).split())[:160]} ...)") from None
+    if args.evaluate:
+        return test(f"after epoch {checkpoint['epoch']}" if checkpoint else "untrained")
+    output = Path(args.output)
+    own = checkpoint and output.resolve() == Path(args.resume).resolve().parent
+    if not own and ((output / "last.pt").exists() or (output / "log.csv").exists()):
+        raise UserError(f"{output} holds a run already: go on with --resume {output / 'last.pt'}, or name another --output")
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        torch.set_rng_state(checkpoint["rng"])
+        history, first = checkpoint["history"], checkpoint["epoch"] + 1
+        print(f"going on after epoch {checkpoint['epoch']} of {args.resume}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    if not checkpoint:
+        test("untrained")
+    loader = torch.utils.data.DataLoader(TrainClips(dataset.train, SAMPLE, args.frames, size, erase=args.erase), batch_sampler=sampler, num_workers=args.workers,
+                                         pin_memory=device.type == "cuda", persistent_workers=args.workers > 0)
+    result = None
+    for epoch in range(first, args.epochs + 1):
+        start = time.time()
+        sampler.set_epoch(epoch)
+        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0], **train_epoch(model, loader, optimizer, device, args, epoch)}
+        scheduler.step()
+        print(f"epoch {epoch}/{args.epochs}: " + "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch") + f"  ({time.time() - start:.0f} s)", flush=True)
+        result = test(f"after epoch {epoch}") if epoch == args.epochs or args.eval_every and epoch % args.eval_every == 0 else None
+        history.append({**row, "mAP": "", "rank-1": "", **({k: result[k] for k in ("mAP", "rank-1")} if result else {})})
+        save_file({"script": Path(__file__).name, "args": vars(args), "num_classes": dataset.num_identities, "epoch": epoch, "history": history,
+                   "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                   "rng": torch.get_rng_state()}, output / "last.pt")
+        try:
+            with open(output / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, history[0])
+                writer.writeheader()
+                writer.writerows(history)
+        except OSError as error:
+            raise UserError(f"{output / 'log.csv'}: cannot be written ({error.strerror}); last.pt is whole, --resume goes on") from None
+    return result or test(f"after epoch {args.epochs}")
+
+
+if __name__ == "__main__":  # same in every script
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"{Path(__file__).name}: {error}", file=sys.stderr) or 2)
+    except torch.OutOfMemoryError:
+        sys.exit(print(f"{Path(__file__).name}: out of GPU memory: use fewer --ids or --clips, a smaller --height and --width, or --amp", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print(f"{Path(__file__).name}: interrupted; --resume goes on with the last finished epoch", file=sys.stderr) or 130)
