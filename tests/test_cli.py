@@ -54,7 +54,8 @@ def test_help(run, script):
 @pytest.mark.parametrize("script", list(SCRIPTS)[1:])
 def test_every_script_trains_resumes_and_evaluates(run, small_root, tmp_path, script):
     """sinet.py is tried in detail below; the others share its loop, which tests/test_same.py holds equal."""
-    size = ("--height", 64, "--width", 32, "--ids", 2, "--clips", 2)
+    # not narrower: torch's bfloat16 convolution with stride 2 reads beyond maps of width 2 on some CPUs (torch 2.15)
+    size = ("--height", 64, "--width", 64, "--ids", 2, "--clips", 2)
     done = run(script, "--root", small_root, *size, "--epochs", 1)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / f"runs/{Path(script).stem}-synthetic"
