@@ -1,10 +1,11 @@
 """What the five papers share beside the data: distances, the triplet loss, CMC and mAP, re-ranking, all-frames feature
-extraction, and the count of parameters and multiply-adds.
+extraction, the count of parameters and multiply-adds, and checkpoint files.
 
 Ranking runs in numpy on the CPU, block by block over the queries: a full distance matrix is never needed.
 """
 import copy
 import math
+import os
 import time
 
 import numpy as np
@@ -234,3 +235,31 @@ def complexity(model, T, height, width):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.empty(1, T, 3, height, width, device="meta"))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+def load_file(path):
+    """A dict that torch.save wrote, on the CPU; raises UserError for anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def save_file(state, path):
+    """torch.save to a temporary name, then renamed: the previous file stays until the new one is whole."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        raise UserError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]}); a previous one is still whole") from None

@@ -1,18 +1,25 @@
 """Tracklets, clips and batches for video person re-identification.
 
-What the five paper scripts share on the way from files to batches, in the order of this file: data sets (MARS and a
-synthetic one that is drawn on first use in MARS' own layout), clip sampling, frame reading and augmentation, the clip
-data sets, and the P x K sampler. A batch of clips is (B, T, 3, H, W), uint8; `normalize` runs on the device.
+What the five paper scripts share on the way from files to batches, in the order of this file: data sets (five public ones,
+your own folder, and a synthetic one that is drawn on first use in MARS' layout), clip sampling, frame reading and
+augmentation, the clip data sets, and the samplers. A batch of clips is (B, T, 3, H, W), uint8; `normalize` runs on the device.
 
+    python data.py --check --data mars --root DIR                                         # decode every frame
     python data.py --synthetic DIR --identities 64 --cameras 4 --frames 5 12 --seed 0     # draw a synthetic set
 """
 import argparse
+import bisect
 import colorsys
 import io
+import json
 import math
 import os
+import re
 import shutil
+import struct
 import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +72,12 @@ class Dataset(NamedTuple):
             pids = {t.pid for t in tracklets if t.pid > 0 or subset == "train"}
             lines.append(f"  {subset:7}{len(pids):10,}{len(tracklets):11,}{len({t.cam for t in tracklets}):9}{sum(lengths):11,}"
                          f"{min(lengths):20}{sum(lengths) / len(lengths):7.1f}{max(lengths):5}")
+        cameras = {}
+        for t in self.train:
+            cameras.setdefault(t.pid, set()).add(t.cam)
+        single = sum(len(c) == 1 for c in cameras.values())
+        if single:
+            lines.append(f"  {single:,} training identities are seen by one camera only")
         own = {t.frames[0] for t in self.query} & {t.frames[0] for t in self.gallery}
         distractors = sum(t.pid == 0 for t in self.gallery)
         lines.append(f"  the gallery holds {len(own):,} of the query tracklets and {distractors:,} distractors; "
@@ -72,19 +85,72 @@ class Dataset(NamedTuple):
         return "\n".join(lines)
 
 
-def load_dataset(name, root):
-    """Reads the index of data set `name` ("mars" or "synthetic") below the folder `root`; draws "synthetic" when missing.
+def load_dataset(name, root, split=0, chunk=0):
+    """Reads the index of data set `name`, one of DATA_SETS, in the folder `root` or in `root`/`name`; draws "synthetic" when missing.
 
-    Raises UserError when a file is missing or the files disagree.
+    split: 0 to 9, of "ilids" and "prid"; chunk: training tracklets are cut into pieces of so many frames (0: not).
+    Prints a warning when the counts are not the published ones. Raises UserError when a file is missing or the files disagree.
     """
+    loader, sign = DATA_SETS[name]
     root = Path(root)
-    if name == "synthetic":
-        if not (root / name).exists():
-            print(f"drawing the synthetic data set into {root / name} (once)", flush=True)
-            draw_synthetic(root / name)
-        return load_mars(root / name, name)
-    # the set's own folder is accepted as `root`, too
-    return load_mars(root if (root / "info").is_dir() else root / name, name)
+    folder = root if name != "synthetic" and (root / sign).is_dir() else root / name   # the set's own folder is accepted as `root`, too
+    if name == "synthetic" and not folder.exists():
+        print(f"drawing the synthetic data set into {folder} (once)", flush=True)
+        draw_synthetic(folder)
+    try:
+        dataset = loader(folder, name, **({"split": split} if name in SPLIT_SETS else {}))
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from None
+    for subset in ("train", "query", "gallery"):
+        if not getattr(dataset, subset):
+            raise UserError(f"{folder}: no {subset} tracklets")
+        expected, found = PUBLISHED.get(name, {}).get(subset), len(getattr(dataset, subset))
+        if expected and found != expected:
+            print(f"warning: {folder}: {expected:,} {subset} tracklets expected, {found:,} found: "
+                  f"{abs(expected - found):,} {'are missing' if found < expected else 'too many'}", flush=True)
+    cameras = {}
+    for t in dataset.gallery:
+        cameras.setdefault(t.pid, set()).add(t.cam)
+    if not any(cameras.get(t.pid, set()) - {t.cam} for t in dataset.query if t.pid > 0):
+        raise UserError(f"{folder}: no query has a match, a gallery tracklet of its identity under another camera")
+    if chunk:
+        dataset = dataset._replace(train=[t._replace(frames=t.frames[i:i + chunk]) for t in dataset.train for i in range(0, len(t.frames), chunk)])
+    return dataset
+
+
+def _need(folder, wanted, layout):
+    missing = [w for w in wanted if not (folder / w).exists()]
+    if missing:
+        raise UserError(f"{folder}: missing {', '.join(missing)}; expected {folder}/{layout}")
+
+
+def natural(name):
+    """A sorting key that takes numbers in a name as numbers: F2 before F10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(name))], str(name)
+
+
+def _folders(folder):
+    """The folders in a folder, by name, in natural order; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        return sorted((e.name for e in entries if e.is_dir() and not e.name.startswith(".")), key=natural)
+
+
+def _images(folder):
+    """The images in a folder, paths in natural order: the frames of a tracklet. Raises UserError when there is none."""
+    with os.scandir(folder) as entries:
+        names = sorted((e.name for e in entries if e.name.lower().endswith((".jpg", ".jpeg", ".png")) and not e.name.startswith(".")), key=natural)
+    if not names:
+        raise UserError(f"{folder}: no images in this tracklet")
+    return tuple(f"{folder}/{name}" for name in names)
+
+
+def _relabel(name, train, query, gallery):
+    """Identities as labels in natural order of their names: of `train` from 0, of the others together from 1."""
+    def labels(tracklets, first):
+        return {pid: label for label, pid in enumerate(sorted({t.pid for t in tracklets}, key=natural), first)}
+    label, other = labels(train, 0), labels(query + gallery, 1)
+    return Dataset(name, [t._replace(pid=label[t.pid]) for t in train],
+                   *([t._replace(pid=other[t.pid]) for t in part] for part in (query, gallery)))
 
 
 def load_mars(folder, name="mars"):
@@ -112,6 +178,10 @@ def load_mars(folder, name="mars"):
         if "/" in text or "\\" in text:
             raise UserError(f"{listing}: file names only, no folders")
         names, rows = text.split(), _read_mat(table, f"track_{part}_info")
+        well_formed = re.compile(r"[\d-]{4}C\d+T\d+F\d+\.jpg", re.ASCII).fullmatch
+        if not all(map(well_formed, names)):
+            line = next(line for line, name in enumerate(names, 1) if not well_formed(name))
+            raise UserError(f"{listing}: line {line} is {names[line - 1][:60]!r}, no file name like 0001C1T0001F001.jpg")
         if rows.ndim != 2 or rows.shape[1] != 4:
             raise UserError(f"{table}: expected rows of (first line, last line, pid, camera), found shape {rows.shape}")
         found = []
@@ -135,19 +205,253 @@ def load_mars(folder, name="mars"):
         if not 1 <= number <= len(test) or test[number - 1].pid < 1:
             raise UserError(f"{folder / 'info/query_IDX.mat'}: {number} is not a tracklet of a person in tracks_test_info.mat")
         query.append(test[number - 1])
-    if not train or not query:
-        raise UserError(f"{folder}: no {'query' if train else 'training'} tracklets in its tables")
     return Dataset(name, train, query, [t for t in test if t.pid >= 0])
 
 
-def _read_mat(path, variable):
-    from scipy.io import loadmat
+def load_duke(folder, name="duke"):
+    """DukeMTMC-VideoReID (Wu et al., CVPR 2018; Ristani et al., 2016): {train,query,gallery}/<pid>/<tracklet>/*.jpg.
+
+    702 training and 702 test identities, 2,196 training and 2,636 gallery tracklets, 8 cameras. File names carry the camera and the
+    frame, 0001C6F0099X30823.jpg or 0001_C6_F0099_X30823.jpg; frame numbers may start at 2. The queries are not in the gallery.
+    """
+    folder = Path(folder)
+    _need(folder, ("train", "query", "gallery"), "{train,query,gallery}/0001/0001/*.jpg")
+
+    def tracklets(part):
+        found = []
+        for pid in _folders(folder / part):
+            for tracklet in _folders(folder / part / pid):
+                frames, numbers, cams = _images(f"{folder}/{part}/{pid}/{tracklet}"), [], set()
+                for frame in frames:
+                    match = re.search(r"C(\d+)_?F(\d+)", frame.rsplit("/", 1)[1])
+                    if not match:
+                        raise UserError(f"{frame}: the file name carries no camera and frame (C1 and F0001)")
+                    cams.add(int(match[1]))
+                    numbers.append(int(match[2]))
+                if len(cams) > 1:
+                    raise UserError(f"{folder}/{part}/{pid}/{tracklet}: frames of cameras {', '.join(map(str, sorted(cams)))} in one tracklet")
+                found.append(Tracklet(tuple(f for _, f in sorted(zip(numbers, frames))), pid, *cams))
+        return found
+    return _relabel(name, *map(tracklets, ("train", "query", "gallery")))
+
+
+def load_lsvid(folder, name="lsvid"):
+    """LS-VID (Li et al., ICCV 2019): text lists of tracklets, and an HDF5 table of the queries.
+
+    842 training and 2,730 test identities, 2,831 training, 3,504 query and 7,829 other gallery tracklets, 15 cameras. A line of
+    list_sequence/list_seq_{train,test}.txt is "<path prefix> <pid>", the frames are the files with that prefix, the camera is the
+    third field of the file name. The gallery contains the queries, as for MARS (a release that leaves them out has other numbers).
+    """
+    folder = Path(folder)
+    lists = {part: folder / f"list_sequence/list_seq_{part}.txt" for part in ("train", "test")}
+    table = folder / "test/data/info_test.mat"
+    _need(folder, ("list_sequence/list_seq_train.txt", "list_sequence/list_seq_test.txt", "test/data/info_test.mat"),
+          "{list_sequence/list_seq_{train,test}.txt, test/data/info_test.mat} and the frames")
+    listings = {}                                              # one listing for each folder, sorted by name
+
+    def tracklets(part):
+        found = []
+        for number, line in enumerate(lists[part].read_text(errors="replace").splitlines(), 1):
+            if not line.strip():
+                continue
+            where = f"{lists[part]}: line {number}"
+            try:
+                prefix, pid = line.split()
+                pid = int(pid)
+            except ValueError:
+                raise UserError(f"{where} is not '<path prefix> <pid>': {line[:80]!r}") from None
+            prefix = prefix.replace("\\", "/").removeprefix("./")
+            if prefix.startswith("/") or ".." in prefix.split("/") or ":" in prefix or "\0" in prefix:
+                raise UserError(f"{where} leaves the data root: {prefix[:80]!r}")
+            parent, _, start = prefix.rpartition("/")
+            if parent not in listings:
+                try:
+                    listings[parent] = sorted(e for e in os.listdir(folder / parent) if e.lower().endswith((".jpg", ".jpeg", ".png")))
+                except OSError:
+                    raise UserError(f"{where}: no folder {folder / parent}") from None
+            names = listings[parent]
+            names = names[bisect.bisect_left(names, start):bisect.bisect_left(names, start + "\U0010ffff")]
+            if start[-1:].isdecimal():                         # ..._1 is not the start of ..._10, unless nothing else is
+                names = [n for n in names if not n[len(start):len(start) + 1].isdecimal()] or names
+            if not start or not names:
+                raise UserError(f"{where}: no frames start with {folder / prefix}")
+            cam, *others = {(n.rsplit(".", 1)[0].split("_") + [""] * 3)[2] for n in names}
+            if others or not cam.isdecimal():
+                raise UserError(f"{where}: the frames of {prefix} do not carry one camera in the third field of their names")
+            found.append(Tracklet(tuple(f"{folder / parent}/{n}" for n in sorted(names, key=natural)), pid, int(cam)))
+        return found
+
+    train, test = tracklets("train"), tracklets("test")
+    numbers = _read_hdf5(table, "query", len(test))
+    if len(set(numbers)) != len(numbers) or not all(1 <= n <= len(test) for n in numbers):
+        raise UserError(f"{table}: query must hold different lines of {lists['test'].name}, 1 to {len(test)}")
+    return _relabel(name, train, [test[n - 1] for n in numbers], test)
+
+
+def load_ilids(folder, name="ilids", split=0):
+    """iLIDS-VID (Wang et al., ECCV 2014): i-LIDS-VID/sequences/cam{1,2}/person*/*.png and ten official splits.
+
+    300 persons under 2 cameras, 150 for training and 150 for the test of each split. Query: camera 1, gallery: camera 2.
+    split: row of `ls_set`, 0 to 9, whose first half are the persons of the test, 1-based in the order of the sorted folders.
+    """
+    folder = Path(folder)
+    table = folder / "train-test people splits/train_test_splits_ilidsvid.mat"
+    _need(folder, ("i-LIDS-VID/sequences/cam1", "i-LIDS-VID/sequences/cam2", str(table.relative_to(folder))),
+          "{i-LIDS-VID/sequences/cam{1,2}/person*/*.png, train-test people splits/train_test_splits_ilidsvid.mat}")
+    cams = {c: folder / f"i-LIDS-VID/sequences/cam{c}" for c in (1, 2)}
+    both = set(_folders(cams[2]))
+    persons = [p for p in _folders(cams[1]) if p in both]
+    rows = _read_mat(table, "ls_set")
+    if rows.ndim != 2 or split >= len(rows):
+        raise UserError(f"{table}: ls_set has no row {split}, its shape is {rows.shape}")
+    order = rows[split].tolist()
+    if sorted(order) != list(range(1, len(persons) + 1)):
+        raise UserError(f"{table}: row {split} of ls_set is no order of the {len(persons)} persons that both cameras have")
+    test, train = ([persons[i - 1] for i in half] for half in (order[:len(order) // 2], order[len(order) // 2:]))
+    return _two_cameras(name, cams, train, test)
+
+
+def load_prid(folder, name="prid", split=0):
+    """PRID-2011 (Hirzer et al., SCIA 2011): multi_shot/cam_{a,b}/person_NNNN/*.png.
+
+    Used are the 178 persons who appear under both cameras with more than 21 frames in each (Wang et al., ECCV 2014), 89 for training and
+    89 for the test. Query: camera a, gallery: camera b. split: 0 to 9, of splits_prid2011.json, a list of {"train": [...], "test": [...]};
+    where it is missing, ten splits are drawn with a fixed seed and written there.
+    """
+    folder = Path(folder)
+    _need(folder, ("multi_shot/cam_a", "multi_shot/cam_b"), "multi_shot/cam_{a,b}/person_0001/*.png")
+    cams, path = {1: folder / "multi_shot/cam_a", 2: folder / "multi_shot/cam_b"}, folder / "splits_prid2011.json"
+    both = set(_folders(cams[2]))
+    persons = [p for p in _folders(cams[1]) if p in both and all(len(_images(cam / p)) > 21 for cam in cams.values())]
+    if not path.exists():
+        rng, splits = np.random.default_rng(0), []
+        for _ in range(10):
+            order = [persons[i] for i in rng.permutation(len(persons))]
+            splits.append({"train": sorted(order[:len(order) // 2]), "test": sorted(order[len(order) // 2:])})
+        print(f"{path} is missing: ten splits are drawn with a fixed seed and written there", flush=True)
+        try:
+            aside = path.with_name(f".{path.name}-{os.getpid()}")
+            aside.write_text(json.dumps(splits, indent=1) + "\n")
+            aside.replace(path)
+        except OSError as error:
+            print(f"warning: {path}: cannot be written ({error.strerror}); the same splits are drawn the next time", flush=True)
+    else:
+        try:
+            splits = json.loads(path.read_text(errors="replace"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
     try:
-        return loadmat(path)[variable].astype(np.int64)
-    except KeyError:
-        raise UserError(f"{path}: no variable {variable}") from None
-    except Exception as error:  # scipy raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable .mat file ({' '.join(str(error).split())})") from None
+        train, test = splits[split]["train"], splits[split]["test"]
+        unknown = [p for p in [*train, *test] if p not in persons]
+        twice = len({*train, *test}) < len(train) + len(test)
+    except (LookupError, TypeError):
+        raise UserError(f'{path}: no split {split} like {{"train": [...], "test": [...]}}') from None
+    if unknown or twice:
+        raise UserError(f"{path}: split {split} " + (f"names {str(unknown[0])[:60]!r}, who is no person with more than 21 frames under both cameras"
+                                                     if unknown else "names a person twice"))
+    return _two_cameras(name, cams, train, test)
+
+
+def _two_cameras(name, cams, train, test):
+    """Two cameras, one tracklet of each person under each: query is camera 1, gallery camera 2."""
+    def tracklets(persons, cam):
+        return [Tracklet(_images(cams[cam] / p), p, cam) for p in sorted(persons, key=natural)]
+    return _relabel(name, tracklets(train, 1) + tracklets(train, 2), tracklets(test, 1), tracklets(test, 2))
+
+
+def load_folder(folder, name="folder"):
+    """Your own tracklets: {train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}, any names; frames in natural order.
+
+    The cameras of all parts are numbered together. Without `query`, the first tracklet of each (pid, cam) of `gallery` is a query, too.
+    """
+    folder = Path(folder)
+    _need(folder, ("train", "gallery"), "{train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}")
+
+    def tracklets(part):
+        return [Tracklet(_images(f"{folder}/{part}/{pid}/{cam}/{tracklet}"), pid, cam) for pid in _folders(folder / part)
+                for cam in _folders(folder / part / pid) for tracklet in _folders(folder / part / pid / cam)]
+    train, gallery = tracklets("train"), tracklets("gallery")
+    if (folder / "query").is_dir():
+        query = tracklets("query")
+    else:
+        query = list({(t.pid, t.cam): t for t in reversed(gallery)}.values())[::-1]
+        print(f"{folder}/query is missing: the first of the gallery's tracklets of each identity and camera is a query, {len(query):,} in all", flush=True)
+    cams = {cam: i for i, cam in enumerate(sorted({t.cam for t in train + query + gallery}, key=natural), 1)}
+    return _relabel(name, *([t._replace(cam=cams[t.cam]) for t in part] for part in (train, query, gallery)))
+
+
+_MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+
+
+def _mat_elements(content, order):
+    """(type, bytes) of the data elements of a MATLAB v5 file, one after another; raises ValueError where one is cut."""
+    at = 0
+    while at < len(content):
+        kind, size = struct.unpack(order + "II", content[at:at + 8])
+        if kind >> 16:                                         # a small element: size and type in one word, then up to 4 bytes
+            kind, size, start, at = kind & 0xffff, kind >> 16, at + 4, at + 8
+            if size > 4:
+                raise ValueError("a small element of more than 4 bytes")
+        else:
+            start, at = at + 8, at + 8 + size + (-size % 8 if kind != 15 else 0)
+            if start + size > len(content):
+                raise ValueError(f"cut after {len(content):,} bytes")
+        yield kind, content[start:start + size]
+
+
+def _read_mat(path, variable):
+    """A numeric matrix of whole numbers in a MATLAB v5 file. (scipy's reader can crash the process on a damaged file.)"""
+    try:
+        content = Path(path).read_bytes()
+        order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
+        if order is None:
+            raise ValueError("no header of MATLAB v5")
+        for kind, element in _mat_elements(content[128:], order):
+            if kind == 15:                                     # compressed
+                (kind, element), = _mat_elements(zlib.decompressobj().decompress(element, 1 << 28), order)
+            if kind != 14:                                     # a matrix
+                continue
+            (_, flags), (_, shape), (_, name), *values = _mat_elements(element, order)
+            if name.decode("latin-1") != variable:
+                continue
+            if not 6 <= struct.unpack(order + "I", flags[:4])[0] & 0xff <= 15 or len(values) != 1 or values[0][0] not in _MAT_TYPES:
+                raise ValueError(f"{variable} is no matrix of real numbers")
+            shape, values = np.frombuffer(shape, order + "i4"), np.frombuffer(values[0][1], order + _MAT_TYPES[values[0][0]])
+            if (shape < 0).any() or math.prod(shape.tolist()) != len(values) or (values.dtype.kind == "f" and (values != np.floor(values)).any()):
+                raise ValueError(f"{variable} holds no whole numbers of its shape {tuple(shape.tolist())}")
+            return values.reshape(shape.tolist(), order="F").astype(np.int64)
+    except (ValueError, struct.error, zlib.error) as error:
+        raise UserError(f"{path}: not a readable .mat file ({error})") from None
+    raise UserError(f"{path}: no variable {variable}")
+
+
+def _read_hdf5(path, variable, most):
+    """The whole numbers of a dataset in a MATLAB v7.3 file, at most `most` of them."""
+    import h5py
+    try:
+        with h5py.File(path, "r") as file:
+            if variable not in file:
+                raise UserError(f"{path}: no variable {variable}")
+            if file[variable].size > most:
+                raise UserError(f"{path}: {variable} has {file[variable].size:,} entries, more than the {most:,} test tracklets")
+            values = file[variable][()].ravel().tolist()
+        if any(v != int(v) for v in values):
+            raise ValueError(f"{variable} holds no whole numbers")
+        return [int(v) for v in values]
+    except UserError:
+        raise
+    except Exception as error:  # h5py raises many kinds for a damaged file
+        raise UserError(f"{path}: not a readable HDF5 .mat file ({' '.join(str(error).split())[:200]})") from None
+
+
+# name: loader, and a folder in it that tells it from the folder above
+DATA_SETS = {"mars": (load_mars, "info"), "duke": (load_duke, "gallery"), "lsvid": (load_lsvid, "list_sequence"), "ilids": (load_ilids, "i-LIDS-VID"),
+             "prid": (load_prid, "multi_shot"), "synthetic": (load_mars, "info"), "folder": (load_folder, "gallery")}
+SPLIT_SETS = ("ilids", "prid")
+CHUNK = {"duke": 32, "lsvid": 64}                              # default of --chunk; others: 0
+PUBLISHED = {"mars": dict(train=8298, query=1980, gallery=11310), "duke": dict(train=2196, gallery=2636),
+             "lsvid": dict(train=2831, query=3504, gallery=11333), "ilids": dict(train=300, query=150, gallery=150),
+             "prid": dict(train=178, query=89, gallery=89)}
 
 
 # ------------------------------------------------------------------------------------------------------ clip sampling
@@ -659,10 +963,33 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def check_images(dataset):
+    """Decodes every frame of a data set, with a progress bar, and prints a line for each that cannot be; returns their number."""
+    def problem(path):
+        try:
+            read_clip([path], (1, 1))
+        except UserError as error:
+            return str(error)
+    paths, bad = sorted({frame for part in (dataset.train, dataset.query, dataset.gallery) for t in part for frame in t.frames}), 0
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool, tqdm(total=len(paths), desc="checking", unit=" frames", disable=None) as bar:
+        for start in range(0, len(paths), 4096):
+            for line in pool.map(problem, paths[start:start + 4096]):
+                bar.update()
+                if line:
+                    bad += 1
+                    bar.write(line, file=sys.stdout)
+    print(f"{len(paths):,} frames checked, {bad:,} bad")
+    return bad
+
+
 def _main():
-    parser = argparse.ArgumentParser(description="Draws a synthetic data set of pedestrians in the layout of MARS.",
+    parser = argparse.ArgumentParser(description="Draws a synthetic data set of pedestrians in the layout of MARS, or checks a data set.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--synthetic", metavar="DIR", required=True, help="folder to make; must not exist yet")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--synthetic", metavar="DIR", help="folder to make; must not exist yet")
+    what.add_argument("--check", action="store_true", help="decode every frame of --data and name the bad ones; exit code 1 when there are any")
+    parser.add_argument("--data", choices=DATA_SETS, default="mars", help="data set to check")
+    parser.add_argument("--root", metavar="DIR", default="datasets", help="folder that holds the data sets, or the set itself")
     parser.add_argument("--identities", type=int, default=64, metavar="N", help="training identities, 1 to 4999")
     parser.add_argument("--test-identities", type=int, default=20, metavar="N", help="test identities, others than those of the training, 1 to 4999")
     parser.add_argument("--cameras", type=int, default=4, metavar="C", help="cameras, 2 to 9")
@@ -671,6 +998,10 @@ def _main():
     parser.add_argument("--width", type=int, default=64, help="width of a frame in pixels, a quarter to all of the height")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes; 0 or more")
     args = parser.parse_args()
+    if args.check:
+        dataset = load_dataset(args.data, args.root)
+        print(dataset.summary())
+        return 1 if check_images(dataset) else 0
     low, high = args.frames
     for good, flag, needs in ((1 <= args.identities <= 4999, "--identities", "1 to 4999"), (2 <= args.cameras <= 9, "--cameras", "2 to 9"),
                               (1 <= args.test_identities <= 4999, "--test-identities", "1 to 4999"),
@@ -685,7 +1016,7 @@ def _main():
 
 if __name__ == "__main__":
     try:
-        _main()
+        sys.exit(_main())
     except UserError as error:
         sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:

@@ -47,6 +47,7 @@ import functools
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -57,8 +58,8 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from common import batch_hard_triplet, complexity, evaluate
-from data import PKSampler, TrainClips, UserError, load_dataset, normalize, sample_strided, split_consecutive
+from common import batch_hard_triplet, complexity, evaluate, load_file, save_file
+from data import CHUNK, DATA_SETS, SPLIT_SETS, PKSampler, TrainClips, UserError, load_dataset, normalize, sample_strided, split_consecutive
 
 
 # ---------------------------------------------------------------------------------- Sec. 3.1: temporal saliency erasing
@@ -404,8 +405,11 @@ def parse_args():  # same in every script
                                      epilog=f"variants, with {COLUMNS} as printed in the paper, and the flags they change:\n{rows}")
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (--help lists the flags)"))
     group = parser.add_argument_group("data")
-    group.add_argument("--data", choices=("mars", "synthetic"), help="data set (default synthetic, with a small recipe)")
-    group.add_argument("--root", metavar="DIR", help="folder that holds the data sets: DIR/mars, DIR/synthetic (default datasets)")
+    group.add_argument("--data", choices=DATA_SETS, help="data set (default synthetic, with a small recipe)")
+    group.add_argument("--root", metavar="DIR", help="folder that holds the data sets, DIR/mars, DIR/duke ..., or the set itself (default datasets)")
+    group.add_argument("--split", choices=(*map(str, range(10)), "all"), help="of ilids and prid; all: one after another, with the mean (default 0)")
+    group.add_argument("--chunk", type=number(int, 0), metavar="FRAMES", help="cut training tracklets into pieces of so many frames, 0: do not "
+                       f"(default {', '.join(f'{name} {frames}' for name, frames in CHUNK.items())}, others 0)")
     group.add_argument("--frames", type=number(int, 1), metavar="T", help=f"frames a clip ({default('frames')})")
     group.add_argument("--height", type=number(int, 1), metavar="PIXELS", help=f"of the resized frames ({default('height')})")
     group.add_argument("--width", type=number(int, 1), metavar="PIXELS", help=f"of the resized frames ({default('width')})")
@@ -440,17 +444,29 @@ def parse_args():  # same in every script
         if checkpoint.get("script") != Path(__file__).name or not {"args", "num_classes", "epoch", "model"} < checkpoint.keys():
             raise UserError(f"{args.resume}: not a checkpoint of {Path(__file__).name}")
         saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume")}
-        training = {"data", "seed", "ids", "clips", "lr", "lr_step", "erase"}
-        for key in sorted({"variant", "data", "seed", *RECIPE} - {"epochs", "weights"} - (training if args.evaluate else set())):
-            if chosen.get(key, saved.get(key)) != saved.get(key):
-                raise UserError(f"{args.resume}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {chosen[key]}")
+        same_flags(checkpoint, chosen, args.resume)
         saved["output"] = str(Path(args.resume).parent)
     data = chosen.get("data", saved.get("data", "synthetic"))
+    if args.split and data not in SPLIT_SETS:
+        raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
+    if args.split == "all" and (args.resume or args.evaluate):
+        raise UserError("--split all: goes on by itself; --resume and --evaluate take one split")
     variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
-    recipe = dict(data=data, root="datasets", variant=variant, amp=False, seed=0, eval_every=0, rerank=False, output=f"runs/{Path(__file__).stem}-{data}")
+    recipe = dict(data=data, root="datasets", variant=variant, split="0", chunk=CHUNK.get(data, 0), amp=False, seed=0, eval_every=0, rerank=False,
+                  output=f"runs/{Path(__file__).stem}-{data}")
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
+
+
+def same_flags(checkpoint, flags, path):  # same in every script
+    """Raises UserError when one of `flags` would make another network or training than that of the checkpoint."""
+    saved, keys = checkpoint["args"], {"variant", "data", "split", "chunk", "seed", *RECIPE} - {"epochs", "weights"}
+    if flags.get("evaluate"):
+        keys -= {"data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase"}
+    for key in sorted(keys & flags.keys()):
+        if flags[key] != saved.get(key):
+            raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {flags[key]}")
 
 
 def pick_device(gpu):  # same in every script
@@ -462,32 +478,6 @@ def pick_device(gpu):  # same in every script
     device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
     print(f"device: {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "" if count else " (no GPU found)"))
     return device
-
-
-def load_file(path):  # same in every script
-    """A dict that torch.save wrote, on the CPU; raises UserError for anything else."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
-    return state
-
-
-def save_file(state, path):  # same in every script
-    """torch.save to a temporary name, then renamed: the previous file stays until the new one is whole."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        raise UserError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]}); a previous one is still whole") from None
 
 
 def train_epoch(model, loader, optimizer, device, args, epoch):  # same in every script
@@ -514,11 +504,30 @@ def train_epoch(model, loader, optimizer, device, args, epoch):  # same in every
 
 
 def main():  # same in every script
+    """A run, or with --split all ten of them; of these the finished ones are left out and an unfinished one goes on."""
     args, checkpoint = parse_args()
+    if args.split != "all":
+        return run(args, checkpoint)
+    results = []
+    for split in map(str, range(10)):
+        one = argparse.Namespace(**{**vars(args), "split": split, "output": f"{args.output}/split-{split}"})
+        last = Path(one.output) / "last.pt"
+        checkpoint = load_file(last) if last.exists() else None
+        if checkpoint:
+            same_flags(checkpoint, vars(one), last)
+            one.resume = str(last)
+        done = checkpoint and checkpoint["epoch"] >= args.epochs and checkpoint["history"][-1]["mAP"] != ""
+        results.append(checkpoint["history"][-1] if done else run(one, checkpoint))
+        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}" + " (finished before)" * bool(done), flush=True)
+    mean = {key: (statistics.mean(values), statistics.stdev(values)) for key in ("mAP", "rank-1") for values in [[r[key] for r in results]]}
+    print("10 splits: " + "   ".join(f"{key} {m:.1f} +- {s:.1f}" for key, (m, s) in mean.items()))
+
+
+def run(args, checkpoint):  # same in every script
     device = pick_device(args.gpu)
     if args.workers is None:
         args.workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
-    dataset = load_dataset(args.data, args.root)
+    dataset = load_dataset(args.data, args.root, int(args.split), args.chunk)
     print(dataset.summary())
     if checkpoint and not args.evaluate and checkpoint["num_classes"] != dataset.num_identities:
         raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")

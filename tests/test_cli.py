@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import torch
 import torchvision
 
-from data import UserError
+import test_sets
+from data import DATA_SETS, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sinet.py": ("xent", "triplet", "mi"), "tclnet.py": ("xent", "triplet"), "bicnet_tks.py": ("xent", "triplet", "div"),
@@ -37,36 +39,95 @@ def read_log(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture
+def refuses(tmp_path, monkeypatch):
+    """The same without a process: refuses(arguments, texts...) runs main() and reads the UserError that becomes the line."""
+    def call(arguments, *says, script="sinet.py"):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(UserError) as error:
+            importlib.import_module(Path(script).stem).main()
+        assert "\n" not in str(error.value)
+        for text in says:
+            assert text in str(error.value)
+    return call
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help(run, script):
-    done = run(script, "--help")
-    assert done.returncode == 0 and done.stderr == ""
-    for flag in ("--data", "--root", "--gpu", "--weights", "--variant", "--epochs", "--ids", "--clips", "--frames", "--height", "--width", "--lr",
-                 "--pool", "--workers", "--amp", "--seed", "--eval-every", "--evaluate", "--resume", "--rerank", "--output"):
-        assert f"  {flag}" in done.stdout
-    assert ", synthetic" in done.stdout and "as printed in the paper" in done.stdout
+def test_help(script, monkeypatch, capsys):
     module = importlib.import_module(Path(script).stem)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    out = capsys.readouterr().out
+    assert end.value.code in (0, None)
+    for flag in ("--data", "--root", "--split", "--chunk", "--gpu", "--weights", "--variant", "--epochs", "--ids", "--clips", "--frames", "--height", "--width",
+                 "--lr", "--pool", "--workers", "--amp", "--seed", "--eval-every", "--evaluate", "--resume", "--rerank", "--output"):
+        assert f"  {flag}" in out
+    assert ", synthetic" in out and "as printed in the paper" in out
     for row, (_, printed) in module.VARIANTS.items():
-        line, = re.findall(rf"^  {re.escape(row)} .*$", done.stdout, re.M)
+        line, = re.findall(rf"^  {re.escape(row)} .*$", out, re.M)
         assert not printed or "  ".join(map(str, printed)) in line
 
 
-@pytest.mark.parametrize("script", list(SCRIPTS)[1:])
-def test_every_script_trains_resumes_and_evaluates(run, small_root, tmp_path, script):
+@pytest.mark.parametrize("script, name, flags", [("tclnet.py", "duke", ("--chunk", 5)), ("m3d.py", "lsvid", ()), ("bicnet_tks.py", "folder", ()),
+                                                 ("strf.py", "prid", ("--split", 3))])
+def test_every_script_trains_and_resumes_on_a_data_set(run, tmp_path, script, name, flags):
     """sinet.py is tried in detail below; the others share its loop, which tests/test_same.py holds equal."""
+    test_sets.WRITE[name](tmp_path / "sets")
     # not narrower: torch's bfloat16 convolution with stride 2 reads beyond maps of width 2 on some CPUs (torch 2.15)
-    size = ("--height", 64, "--width", 64, "--ids", 2, "--clips", 2)
-    done = run(script, "--root", small_root, *size, "--epochs", 1)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / f"runs/{Path(script).stem}-synthetic"
+    done = run(script, "--data", name, "--root", tmp_path / "sets", "--weights", "none", "--height", 64, "--width", 64, "--ids", 2, "--clips", 2, "--frames", 4,
+               "--epochs", 1, *flags)
+    assert done.returncode == 0 and re.search(r"^after epoch 1, .*mAP", done.stdout, re.M), done.stderr
+    folder = tmp_path / f"runs/{Path(script).stem}-{name}"
+    args = json.loads((folder / "args.json").read_text())
+    assert args["data"] == name and args["chunk"] == {"duke": 5, "lsvid": 64}.get(name, 0) and args["split"] == ("3" if name == "prid" else "0")
     done = run(script, "--resume", folder / "last.pt", "--epochs", 2, "--amp", "--workers", 1)
-    protocol = "whole clips of 3 frames" if script == "m3d.py" else "all frames"
-    assert done.returncode == 0 and f"after epoch 2, {protocol}" in done.stdout, done.stderr
+    assert done.returncode == 0 and re.search(r"^after epoch 2, .*mAP", done.stdout, re.M), done.stderr
     log = read_log(folder)
     assert [row["epoch"] for row in log] == ["1", "2"] and {"loss", *SCRIPTS[script]} < set(log[0])
     assert all(math.isfinite(float(row["loss"])) for row in log) and log[1]["mAP"]
-    done = run(script, "--resume", folder / "last.pt", "--evaluate")
-    assert done.returncode == 0 and f"after epoch 2, {protocol}" in done.stdout, done.stderr
+
+
+class Colours(torch.nn.Module):
+    """A small network in SINet's place."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.neck, self.classifier = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, num_classes)
+
+    def forward(self, clips):
+        frames = clips.mean((3, 4))
+        embedding = self.neck(frames.mean(1))
+        return (embedding, self.classifier(embedding), frames) if self.training else embedding
+
+
+def test_all_splits_one_after_another(tmp_path, monkeypatch, capsys, refuses):
+    """Each is printed, with mean and deviation; after a restart the finished ones are not run again, an unfinished one goes on."""
+    import sinet
+    test_sets.write_ilids(tmp_path)
+    monkeypatch.setattr(sinet, "build", lambda args, num_classes, weights: Colours(num_classes))
+    monkeypatch.chdir(tmp_path)
+
+    def start(*flags):
+        monkeypatch.setattr(sys, "argv", ["sinet.py", "--data", "ilids", "--root", str(tmp_path), "--gpu", "cpu", *map(str, TINY), "--frames", "4", "--split", "all",
+                                          *map(str, flags)])
+        sinet.main()
+        return capsys.readouterr().out
+    out = start("--epochs", 2)
+    results = [float(v) for v in re.findall(r"^split \d: mAP ([\d.]+) ", out, re.M)]
+    mean, deviation = map(float, re.search(r"^10 splits: mAP ([\d.]+) \+- ([\d.]+)   rank-1", out, re.M).groups())
+    assert len(results) == 10 and abs(mean - statistics.mean(results)) < 0.11 and abs(deviation - statistics.stdev(results)) < 0.11
+    folder = tmp_path / "runs/sinet-ilids"
+    shutil.rmtree(folder / "split-4")
+    state = torch.load(folder / "split-7/last.pt", weights_only=True)
+    torch.save({**state, "epoch": 1, "history": state["history"][:1]}, folder / "split-7/last.pt")
+    again = start("--epochs", 2)
+    assert again.count("finished before") == 8 and again.count("epoch 1/2:") == 1 and again.count("epoch 2/2:") == 2
+    assert "going on after epoch 1 of runs/sinet-ilids/split-7/last.pt" in again and again.count("\nsplit ") == 10 - again.startswith("split")
+    assert start("--epochs", 3).count("going on after epoch 2") == 10
+    refuses(("--data", "ilids", "--root", tmp_path, *TINY, "--split", "all", "--lr", 1), "split-0/last.pt: was trained with --lr 0.0003, not 1.0")
 
 
 def test_m3d_starts_from_a_2d_stream(run, refuses, small_root, tmp_path):
@@ -137,21 +198,6 @@ def test_backbone_weights_from_a_file(run, small_root, tmp_path):
     fails(run("sinet.py", "--evaluate", "--root", small_root, *TINY, "--weights", "odd.pth"), "odd.pth: not the weights of torchvision's ResNet-50")
 
 
-@pytest.fixture
-def refuses(tmp_path, monkeypatch):
-    """The same without a process: refuses(arguments, texts...) runs main() and reads the UserError that becomes the line."""
-    def call(arguments, *says, script="sinet.py"):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        with pytest.raises(UserError) as error:
-            importlib.import_module(Path(script).stem).main()
-        assert "\n" not in str(error.value)
-        for text in says:
-            assert text in str(error.value)
-    return call
-
-
 def fails(done, *says):
     """One line on stderr, exit code 2, no traceback."""
     assert done.returncode == 2, done.stderr
@@ -200,7 +246,9 @@ def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
     ("bicnet_tks.py", ("--height", 48), ["heights of 64, 128, 192 ... and widths of 32, 64, 96 ... pixels, not 48x64"]),
     ("bicnet_tks.py", ("--divergence", "-1"), ["--divergence", "float of 0 to"]),
     *((script, *case) for script in list(SCRIPTS)[1:] for case in (
-        (("--data", "mars", "--root", "nowhere"), ["nowhere/mars: missing bbox_train"]),
+        *((("--data", name, "--root", "nowhere"), [f"nowhere/{name}: missing "]) for name in DATA_SETS if name != "synthetic"),
+        (("--data", "mars", "--split", "1"), ["--split: mars has no splits, ilids and prid have"]),
+        (("--data", "prid", "--split", "all", "--evaluate"), ["--split all: goes on by itself"]),
         (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
         (("--bogus",), ["--bogus", "--help"]),
         (("--resume", "sinet.pt"), [f"sinet.pt: not a checkpoint of {script}"]),

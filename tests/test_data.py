@@ -1,5 +1,4 @@
 """Data sets in the true layout, clip sampling, augmentation, the sampler, the synthetic set."""
-import io
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 import data
-from data import (PKSampler, AllClips, TrainClips, UserError, draw_synthetic, load_dataset, load_mars, normalize, random_erase,
+from data import (PKSampler, TrackletSampler, split_whole, AllClips, TrainClips, UserError, draw_synthetic, load_dataset, load_mars, normalize, random_erase,
                   random_flip, read_clip, sample_adjacent, sample_segments, sample_strided, split_consecutive, split_segments)
 
 MARS_INFO = Path(__file__).parent / "mars_info"   # MARS' public track tables (Zheng et al., ECCV 2016)
@@ -262,6 +261,33 @@ def test_pk_resumes_within_an_epoch_and_shards():
     shards = [list(PKSampler(PIDS, 4, 2, rank=r, world=2)) for r in range(2)]
     for batch, *parts in zip(whole, *shards):
         assert sorted(batch) == sorted(sum(parts, [])) and all(len(p) == 4 for p in parts)
+
+
+def test_tracklet_batches():
+    pids = [i // 7 for i in range(20)]
+    sampler = TrackletSampler(pids, 3, 2, seed=1)
+    batches = [[item[0] for item in batch] for batch in sampler]
+    assert len(batches) == len(sampler) == 4 and {len(b) for b in batches} == {6}
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat[:20]) == list(range(20)) and flat[20:] == flat[:4]   # every tracklet once, then filled up with the first
+    assert all(len(set(batch)) == 6 for batch in batches)
+    whole = list(sampler)
+    assert [item[1:] for batch in whole for item in batch] == [(1, 0, place) for place in range(24)]
+    sampler.set_epoch(0, start=2)
+    assert list(sampler) == whole[2:] and len(sampler) == 2
+    sampler.set_epoch(1)
+    assert list(sampler) != whole
+    parts = [list(TrackletSampler(pids, 3, 2, 1, rank, 2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
+    for arguments, says in (((pids, 7, 3), "a batch needs 21 tracklets, the training set has 20"), ((pids, 3, 1, 0, 0, 2), "do not divide over 2 processes")):
+        with pytest.raises(UserError, match=says):
+            TrackletSampler(*arguments)
+
+
+@pytest.mark.parametrize("n, T, clips", [(3, 8, 1), (8, 8, 1), (15, 8, 1), (16, 8, 2), (920, 8, 115), (1, 1, 1)])
+def test_split_whole_drops_the_rest(n, T, clips):
+    expected = [[i % n for i in range(c * T, c * T + T)] for c in range(clips)]
+    assert split_whole(n, T).tolist() == expected
 
 
 def test_pk_refuses():

@@ -29,7 +29,7 @@ def test_there_are_scripts():
 def test_the_same_in_every_script(script):
     marked, names = parts(script)
     reference, reference_names = parts(ROOT / "sinet.py")
-    assert set(marked) == set(reference) >= {"resnet50", "parse_args", "train_epoch", "main", "save_file", "load_file", "__main__"}
+    assert set(marked) == set(reference) >= {"resnet50", "parse_args", "train_epoch", "main", "run", "__main__"}
     for name in reference:
         assert marked[name] == reference[name], f"{name} differs between sinet.py and {script.name}"
     shared = [name for name in reference_names if name in names]  # the rest of the frame, in the same order

@@ -17,7 +17,7 @@ LENGTHS = pytest.mark.parametrize("T", [1, 2, 4, 8, 16])
 # ------------------------------------------------------------------------------------- the equations, slowly, with loops
 
 def slow_pool(x, dimension, r, pool):                             # Eq. 4 or 6; x (T, c, H, W), same size, nothing beyond the edges
-    (T, c, H, W), reach = x.shape, r // 2
+    (T, _, H, W), reach = x.shape, r // 2
     rt, rs = (reach, 0) if dimension == "t" else (0, reach)
     out = torch.zeros_like(x)
     for t in range(T):
