@@ -417,7 +417,7 @@ def _read_mat(path, variable):
             if not 6 <= struct.unpack(order + "I", flags[:4])[0] & 0xff <= 15 or len(values) != 1 or values[0][0] not in _MAT_TYPES:
                 raise ValueError(f"{variable} is no matrix of real numbers")
             shape, values = np.frombuffer(shape, order + "i4"), np.frombuffer(values[0][1], order + _MAT_TYPES[values[0][0]])
-            if (shape < 0).any() or math.prod(shape.tolist()) != len(values) or (values.dtype.kind == "f" and (values != np.floor(values)).any()):
+            if (shape < 0).any() or math.prod(shape.tolist()) != len(values) or not (np.isfinite(values) & (values == np.floor(values))).all():
                 raise ValueError(f"{variable} holds no whole numbers of its shape {tuple(shape.tolist())}")
             return values.reshape(shape.tolist(), order="F").astype(np.int64)
     except (ValueError, struct.error, zlib.error) as error:

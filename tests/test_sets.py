@@ -238,6 +238,7 @@ def hdf5(values, name="query"):
     ("ilids", lambda f: savemat(f / SPLITS, {"set": np.ones((10, 8))}), "no variable ls_set"),
     ("ilids", lambda f: savemat(f / SPLITS, {"ls_set": np.ones((10, 8))}), "row 0 of ls_set is no order of the 8 persons"),
     ("ilids", lambda f: savemat(f / SPLITS, {"ls_set": np.full((10, 8), 1.5)}), "no whole numbers"),
+    ("ilids", lambda f: savemat(f / SPLITS, {"ls_set": np.full((10, 8), np.inf)}), "no whole numbers"),
     ("ilids", lambda f: savemat(f / SPLITS, {"ls_set": "text"}), "not a readable .mat file"),
     ("ilids", lambda f: shutil.rmtree(f / "i-LIDS-VID/sequences/cam2/person006"), "no order of the 7 persons"),
     ("prid", lambda f: (f / "splits_prid2011.json").write_text("[{"), "splits_prid2011.json: not JSON"),
