@@ -9,7 +9,8 @@ a channel mask. A second, plain 2D network adds the appearance of the single fra
     python m3d.py                                  # a small run on synthetic data, on any machine
     python m3d.py --data mars --gpu 0              # the paper's recipe, both streams
     python m3d.py --data mars --variant m3d        # a row of its tables (see VARIANTS)
-    python m3d.py --data mars --variant m3d --init-2d runs/2d/last.pt   # starts from a trained 2D stream (--stream spatial)
+    python m3d.py --data mars --variant 2d --output runs/2d             # the 2D stream alone, with its own recipe ...
+    python m3d.py --data mars --variant m3d --init-2d runs/2d/last.pt --output runs/m3d   # ... starts the temporal one
 
 Where to find what:
     Eq. 4-6, Fig. 4           M3DLayer                       Fig. 2      InflatedConv (I3D), P3DConv (P3D-A, -B, -C)
@@ -25,11 +26,15 @@ What the paper leaves open, and the reading taken:
     RAL's start       the paper wants M = 1/2 from zeros, but a product of three zero masks has no gradient: the last convolution
                       of one branch is zero, those of the others have zero weight and bias one; M = 1/2, and it learns
     backbone          the last stride stays (the paper does not say otherwise); torchvision's mean and std
-    I3D, P3D          all sixteen 3x3 convolutions, I3D's stem too; no BatchNorm after the temporal ones; all start as the 2D
-                      network (P3D-A: centre tap identity; I3D: centre tap the 2D weights; others zero)
-    streams           trained on the same clips, each with its own BN neck, classifier and cross entropy; nothing is shared
-    batches           P x K tracklets, whatever their identities; an epoch shows every tracklet once, as printed
-    2D stream alone   images of 1 frame a tracklet and epoch
+    I3D, P3D          all sixteen 3x3 convolutions, I3D's stem too; nothing between S and T of P3D, no BatchNorm after the temporal ones
+                      (the printed +15.2 MB fits one); all start as the 2D network (P3D-A: centre tap identity; I3D: centre tap the
+                      2D weights; others zero)
+    T = 16            Eq. 6 gives 7 kernels and +9.75 MB, where the paper prints +4.2 MB again
+    streams           trained on the same clips with the 3D recipe, each with its own BN neck, classifier and cross entropy; nothing
+                      is shared; in test both see whole clips of T frames
+    batches           P x K tracklets, whatever their identities; an epoch shows every tracklet once, as printed (some of the last
+                      batch twice); SGD with momentum 0.9 and weight decay 5e-4, flip
+    2D stream alone   images: one frame of each tracklet an epoch
 """
 import argparse
 import contextlib
@@ -85,10 +90,10 @@ class M3DLayer(nn.Module):
 
     def __init__(self, conv, frames, per_tap=False):
         super().__init__()
-        C, n = conv.out_channels, (frames - 1) // 2                             # Eq. 6
+        C, n, at = conv.out_channels, (frames - 1) // 2, dict(device=conv.weight.device, dtype=conv.weight.dtype)   # n: Eq. 6
         self.spatial, self.frames, self.per_tap = conv, frames, per_tap
         self.temporal = nn.ModuleList(
-            nn.Conv3d(C, C, (3, 1, 1), padding=(i, 0, 0), dilation=(i, 1, 1), bias=False) if per_tap else nn.Conv2d(C, C, 1, bias=False)
+            nn.Conv3d(C, C, (3, 1, 1), padding=(i, 0, 0), dilation=(i, 1, 1), bias=False, **at) if per_tap else nn.Conv2d(C, C, 1, bias=False, **at)
             for i in range(1, n + 1))
         for w in self.temporal:
             nn.init.zeros_(w.weight)
@@ -132,18 +137,21 @@ class ResidualAttentionLayer(nn.Module):
             m = m * self.branches["s"](x_s).view(B, 1, H, W, 1)                 # S_m, Eq. 10
         if "c" in self.branches:
             m = m * self.branches["c"](x_s.mean((2, 3))).view(B, 1, 1, 1, C)    # C_m, Eq. 11-12
-        return (0.5 + m.sigmoid()).to(x.dtype).movedim(4, 2) * x                # Eq. 8, Eq. 7; channels last, as x is
+        m = m.to(torch.promote_types(m.dtype, torch.float32)).sigmoid()         # Eq. 8
+        return (0.5 + m).to(x.dtype).movedim(4, 2) * x                          # Eq. 7; channels last, as x is
 
 
 # ------------------------------------------------------------------------- Fig. 2: the 3D layers that it is compared with
 
 class InflatedConv(nn.Module):
-    """I3D (Carreira and Zisserman, CVPR 2017): `conv` inflated to three frames. (B*T, C, H, W) -> (B*T, C', H', W'); starts as `conv`."""
+    """I3D (Carreira and Zisserman, CVPR 2017): `conv` inflated to three frames. (B*T, C, H, W) -> (B*T, C', H', W'); starts as `conv`,
+    which has no bias, groups or dilation."""
 
     def __init__(self, conv, frames):
         super().__init__()
         self.frames = frames
-        self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, *conv.kernel_size), (1, *conv.stride), (1, *conv.padding), bias=False)
+        self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, *conv.kernel_size), (1, *conv.stride), (1, *conv.padding), bias=False,
+                              device=conv.weight.device, dtype=conv.weight.dtype)
         with torch.no_grad():
             self.conv.weight.zero_()[:, :, 1].copy_(conv.weight)
 
@@ -159,7 +167,7 @@ class P3DConv(nn.Module):
         super().__init__()
         self.spatial, self.frames, self.kind = conv, frames, kind
         inputs, stride = (conv.in_channels, (1, *conv.stride)) if kind == "b" else (conv.out_channels, 1)
-        self.temporal = nn.Conv3d(inputs, conv.out_channels, (3, 1, 1), stride, (1, 0, 0), bias=False)
+        self.temporal = nn.Conv3d(inputs, conv.out_channels, (3, 1, 1), stride, (1, 0, 0), bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
         nn.init.zeros_(self.temporal.weight)
         if kind == "a":
             nn.init.eye_(self.temporal.weight.data[:, :, 1, 0, 0])
@@ -201,6 +209,8 @@ class Stream(nn.Module):
 
     def __init__(self, frames, layer="2d", ral="", per_tap=False, pool="avg", weights="none", init_2d=None):
         super().__init__()
+        if layer not in ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c"):
+            raise ValueError(f"the layers are 2d, m3d, i3d, p3d-a, p3d-b and p3d-c, not {layer}")
         self.net = net = resnet50(weights, last_stride=2)
         net.fc = nn.Identity()
         if init_2d:
@@ -225,6 +235,7 @@ class Stream(nn.Module):
             x = getattr(net, name)(x)
             if name in self.ral:
                 x = self.ral[name](x.unflatten(0, (B, T))).flatten(0, 1)
+        x = x.to(net.bn1.weight.dtype)
         return (x.mean((2, 3)) if self.pool == "avg" else x.amax((2, 3))).view(B, T, -1).mean(1)
 
 
@@ -240,6 +251,8 @@ class TwoStreamM3D(nn.Module):
 
     def __init__(self, num_classes, frames=8, stream="two", layer="m3d", ral="sct", per_tap=False, pool="avg", weights="none", init_2d=None):
         super().__init__()
+        if stream not in ("two", "spatial", "temporal"):
+            raise ValueError(f"the streams are spatial, temporal or two, not {stream}")
         self.frames = frames
         self.streams = nn.ModuleDict()
         if stream != "temporal":
@@ -265,7 +278,7 @@ class TwoStreamM3D(nn.Module):
 # Rows of Tables 1 and 2: constructor arguments, and the figures as printed in the paper.
 VARIANTS = {
     "two-stream": (dict(), (74.06, 84.39)),
-    "2d": (dict(), (62.54, 76.43, 95.7)),
+    "2d": (dict(layer="2d", ral=""), (62.54, 76.43, 95.7)),
     "m3d": (dict(ral=""), (69.90, 81.01, 99.9)),
     "m3d+ral-s": (dict(ral="s"), (71.04, 82.19)),
     "m3d+ral-t": (dict(ral="t"), (70.66, 81.81)),
@@ -315,17 +328,19 @@ def number(kind, least, most=2 ** 31):  # same in every script
 
 def add_paper_arguments(group):
     group.add_argument("--stream", choices=("two", "spatial", "temporal"), help=f"of Fig. 3 (default {RECIPE['stream']}, and see the variants)")
-    group.add_argument("--init-2d", metavar="FILE", help="the last.pt of a run with --stream spatial or two, whose 2D stream starts the temporal one")
+    group.add_argument("--init-2d", metavar="FILE", help="the last.pt of a run with --variant 2d, whose 2D stream starts the temporal one")
 
 
 def build(args, num_classes, weights):
     options, _ = VARIANTS[args.variant]
     init_2d = None
+    if args.init_2d and args.stream == "spatial":
+        raise UserError("--init-2d: is for the temporal stream, which --stream spatial leaves out")
     if args.init_2d and not args.resume:
         prefix = "streams.spatial.net."
         init_2d = {k.removeprefix(prefix): v for k, v in load_file(args.init_2d).get("model", {}).items() if k.startswith(prefix)}
         if not init_2d:
-            raise UserError(f"--init-2d {args.init_2d}: holds no 2D stream; train one with --stream spatial")
+            raise UserError(f"--init-2d {args.init_2d}: holds no 2D stream; train one with --variant 2d")
     return TwoStreamM3D(num_classes, args.frames, args.stream, pool=args.pool, weights=weights, init_2d=init_2d, **options)
 
 
@@ -372,7 +387,7 @@ def parse_args():  # same in every script
     group.add_argument("--seed", type=number(int, 0), metavar="N", help="of weights, batches and augmentation (default 0)")
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", metavar="N", help="GPU, or cpu (default: the first GPU, else the CPU)")
-    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA)")
+    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA[-VARIANT])")
     group.add_argument("--resume", metavar="FILE", help="go on with the run of this last.pt")
     group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
     group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
@@ -394,7 +409,7 @@ def parse_args():  # same in every script
         raise UserError("--split all: goes on by itself; --resume and --evaluate take one split")
     variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
     recipe = dict(data=data, root="datasets", variant=variant, split="0", chunk=CHUNK.get(data, 0), amp=False, seed=0, eval_every=0, rerank=False,
-                  output=f"runs/{Path(__file__).stem}-{data}")
+                  output=f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS))))
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint

@@ -452,7 +452,7 @@ def parse_args():  # same in every script
     group.add_argument("--seed", type=number(int, 0), metavar="N", help="of weights, batches and augmentation (default 0)")
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", metavar="N", help="GPU, or cpu (default: the first GPU, else the CPU)")
-    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA)")
+    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA[-VARIANT])")
     group.add_argument("--resume", metavar="FILE", help="go on with the run of this last.pt")
     group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
     group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
@@ -474,7 +474,7 @@ def parse_args():  # same in every script
         raise UserError("--split all: goes on by itself; --resume and --evaluate take one split")
     variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
     recipe = dict(data=data, root="datasets", variant=variant, split="0", chunk=CHUNK.get(data, 0), amp=False, seed=0, eval_every=0, rerank=False,
-                  output=f"runs/{Path(__file__).stem}-{data}")
+                  output=f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS))))
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint

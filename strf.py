@@ -21,14 +21,16 @@ What the paper leaves open, and the reading taken:
     softmax axis      over rows: every position of the output is a weighted average (the columns of M sum to one)
     H_dk              a 1x1x1 convolution c -> c/16 without bias for each of the four factors of a unit (the printed +0.05M)
     pooling           max, stride 1, same padding, (r_tau, r_sigma) = (1, 3); averages leave the padding out
-    order             temporal, then spatial (Sec. 4.2)
+    order             temporal, then spatial (Sec. 4.2; the caption of Fig. 4 says the opposite)
     residual, scale   none: Eq. 5, 7, 8 as printed; a dimension without factors is left out
     where             on the input of the temporal convolution (P3D) or of the 3x3x3 one (I3D); blocks 0 and 2 of stage 2, 0, 2 and 4 of
                       stage 3 (stages 1 and 4: 0 and 2); nothing between the convolutions of a P3D block, no temporal BatchNorm
     Table 5           stages 2 and 3 stay 3D; STRF stands in the named stages, whose blocks become 3D where they were not
-    3D blocks         start as the 2D network (P3D-A: centre tap identity; I3D: centre tap the 2D weights; others zero)
+    3D blocks         start as the 2D network (P3D-A: centre tap identity; I3D: centre tap the 2D weights; others zero); with STRF in
+                      front, which is never the identity, P3D-B and P3D-C only
     recipe            its supplement is not at hand: T = 8, 224x112, stride 4, Adam 3e-4, 240 epochs, /10 every 60, 8 x 4 clips, flip only,
-                      margin 0.3, a BN neck; in test clips of consecutive frames; an epoch shows every identity once
+                      weight decay 5e-4, margin 0.3, a BN neck; in test clips of consecutive frames; an epoch shows every identity
+                      once (some of the last batch twice)
     parameters        the paper counts the 625-way classifier of MARS, with bias, and no neck
 """
 import argparse
@@ -77,6 +79,9 @@ class FactorizedAttentionMask(nn.Module):
 
     def __init__(self, channels, dimension, resolution, pool="max", reduction=16, kappa=4.0, normalize=True):
         super().__init__()
+        if dimension not in ("t", "s") or pool not in ("max", "avg") or resolution % 2 == 0 or channels < reduction:
+            raise ValueError(f"FAM takes dimension t or s, pool max or avg, an odd resolution and at least {reduction} channels, "
+                             f"not {dimension}, {pool}, {resolution} and {channels}")
         self.h = nn.Conv2d(channels, channels // reduction, 1, bias=False)
         self.window = (resolution, 1, 1) if dimension == "t" else (1, resolution, resolution)
         self.pool, self.kappa, self.normalize = pool, kappa, normalize
@@ -84,15 +89,17 @@ class FactorizedAttentionMask(nn.Module):
     def forward(self, f):
         x = as_clips(self.h(f.flatten(0, 1)), f.shape[1])                       # H_dk: (B, C/n, T, H, W)
         padding = [r // 2 for r in self.window]
-        if self.pool == "max":                                                  # G_dk
+        if max(self.window) == 1:                                               # G_dk: identity,
+            pass
+        elif self.pool == "max":                                                # maximum,
             x = F.max_pool3d(x, self.window, 1, padding)
-        else:                                                                   # maps may be smaller than the window
+        else:                                                                   # or mean; maps may be smaller than the window
             edge = [p for p in reversed(padding) for _ in (0, 1)]
             x, inside = (F.avg_pool3d(F.pad(v, edge), self.window, 1) for v in (x, torch.ones_like(x[:1, :1])))
             x = x / inside
         x = x.flatten(1, 2).flatten(2)                                          # T_dk, Eq. 2: (B, C/n T, H W)
         if self.normalize:
-            x = F.normalize(x, dim=1)
+            x = F.normalize(x, dim=1, eps=1e-6)
         return (self.kappa * x.transpose(1, 2) @ x).softmax(1)                  # Eq. 3
 
 
@@ -110,8 +117,8 @@ class FeatureFactorizationModule(nn.Module):
         B, T, C, H, W = f.shape
         m = sum(mask(f) for mask in self.masks).to(f.dtype)                     # f M_1 + f M_2 = f (M_1 + M_2)
         x = f.movedim(2, 4).reshape(B, T, H * W, C).transpose(1, 2).reshape(B, H * W, T * C)
-        x = m.transpose(1, 2) @ x                                               # Eq. 1, transposed
-        return x.view(B, H, W, T, C).permute(0, 3, 4, 1, 2)
+        x = (m.transpose(1, 2) @ x).view(B, H * W, T, C)                        # Eq. 1, transposed
+        return x.transpose(1, 2).contiguous().view(B, T, H, W, C).movedim(4, 2)  # channels last again
 
 
 class STRF(nn.Module):
@@ -125,6 +132,8 @@ class STRF(nn.Module):
     def __init__(self, channels, factors=("t-dynamic", "t-static", "s-fine", "s-coarse"), resolutions=(1, 3), pools=("max", "max"), order="ts",
                  **options):
         super().__init__()
+        if not factors or set(factors) - {"t-dynamic", "t-static", "s-fine", "s-coarse"} or order not in ("ts", "st", "parallel"):
+            raise ValueError(f"STRF takes one or more of t-dynamic, t-static, s-fine and s-coarse, and order ts, st or parallel, not {factors} and {order}")
         fine, coarse = resolutions
         resolution = {"t-dynamic": fine, "t-static": coarse, "s-fine": fine, "s-coarse": coarse}
         self.ffm = nn.ModuleDict()
@@ -145,12 +154,14 @@ class STRF(nn.Module):
 # ----------------------------------------------------------------------------- Sec. 3.2, Fig. 3: the 3D layers it is put into
 
 class InflatedConv(nn.Module):
-    """I3D (Carreira and Zisserman, CVPR 2017): `conv` inflated to three frames. (B*T, C, H, W) -> (B*T, C', H', W'); starts as `conv`."""
+    """I3D (Carreira and Zisserman, CVPR 2017): `conv` inflated to three frames. (B*T, C, H, W) -> (B*T, C', H', W'); starts as `conv`,
+    which has no bias, groups or dilation."""
 
     def __init__(self, conv, frames, strf=None):
         super().__init__()
         self.frames, self.strf = frames, strf
-        self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, *conv.kernel_size), (1, *conv.stride), (1, *conv.padding), bias=False)
+        self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, *conv.kernel_size), (1, *conv.stride), (1, *conv.padding), bias=False,
+                              device=conv.weight.device, dtype=conv.weight.dtype)
         with torch.no_grad():
             self.conv.weight.zero_()[:, :, 1].copy_(conv.weight)
 
@@ -168,7 +179,7 @@ class P3DConv(nn.Module):
         super().__init__()
         self.spatial, self.frames, self.kind, self.strf = conv, frames, kind, strf
         inputs, stride = (conv.in_channels, (1, *conv.stride)) if kind == "b" else (conv.out_channels, 1)
-        self.temporal = nn.Conv3d(inputs, conv.out_channels, (3, 1, 1), stride, (1, 0, 0), bias=False)
+        self.temporal = nn.Conv3d(inputs, conv.out_channels, (3, 1, 1), stride, (1, 0, 0), bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
         nn.init.zeros_(self.temporal.weight)
         if kind == "a":
             nn.init.eye_(self.temporal.weight.data[:, :, 1, 0, 0])
@@ -215,6 +226,8 @@ class STRFNet(nn.Module):
 
     def __init__(self, num_classes, frames=8, layer="p3d-c", stages=(2, 3), pool="avg", weights="none", **strf):
         super().__init__()
+        if layer not in ("i3d", "p3d-a", "p3d-b", "p3d-c") or set(stages) - {1, 2, 3, 4}:
+            raise ValueError(f"the 3D layers are i3d, p3d-a, p3d-b and p3d-c, the stages 1 to 4, not {layer} and {stages}")
         self.frames, self.pool = frames, pool
         net = resnet50(weights)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
@@ -235,7 +248,8 @@ class STRFNet(nn.Module):
             raise ValueError(f"the network was built for clips of {self.frames} frames, not {T}")
         x = self.stem(clips.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = (x.mean((2, 3)) if self.pool == "avg" else x.amax((2, 3))).to(self.neck.weight.dtype).view(B, T, -1).mean(1)
+        x = x.to(self.neck.weight.dtype)
+        x = (x.mean((2, 3)) if self.pool == "avg" else x.amax((2, 3))).view(B, T, -1).mean(1)
         embedding = self.neck(x)
         return (embedding, self.classifier(embedding)) if self.training else embedding
 
@@ -364,7 +378,7 @@ def parse_args():  # same in every script
     group.add_argument("--seed", type=number(int, 0), metavar="N", help="of weights, batches and augmentation (default 0)")
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", metavar="N", help="GPU, or cpu (default: the first GPU, else the CPU)")
-    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA)")
+    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA[-VARIANT])")
     group.add_argument("--resume", metavar="FILE", help="go on with the run of this last.pt")
     group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
     group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
@@ -386,7 +400,7 @@ def parse_args():  # same in every script
         raise UserError("--split all: goes on by itself; --resume and --evaluate take one split")
     variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
     recipe = dict(data=data, root="datasets", variant=variant, split="0", chunk=CHUNK.get(data, 0), amp=False, seed=0, eval_every=0, rerank=False,
-                  output=f"runs/{Path(__file__).stem}-{data}")
+                  output=f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS))))
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint

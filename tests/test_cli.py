@@ -139,6 +139,7 @@ def test_m3d_starts_from_a_2d_stream(run, refuses, small_root, tmp_path):
     assert run("m3d.py", "--resume", "m3d/last.pt", "--evaluate").returncode == 0
     refuses((*common, "--init-2d", "m3d/last.pt"), "m3d/last.pt: holds no 2D stream", script="m3d.py")
     refuses((*common, "--init-2d", "none.pt"), "none.pt: no such file", script="m3d.py")
+    refuses((*common, "--stream", "spatial", "--init-2d", "2d/last.pt"), "--init-2d: is for the temporal stream", script="m3d.py")
 
 
 def test_a_run_prints_and_writes(trained):

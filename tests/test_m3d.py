@@ -68,6 +68,9 @@ def test_m3d_layer(C, H, W, T, per_tap, layout):
     conv = nn.Conv2d(C, 6, 3, 1, 1, bias=False)
     layer, x = randomize(M3DLayer(conv, T, per_tap)), maps(T, C, H, W)
     assert len(layer.temporal) == (T - 1) // 2                    # Eq. 6
+    start = M3DLayer(conv.float(), T, per_tap)                    # starts as the convolution
+    torch.testing.assert_close(start(x.flatten(0, 1).float()), conv(x.flatten(0, 1).float()))
+    conv.double()
     close(layer(x.flatten(0, 1).contiguous(memory_format=layout)).unflatten(0, (2, T)), slow_m3d(layer, x))
 
 
@@ -149,8 +152,10 @@ def test_i3d_and_p3d(C, H, W, T, layout, stride):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_constant_input_stays_finite(value, dtype):
     x = torch.full((2, 4, 16, 4, 4), value, dtype=dtype, requires_grad=True)
-    y = wake(ResidualAttentionLayer(16, 4)).to(dtype)(x)
-    y = M3DLayer(nn.Conv2d(16, 16, 3, 1, 1, bias=False), 4).to(dtype)(y.flatten(0, 1))
+    ral, layer = ResidualAttentionLayer(16, 4), M3DLayer(nn.Conv2d(16, 16, 3, 1, 1, bias=False), 4)
+    for p in (*ral.parameters(), *layer.parameters()):
+        nn.init.normal_(p, std=0.5)
+    y = layer.to(dtype)(ral.to(dtype)(x).flatten(0, 1))
     y.float().sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all() and y.dtype == dtype
 
@@ -182,7 +187,9 @@ def test_parameters(variant):
     assert set(EXPECTED) == set(VARIANTS)
     count, printed = parameters(meta(variant)), VARIANTS[variant][1][2:]
     assert count == EXPECTED[variant]
-    if printed and variant != "m3d-t16":                          # printed as +4.2 MB for T = 16, too, where Eq. 6 gives n = 7
+    if variant == "2d":
+        assert round(count * 4 / 1e6, 2) == 94.03
+    elif printed and variant != "m3d-t16":                        # printed as +4.2 MB for T = 16, too, where Eq. 6 gives n = 7
         assert abs((count - TRUNK) * 4 / 1e6 - (printed[0] - 95.7)) < (0.12 if variant.startswith("p3d") else 0.05)   # 15.09 MB, no BN
 
 
@@ -227,16 +234,26 @@ def test_every_variant_runs(variant):
 
 @pytest.mark.parametrize("variant", list(VARIANTS)[2:])
 def test_every_3d_variant_starts_as_the_2d_network(variant):
-    """Zero temporal kernels: exactly the same features, initialised from a 2D network; RAL's M = 1/2 only to rounding."""
-    base = network("2d", 4, 3).eval()
+    """Zero temporal kernels: the same features, initialised from a 2D network."""
+    base = wake(network("2d", 4, 3)).eval()
     state = {k.removeprefix("streams.spatial.net."): v for k, v in base.state_dict().items() if k.startswith("streams.spatial.net.")}
     model = network(variant, 4, 3, init_2d=state).eval()
     clips = torch.randn(1, 4, 3, 64, 32)
     a, b = model.streams["temporal"](clips), base.streams["spatial"](clips)
-    if "ral" in variant:
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    else:
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+    for module in model.modules():                                # and what was compared is at work: other kernels, other features
+        if isinstance(module, (M3DLayer, P3DConv)):
+            for p in module.temporal.parameters():
+                nn.init.normal_(p, std=0.1)
+        elif isinstance(module, InflatedConv):
+            nn.init.normal_(module.conv.weight, std=0.1)
+    assert not torch.allclose(model.streams["temporal"](clips), b, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("options, says", [(dict(stream="both"), "streams are spatial, temporal or two"), (dict(layer="p3d"), "layers are 2d, m3d")])
+def test_network_refuses(options, says):
+    with pytest.raises(ValueError, match=says):
+        TwoStreamM3D(5, 4, **options)
 
 
 def test_where_the_modules_stand():
