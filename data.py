@@ -135,6 +135,14 @@ def _folders(folder):
         return sorted((e.name for e in entries if e.is_dir() and not e.name.startswith(".")), key=natural)
 
 
+def _subfolders(folder, layout):
+    """As _folders; raises UserError when there is none, because images that lie too high would be left out without a word."""
+    names = _folders(folder)
+    if not names:
+        raise UserError(f"{folder}: no folders in it; expected {layout}")
+    return names
+
+
 def _images(folder):
     """The images in a folder, paths in natural order: the frames of a tracklet. Raises UserError when there is none."""
     with os.scandir(folder) as entries:
@@ -189,7 +197,7 @@ def load_mars(folder, name="mars"):
             if not 1 <= first <= last <= len(names):
                 raise UserError(f"{table}: row {number} takes lines {first} to {last} of {listing.name}, which has {len(names)}")
             person = f"{pid:0>4}"                              # 0001, 0000 for distractors, 00-1 for junk
-            prefix, start = f"{person}C{cam}", f"{folder}/bbox_{part}/{person}/"
+            prefix, start = f"{person}C{cam}T", f"{folder}/bbox_{part}/{person}/"
             frames = names[first - 1:last]
             for line, frame in enumerate(frames, first):
                 if not frame.startswith(prefix):
@@ -220,7 +228,7 @@ def load_duke(folder, name="duke"):
     def tracklets(part):
         found = []
         for pid in _folders(folder / part):
-            for tracklet in _folders(folder / part / pid):
+            for tracklet in _subfolders(folder / part / pid, "<pid>/<tracklet>/*.jpg"):
                 frames, numbers, cams = _images(f"{folder}/{part}/{pid}/{tracklet}"), [], set()
                 for frame in frames:
                     match = re.search(r"C(\d+)_?F(\d+)", frame.rsplit("/", 1)[1])
@@ -271,8 +279,8 @@ def load_lsvid(folder, name="lsvid"):
                     raise UserError(f"{where}: no folder {folder / parent}") from None
             names = listings[parent]
             names = names[bisect.bisect_left(names, start):bisect.bisect_left(names, start + "\U0010ffff")]
-            if start[-1:].isdecimal():                         # ..._1 is not the start of ..._10, unless nothing else is
-                names = [n for n in names if not n[len(start):len(start) + 1].isdecimal()] or names
+            if start[-1:].isdecimal():                         # ..._1 is not the start of ..._10
+                names = [n for n in names if not n[len(start):len(start) + 1].isdecimal()]
             if not start or not names:
                 raise UserError(f"{where}: no frames start with {folder / prefix}")
             cam, *others = {(n.rsplit(".", 1)[0].split("_") + [""] * 3)[2] for n in names}
@@ -368,8 +376,9 @@ def load_folder(folder, name="folder"):
     _need(folder, ("train", "gallery"), "{train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}")
 
     def tracklets(part):
+        layout = "<pid>/<cam>/<tracklet>/*.{jpg,png}"
         return [Tracklet(_images(f"{folder}/{part}/{pid}/{cam}/{tracklet}"), pid, cam) for pid in _folders(folder / part)
-                for cam in _folders(folder / part / pid) for tracklet in _folders(folder / part / pid / cam)]
+                for cam in _subfolders(folder / part / pid, layout) for tracklet in _subfolders(folder / part / pid / cam, layout)]
     train, gallery = tracklets("train"), tracklets("gallery")
     if (folder / "query").is_dir():
         query = tracklets("query")
@@ -417,7 +426,7 @@ def _read_mat(path, variable):
             if not 6 <= struct.unpack(order + "I", flags[:4])[0] & 0xff <= 15 or len(values) != 1 or values[0][0] not in _MAT_TYPES:
                 raise ValueError(f"{variable} is no matrix of real numbers")
             shape, values = np.frombuffer(shape, order + "i4"), np.frombuffer(values[0][1], order + _MAT_TYPES[values[0][0]])
-            if (shape < 0).any() or math.prod(shape.tolist()) != len(values) or not (np.isfinite(values) & (values == np.floor(values))).all():
+            if (shape < 0).any() or (abs(values.astype("f8")) > 2 ** 53).any() or math.prod(shape.tolist()) != len(values) or not (np.isfinite(values) & (values == np.floor(values))).all():
                 raise ValueError(f"{variable} holds no whole numbers of its shape {tuple(shape.tolist())}")
             return values.reshape(shape.tolist(), order="F").astype(np.int64)
     except (ValueError, struct.error, zlib.error) as error:

@@ -250,6 +250,10 @@ def hdf5(values, name="query"):
     ("folder", lambda f: shutil.rmtree(f / "gallery"), "missing gallery; expected"),
     ("folder", lambda f: (f / "train/bob/door/empty").mkdir(), "train/bob/door/empty: no images in this tracklet"),
     ("folder", lambda f: [shutil.rmtree(p) for p in (f / "query").iterdir()], "no query tracklets"),
+    ("folder", lambda f: image(f / "train/eve/door/1.jpg"), "train/eve/door: no folders in it; expected <pid>/<cam>/<tracklet>"),
+    ("duke", lambda f: image(f / "train/0900/0900C1F0001X1.jpg"), "train/0900: no folders in it; expected <pid>/<tracklet>"),
+    ("lsvid", lambda f: [p.unlink() for p in (f / "tracklet_train/0003").glob("0003_20_02_1_*")], "line 1: no frames start with"),
+    ("ilids", lambda f: savemat(f / SPLITS, {"ls_set": np.full((10, 8), 1e300)}), "no whole numbers"),
 ])
 def test_bad_data_is_one_line(tmp_path, name, damage, says):
     damage(WRITE[name](tmp_path))
