@@ -85,19 +85,21 @@ class Dataset(NamedTuple):
         return "\n".join(lines)
 
 
-def load_dataset(name, root, split=0, chunk=0):
-    """Reads the index of data set `name`, one of DATA_SETS, in the folder `root` or in `root`/`name`; draws "synthetic" when missing.
+def load_dataset(name, root, split=0, chunk=0, draw=True):
+    """Reads the index of data set `name`, one of DATA_SETS, in the folder `root`/`name` or in `root` itself.
 
-    split: 0 to 9, of "ilids" and "prid"; chunk: training tracklets are cut into pieces of so many frames (0: not).
-    Prints a warning when the counts are not the published ones. Raises UserError when a file is missing or the files disagree.
+    split: 0 to 9, of "ilids" and "prid"; chunk: training tracklets are cut into pieces of so many frames (0: not); draw: draw
+    "synthetic" when it is missing. Prints a warning when the counts are not the published ones. Raises UserError when a file is
+    missing or the files disagree.
     """
-    loader, sign = DATA_SETS[name]
-    root = Path(root)
-    folder = root if name != "synthetic" and (root / sign).is_dir() else root / name   # the set's own folder is accepted as `root`, too
-    if name == "synthetic" and not folder.exists():
-        print(f"drawing the synthetic data set into {folder} (once)", flush=True)
-        draw_synthetic(folder)
+    loader, signs = DATA_SETS[name]
+    folder = Path(root) / name
     try:
+        if not folder.is_dir() and any((Path(root) / sign).is_dir() for sign in signs):
+            folder = Path(root)                                # the set itself
+        if name == "synthetic" and draw and not folder.exists():
+            print(f"drawing the synthetic data set into {folder} (once)", flush=True)
+            draw_synthetic(folder)
         dataset = loader(folder, name, **({"split": split} if name in SPLIT_SETS else {}))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from None
@@ -143,13 +145,25 @@ def _subfolders(folder, layout):
     return names
 
 
-def _images(folder):
-    """The images in a folder, paths in natural order: the frames of a tracklet. Raises UserError when there is none."""
-    with os.scandir(folder) as entries:
-        names = sorted((e.name for e in entries if e.name.lower().endswith((".jpg", ".jpeg", ".png")) and not e.name.startswith(".")), key=natural)
-    if not names:
+def _frames(names):
+    """Frame names, given in alphabetical order, in natural order; fast where they differ in one number only."""
+    same = len(os.path.commonprefix((names[0], names[-1])).rstrip("0123456789"))
+    numbers = [name[same:name.rindex(".")] for name in names]
+    if "".join(numbers).isdecimal() and all(numbers) and len({name[-4:] for name in names}) == 1:
+        return [name for _, name in sorted(zip(map(int, numbers), names))]
+    return sorted(names, key=natural)
+
+
+def _is_image(name):
+    return name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")
+
+
+def _images(folder, least=1):
+    """The images in a folder, paths in natural order: the frames of a tracklet. Raises UserError when there are fewer than `least`."""
+    names = sorted(filter(_is_image, os.listdir(folder)))
+    if len(names) < least:
         raise UserError(f"{folder}: no images in this tracklet")
-    return tuple(f"{folder}/{name}" for name in names)
+    return tuple([f"{folder}/{name}" for name in _frames(names)]) if names else ()
 
 
 def _relabel(name, train, query, gallery):
@@ -169,7 +183,7 @@ def load_mars(folder, name="mars"):
     gallery contains the query tracklets (9,330 + 1,980): without them 140 queries have no match.
 
     folder: holds bbox_train/, bbox_test/ and info/ with two name lists and three .mat tables.
-    Raises UserError when one is missing or unreadable, or when a name list and its table disagree.
+    Raises UserError when one is missing or unreadable, when a name list and its table disagree, or when a frame belongs to two rows.
     """
     folder = Path(folder)
     wanted = ["bbox_train", "bbox_test", *(f"info/{f}" for f in ("train_name.txt", "test_name.txt", "tracks_train_info.mat",
@@ -182,7 +196,7 @@ def load_mars(folder, name="mars"):
 
     def tracklets(part):
         table, listing = folder / f"info/tracks_{part}_info.mat", folder / f"info/{part}_name.txt"
-        text = listing.read_text(errors="replace")
+        text = listing.read_text("utf-8-sig", "replace")
         if "/" in text or "\\" in text:
             raise UserError(f"{listing}: file names only, no folders")
         names, rows = text.split(), _read_mat(table, f"track_{part}_info")
@@ -192,17 +206,26 @@ def load_mars(folder, name="mars"):
             raise UserError(f"{listing}: line {line} is {names[line - 1][:60]!r}, no file name like 0001C1T0001F001.jpg")
         if rows.ndim != 2 or rows.shape[1] != 4:
             raise UserError(f"{table}: expected rows of (first line, last line, pid, camera), found shape {rows.shape}")
-        found = []
+        found, mixed, owner = [], [], np.zeros(len(names), int)      # owner: the row that takes a line
         for number, (first, last, pid, cam) in enumerate(rows.tolist(), 1):
             if not 1 <= first <= last <= len(names):
                 raise UserError(f"{table}: row {number} takes lines {first} to {last} of {listing.name}, which has {len(names)}")
+            if owner[first - 1:last].any():
+                raise UserError(f"{table}: row {number} takes lines of {listing.name} that row {owner[first - 1:last].max()} takes, too")
+            owner[first - 1:last] = number
             person = f"{pid:0>4}"                              # 0001, 0000 for distractors, 00-1 for junk
             prefix, start = f"{person}C{cam}T", f"{folder}/bbox_{part}/{person}/"
             frames = names[first - 1:last]
             for line, frame in enumerate(frames, first):
                 if not frame.startswith(prefix):
                     raise UserError(f"{listing}: line {line} is {frame}, but row {number} of {table.name} says pid {pid}, camera {cam}")
+            if frames[0].split("F")[0] != frames[-1].split("F")[0] or sorted(set(frames)) != frames:
+                mixed.append(number)
             found.append(Tracklet(tuple([start + frame for frame in frames]), pid, cam))
+        if mixed:
+            print(f"warning: {table}: {len(mixed):,} rows mix tracklets or are not in the order of their frames, first: row {mixed[0]}", flush=True)
+        if not owner.all():
+            print(f"warning: {listing}: {(owner == 0).sum():,} lines belong to no row of {table.name}, first: {names[owner.argmin()]}", flush=True)
         return found
 
     train, test = tracklets("train"), tracklets("test")
@@ -213,6 +236,8 @@ def load_mars(folder, name="mars"):
         if not 1 <= number <= len(test) or test[number - 1].pid < 1:
             raise UserError(f"{folder / 'info/query_IDX.mat'}: {number} is not a tracklet of a person in tracks_test_info.mat")
         query.append(test[number - 1])
+    if len(set(query)) < len(query):
+        raise UserError(f"{folder / 'info/query_IDX.mat'}: a query stands twice")
     return Dataset(name, train, query, [t for t in test if t.pid >= 0])
 
 
@@ -255,11 +280,11 @@ def load_lsvid(folder, name="lsvid"):
     table = folder / "test/data/info_test.mat"
     _need(folder, ("list_sequence/list_seq_train.txt", "list_sequence/list_seq_test.txt", "test/data/info_test.mat"),
           "{list_sequence/list_seq_{train,test}.txt, test/data/info_test.mat} and the frames")
-    listings = {}                                              # one listing for each folder, sorted by name
+    listings = {}                                              # folder: its images, sorted, and which of them have an owner
 
     def tracklets(part):
         found = []
-        for number, line in enumerate(lists[part].read_text(errors="replace").splitlines(), 1):
+        for number, line in enumerate(lists[part].read_text("utf-8-sig", "replace").splitlines(), 1):
             if not line.strip():
                 continue
             where = f"{lists[part]}: line {number}"
@@ -274,19 +299,26 @@ def load_lsvid(folder, name="lsvid"):
             parent, _, start = prefix.rpartition("/")
             if parent not in listings:
                 try:
-                    listings[parent] = sorted(e for e in os.listdir(folder / parent) if e.lower().endswith((".jpg", ".jpeg", ".png")))
+                    names = sorted(filter(_is_image, os.listdir(folder / parent)))
                 except OSError:
                     raise UserError(f"{where}: no folder {folder / parent}") from None
-            names = listings[parent]
-            names = names[bisect.bisect_left(names, start):bisect.bisect_left(names, start + "\U0010ffff")]
+                listings[parent] = names, bytearray(len(names)), f"{folder / parent}/"
+            names, owned, path = listings[parent]
+            mine = range(bisect.bisect_left(names, start), bisect.bisect_left(names, start + "\U0010ffff"))
             if start[-1:].isdecimal():                         # ..._1 is not the start of ..._10
-                names = [n for n in names if not n[len(start):len(start) + 1].isdecimal()]
-            if not start or not names:
-                raise UserError(f"{where}: no frames start with {folder / prefix}")
-            cam, *others = {(n.rsplit(".", 1)[0].split("_") + [""] * 3)[2] for n in names}
+                mine = [i for i in mine if not names[i][len(start):len(start) + 1].isdecimal()]
+            if not start or not mine:
+                raise UserError(f"{where}: no frames start with {path}{start}")
+            for i in mine:
+                if owned[i]:
+                    raise UserError(f"{where}: {path}{names[i]} belongs to another line, too")
+                owned[i] = 1
+            mine = [names[i] for i in mine]
+            fields = start.split("_")                          # the camera is whole in the prefix, or else in each name
+            cam, *others = {fields[2]} if len(fields) > 3 else {(n.rsplit(".", 1)[0].split("_") + [""] * 3)[2] for n in mine}
             if others or not cam.isdecimal():
                 raise UserError(f"{where}: the frames of {prefix} do not carry one camera in the third field of their names")
-            found.append(Tracklet(tuple(f"{folder / parent}/{n}" for n in sorted(names, key=natural)), pid, int(cam)))
+            found.append(Tracklet(tuple([path + n for n in _frames(mine)]), pid, int(cam)))
         return found
 
     train, test = tracklets("train"), tracklets("test")
@@ -324,28 +356,31 @@ def load_prid(folder, name="prid", split=0):
 
     Used are the 178 persons who appear under both cameras with more than 21 frames in each (Wang et al., ECCV 2014), 89 for training and
     89 for the test. Query: camera a, gallery: camera b. split: 0 to 9, of splits_prid2011.json, a list of {"train": [...], "test": [...]};
-    where it is missing, ten splits are drawn with a fixed seed and written there.
+    where it is missing, ten splits are drawn with a fixed seed and, when all 178 persons are there, written to it.
     """
     folder = Path(folder)
     _need(folder, ("multi_shot/cam_a", "multi_shot/cam_b"), "multi_shot/cam_{a,b}/person_0001/*.png")
     cams, path = {1: folder / "multi_shot/cam_a", 2: folder / "multi_shot/cam_b"}, folder / "splits_prid2011.json"
     both = set(_folders(cams[2]))
-    persons = [p for p in _folders(cams[1]) if p in both and all(len(_images(cam / p)) > 21 for cam in cams.values())]
+    persons = [p for p in _folders(cams[1]) if p in both and all(len(_images(cam / p, 0)) > 21 for cam in cams.values())]
     if not path.exists():
         rng, splits = np.random.default_rng(0), []
         for _ in range(10):
             order = [persons[i] for i in rng.permutation(len(persons))]
             splits.append({"train": sorted(order[:len(order) // 2]), "test": sorted(order[len(order) // 2:])})
-        print(f"{path} is missing: ten splits are drawn with a fixed seed and written there", flush=True)
+        whole = len(persons) == PRID_PERSONS                   # splits of a half-copied set must not stay
+        print(f"{path} is missing: ten splits are drawn with a fixed seed" + (" and written there" if whole else
+              f", but not written there: {PRID_PERSONS} persons expected, {len(persons)} found"), flush=True)
         try:
-            aside = path.with_name(f".{path.name}-{os.getpid()}")
-            aside.write_text(json.dumps(splits, indent=1) + "\n")
-            aside.replace(path)
+            if whole:
+                aside = path.with_name(f".{path.name}-{os.getpid()}")
+                aside.write_text(json.dumps(splits, indent=1) + "\n")
+                aside.replace(path)
         except OSError as error:
             print(f"warning: {path}: cannot be written ({error.strerror}); the same splits are drawn the next time", flush=True)
     else:
         try:
-            splits = json.loads(path.read_text(errors="replace"))
+            splits = json.loads(path.read_text("utf-8-sig", "replace"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error})") from None
     try:
@@ -357,6 +392,8 @@ def load_prid(folder, name="prid", split=0):
     if unknown or twice:
         raise UserError(f"{path}: split {split} " + (f"names {str(unknown[0])[:60]!r}, who is no person with more than 21 frames under both cameras"
                                                      if unknown else "names a person twice"))
+    if len(train) + len(test) < len(persons):
+        print(f"warning: {path}: split {split} leaves out {len(persons) - len(train) - len(test)} of the {len(persons)} persons", flush=True)
     return _two_cameras(name, cams, train, test)
 
 
@@ -436,11 +473,13 @@ def _read_mat(path, variable):
 
 def _read_hdf5(path, variable, most):
     """The whole numbers of a dataset in a MATLAB v7.3 file, at most `most` of them."""
-    import h5py
     try:
+        import h5py
         with h5py.File(path, "r") as file:
             if variable not in file:
                 raise UserError(f"{path}: no variable {variable}")
+            if not isinstance(file.get(variable, getlink=True), h5py.HardLink) or file[variable].external:
+                raise ValueError(f"{variable} lies in another file")
             if file[variable].size > most:
                 raise UserError(f"{path}: {variable} has {file[variable].size:,} entries, more than the {most:,} test tracklets")
             values = file[variable][()].ravel().tolist()
@@ -453,12 +492,15 @@ def _read_hdf5(path, variable, most):
         raise UserError(f"{path}: not a readable HDF5 .mat file ({' '.join(str(error).split())[:200]})") from None
 
 
-# name: loader, and a folder in it that tells it from the folder above
-DATA_SETS = {"mars": (load_mars, "info"), "duke": (load_duke, "gallery"), "lsvid": (load_lsvid, "list_sequence"), "ilids": (load_ilids, "i-LIDS-VID"),
-             "prid": (load_prid, "multi_shot"), "synthetic": (load_mars, "info"), "folder": (load_folder, "gallery")}
+# name: loader, and folders in it, each of which tells it from the folder above
+DATA_SETS = {"mars": (load_mars, ("info", "bbox_train", "bbox_test")), "duke": (load_duke, ("train", "query", "gallery")),
+             "lsvid": (load_lsvid, ("list_sequence", "test")), "ilids": (load_ilids, ("i-LIDS-VID", "train-test people splits")),
+             "prid": (load_prid, ("multi_shot",)), "synthetic": (load_mars, ("info", "bbox_train", "bbox_test")),
+             "folder": (load_folder, ("train", "query", "gallery"))}
 SPLIT_SETS = ("ilids", "prid")
+PRID_PERSONS = 178                                             # under both cameras with more than 21 frames
 CHUNK = {"duke": 32, "lsvid": 64}                              # default of --chunk; others: 0
-PUBLISHED = {"mars": dict(train=8298, query=1980, gallery=11310), "duke": dict(train=2196, gallery=2636),
+PUBLISHED = {"mars": dict(train=8298, query=1980, gallery=11310), "duke": dict(train=2196, query=702, gallery=2636),
              "lsvid": dict(train=2831, query=3504, gallery=11333), "ilids": dict(train=300, query=150, gallery=150),
              "prid": dict(train=178, query=89, gallery=89)}
 
@@ -922,8 +964,11 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
     """
     from scipy.io import savemat
     folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already: name another folder, or remove it first")
+    try:
+        if folder.exists():
+            raise UserError(f"{folder} exists already: name another folder, or remove it first")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot draw the synthetic data set there ({error.strerror or error})") from None
     views = [_draw_camera(i, np.random.default_rng([seed, 0, i]), _SUPER * size[0] / 128) for i in range(cameras)]
     people = {"train": _draw_people(identities, np.random.default_rng([seed, 1])),
               "test": _draw_people(test_identities, np.random.default_rng([seed, 2])),
@@ -1006,9 +1051,10 @@ def _main():
     parser.add_argument("--height", type=int, default=128, help="height of a frame in pixels, 32 to 1024")
     parser.add_argument("--width", type=int, default=64, help="width of a frame in pixels, a quarter to all of the height")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes; 0 or more")
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (--help lists the flags)"))
     args = parser.parse_args()
     if args.check:
-        dataset = load_dataset(args.data, args.root)
+        dataset = load_dataset(args.data, args.root, draw=False)
         print(dataset.summary())
         return 1 if check_images(dataset) else 0
     low, high = args.frames

@@ -78,6 +78,20 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:150])
 
 
+def change_rows(change):
+    def damage(folder):
+        path = folder / "info/tracks_train_info.mat"
+        rows = loadmat(path)["track_train_info"].astype(int)
+        change(rows)
+        savemat(path, {"track_train_info": rows})
+    return damage
+
+
+def widen(rows):
+    rows[0, 1] = rows[1, 0] if rows[1, 2:].tolist() == rows[0, 2:].tolist() else rows[0, 1]
+    rows[1] = rows[0]                                             # or a whole row twice
+
+
 @pytest.mark.parametrize("damage, says", [
     (lambda f: shutil.rmtree(f), "missing bbox_train, bbox_test, info/train_name.txt"),
     (lambda f: (f / "info/query_IDX.mat").unlink(), "missing info/query_IDX.mat; expected"),
@@ -89,6 +103,8 @@ def truncate(folder):
     (lambda f: savemat(f / "info/tracks_train_info.mat", {"track_train_info": np.ones((1, 3))}), "found shape (1, 3)"),
     (lambda f: savemat(f / "info/query_IDX.mat", {"query_IDX": [[9999]]}), "9999 is not a tracklet of a person"),
     (lambda f: savemat(f / "info/query_IDX.mat", {"query_IDX": [[1]]}), "1 is not a tracklet of a person"),   # junk
+    (lambda f: savemat(f / "info/query_IDX.mat", {"query_IDX": np.r_[[loadmat(f / "info/query_IDX.mat")["query_IDX"][0, 0]] * 2]}), "a query stands twice"),
+    (change_rows(widen), "row 2 takes lines of train_name.txt that row 1 takes, too"),
     (lambda f: (f / "info/train_name.txt").write_text("../../etc/passwd\n"), "file names only"),
 ])
 def test_damaged_sets_are_one_line(small_root, tmp_path, damage, says):
@@ -97,6 +113,45 @@ def test_damaged_sets_are_one_line(small_root, tmp_path, damage, says):
     with pytest.raises(UserError) as error:
         load_mars(tmp_path / "synthetic")
     assert says in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_what_is_odd_but_usable_is_a_warning(small_root, tmp_path, capsys):
+    """Lines that no row takes, rows that end too early, frames out of order: the first is named."""
+    shutil.copytree(small_root / "synthetic", tmp_path / "synthetic")
+    names = (tmp_path / "synthetic/info/train_name.txt").read_text().split()
+    rows = loadmat(tmp_path / "synthetic/info/tracks_train_info.mat")["track_train_info"]
+    load_mars(tmp_path / "synthetic")
+    assert "warning" not in capsys.readouterr().out
+    last = rows[0, 1]
+    change_rows(lambda rows: rows[0].__setitem__(1, last - 1))(tmp_path / "synthetic")
+    (tmp_path / "synthetic/info/train_name.txt").write_text("\ufeff" + "\n".join([names[1], names[0], *names[2:]]), "utf-8")   # with a byte-order mark
+    train = load_mars(tmp_path / "synthetic").train
+    out = capsys.readouterr().out
+    assert f"1 lines belong to no row of tracks_train_info.mat, first: {names[last - 1]}" in out and "1 rows mix tracklets" in out and "first: row 1" in out
+    assert len(train[0].frames) == last - 1
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "locked/inside"])
+def test_roots_that_the_system_refuses(tmp_path, folder, monkeypatch):
+    def is_dir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    if folder == "locked/inside":
+        monkeypatch.setattr(data.Path, "is_dir", is_dir)
+    for name in data.DATA_SETS:
+        with pytest.raises(UserError, match="cannot be read|cannot draw|missing") as error:
+            data.load_dataset(name, tmp_path / folder)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="cannot draw"):
+        data.draw_synthetic(tmp_path / ("x" * 300))
+
+
+def test_the_set_itself_is_a_root(small_root, tmp_path):
+    inside, above = data.load_dataset("synthetic", small_root / "synthetic"), data.load_dataset("synthetic", small_root)
+    assert inside == above and not (small_root / "synthetic/synthetic").exists()
+    shutil.copytree(small_root / "synthetic", tmp_path / "set")
+    shutil.rmtree(tmp_path / "set/info")
+    with pytest.raises(UserError, match=f"^{tmp_path}/set: missing info/train_name.txt"):
+        data.load_dataset("mars", tmp_path / "set")
 
 
 # ------------------------------------------------------------------------------------------------------ clip sampling
