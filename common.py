@@ -1,16 +1,25 @@
 """What the five papers share beside the data: distances, the triplet loss, CMC and mAP, re-ranking, all-frames feature
-extraction, the count of parameters and multiply-adds, and checkpoint files.
+extraction, the count of parameters and multiply-adds, several processes, and what a long run needs to survive.
 
 Ranking runs in numpy on the CPU, block by block over the queries: a full distance matrix is never needed.
 """
+import contextlib
 import copy
+import csv
+import io
 import math
 import os
+import random
+import signal
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -146,6 +155,8 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
     full, half = reciprocal(k1), reciprocal(round(k1 / 2))
     V = []
     for p in tqdm(range(n), desc="re-ranking", leave=False, disable=None):
+        if _asked:
+            raise Stop(_asked)
         wanted, base = [full[p]], set(full[p].tolist())           # R*(p, k1): add the half sets that mostly agree
         for candidate in full[p]:
             extra = half[candidate]
@@ -173,26 +184,37 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
 def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
     """Features of whole tracklets, (N, D), float32: the mean of their clips' embeddings over all frames.
 
-    Clips are packed into full batches across tracklets, so that memory does not grow with the length of a tracklet.
+    Clips are packed into full batches across tracklets, so that memory does not grow with the length of a tracklet. Several
+    processes take the batches in turn and add up all of them in the same order: each gets the features of a single process.
 
     model: maps (B, T, 3, H, W) to (B, D) in eval mode; split: (n, T) -> frame indices (clips, T); size: (height, width);
-    batch: clips a forward pass; amp: bfloat16 autocast.
+    batch: clips a forward pass; amp: bfloat16 autocast. Raises Stop when a signal asks for it.
     """
     device, training = next(model.parameters()).device, model.training
     clips = AllClips(tracklets, split, T, size)
-    loader = torch.utils.data.DataLoader(clips, batch, num_workers=workers, pin_memory=device.type == "cuda")
+    batches = [range(i, min(i + batch, len(clips))) for i in range(0, len(clips), batch)]
+    rounds = -(-len(batches) // world())                          # in the last one some processes repeat a batch
+    loader = torch.utils.data.DataLoader(clips, batch_sampler=[batches[i % len(batches)] for i in range(rank(), rounds * world(), world())],
+                                         num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator())
     total, count = None, torch.zeros(len(tracklets), 1, device=device)
+    for buffer in model.buffers() if world() > 1 else ():         # BatchNorm's statistics may differ between processes
+        dist.broadcast(buffer, 0)
     model.eval()
-    with tqdm(total=len(clips), desc="features", unit=" clips", leave=False, disable=None) as bar:
-        for frames, owner in loader:
-            owner = owner.to(device)
+    with tqdm(total=len(clips), desc="features", unit=" clips", leave=False, disable=quiet()) as bar:
+        for step, (frames, _) in enumerate(loader):
+            if asked := stop_asked():
+                raise Stop(asked)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x = model(normalize(frames.to(device, non_blocking=True))).float()
             if total is None:
                 total = torch.zeros(len(tracklets), x.shape[1], device=device)
-            total.index_add_(0, owner, x)
-            count.index_add_(0, owner, torch.ones_like(owner, dtype=torch.float)[:, None])
-            bar.update(len(owner))
+            if world() > 1:
+                x = gather(F.pad(x, (0, 0, 0, batch - len(x))))
+            for part, members in zip(x.split(batch), batches[step * world():(step + 1) * world()]):
+                owner = torch.tensor([clips.clips[i][0] for i in members], device=device)
+                total.index_add_(0, owner, part[:len(owner)])
+                count.index_add_(0, owner, torch.ones(len(owner), 1, device=device))
+                bar.update(len(owner))
     model.train(training)
     return total / count
 
@@ -212,8 +234,13 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
     q, g = (x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery))
     q_pids, q_cams, g_pids, g_cams = (np.array([getattr(t, key) for t in part])
                                       for part in (dataset.query, dataset.gallery) for key in ("pid", "cam"))
-    d = rerank(q, g, metric) if use_rerank else ((rows, d.cpu().numpy()) for rows, d in distance_blocks(q, g, metric))
-    cmc, mean_ap, matched = cmc_map(d, q_pids, q_cams, g_pids, g_cams)
+    ranked = [None]
+    if rank() == 0:                                               # the others wait for it
+        d = rerank(q, g, metric) if use_rerank else ((rows, d.cpu().numpy()) for rows, d in distance_blocks(q, g, metric))
+        ranked = [cmc_map(d, q_pids, q_cams, g_pids, g_cams)]
+    if world() > 1:
+        dist.broadcast_object_list(ranked)
+    cmc, mean_ap, matched = ranked[0]
     result = {"mAP": 100 * mean_ap, **{f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}}
     skipped = f", {len(q) - matched:,} more have no match and are left out" if matched < len(q) else ""
     frames = "all frames" if all(split(len(t.frames), T).size >= len(t.frames) for t in tracklets) else f"whole clips of {T} frames"
@@ -237,7 +264,161 @@ def complexity(model, T, height, width):
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------------- several processes
+# torchrun starts them and sets RANK, LOCAL_RANK and WORLD_SIZE. Without it there is one, of rank 0.
+
+def world():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def quiet():
+    """tqdm's `disable`: bars are for the first process, on a terminal."""
+    return True if rank() else None
+
+
+def pick_device(gpu=None):
+    """The device of this process, from --gpu ("0", "1" ..., "cpu" or None: the first GPU, else the CPU); says which it is.
+
+    Under torchrun every process takes a GPU of its own, or with "cpu" or without GPUs the CPU, and joins the process group
+    (NCCL or gloo); only the first one prints from here on. Raises UserError for a GPU that is not there.
+    """
+    count, processes, local = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
+    if processes > 1 and gpu not in (None, "cpu"):
+        raise UserError(f"--gpu {gpu}: torchrun gives every process its own GPU; leave --gpu out, or use CUDA_VISIBLE_DEVICES")
+    if gpu is None:
+        gpu = local if count else "cpu"
+        if gpu != "cpu" and int(local) >= count:
+            raise UserError(f"{processes} processes, but {count} GPUs: use --nproc_per_node {count}, or --gpu cpu")
+    if gpu != "cpu" and not (gpu.isascii() and gpu.isdecimal() and int(gpu) < count):
+        raise UserError(f"--gpu {gpu}: " + (f"there are GPUs 0 to {count - 1}" if count else "no GPU is there that torch can use; leave --gpu out"))
+    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{int(gpu)}")
+    if processes > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+    print(f"device: {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "" if count else " (no GPU found)")
+          + (f", {processes} processes" if processes > 1 else ""))
+    return device
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The block runs in the first process alone, then in the others: for what it draws, downloads or writes."""
+    if rank():
+        dist.barrier()
+    yield
+    if world() > 1 and not rank():
+        dist.barrier()
+
+
+def gather(outputs):
+    """The outputs of all processes, joined along the batch in the order of the processes: every process sees the whole batch.
+
+    Gradients flow into the part of this process only. When every process takes the whole loss, the gradients of all of them
+    add up to that of a single process. outputs: a tensor (b, ...), or tuples, lists and dicts of them.
+    """
+    if world() == 1:
+        return outputs
+    if isinstance(outputs, dict):
+        return {name: gather(part) for name, part in outputs.items()}
+    if isinstance(outputs, (tuple, list)):
+        return [gather(part) for part in outputs]
+    parts = [torch.empty_like(outputs, memory_format=torch.contiguous_format) for _ in range(world())]
+    dist.all_gather(parts, outputs.detach().contiguous())
+    parts[rank()] = outputs
+    return torch.cat(parts)
+
+
+def batch_variance(x, norm):
+    """The variance (D,) by which the BatchNorm `norm` divides x (B, D): of the batch, of all processes' batches where `norm`
+    is a SyncBatchNorm, or the running one in eval mode."""
+    if not norm.training:
+        return norm.running_var
+    if world() == 1 or not isinstance(norm, torch.nn.SyncBatchNorm):
+        return x.var(0, correction=0)
+    mean = all_reduce(x.mean(0)) / world()
+    return all_reduce((x - mean).square().mean(0)) / world()
+
+
+def parallel(model, device):
+    """`model` for training on this process' part of the batch: DistributedDataParallel, or `model` itself in a single process."""
+    if world() == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def compiled(model, device):
+    """Compiles `model` in place, when a small function shows that a compiler is there; else says so in one line."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        model.compile()
+    except Exception as error:  # of many kinds
+        print(f"--compile: goes on without ({' '.join(str(error).split())[:160]})", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- long runs
+
+class Stop(Exception):
+    """SIGINT or SIGTERM asked for the end of a run; the argument is the signal's number."""
+
+
+_asked, _hint = 0, ""
+
+
+def catch_signals(hint):
+    """From here on SIGINT and SIGTERM are only noted: `stop_asked` tells. hint: how to go on, for the message at the end."""
+    def note(number, _):
+        global _asked
+        _asked = _asked or number
+    global _asked, _hint
+    _asked, _hint = 0, hint
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+
+
+def stop_asked():
+    """The number of the signal that asked any of the processes to stop, or 0. All of them must call it together."""
+    if world() == 1:
+        return _asked
+    asked = torch.tensor(_asked, device=f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return int(asked)
+
+
+def command_line(main):
+    """Runs a script's main(); what a user can cause ends in one line on stderr and an exit code: 2 for errors, 128 + the signal's number."""
+    name, first = Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0"
+
+    def leave(code, message):
+        if first or dist.is_initialized():                        # before that, all processes have the same to say
+            print(f"{name}: " + f"process {rank()}: " * (not first) + message, file=sys.stderr, flush=True)
+        # not by way of the interpreter's end, which can wait for processes that are gone
+        sys.stdout.flush(), os._exit(code) if dist.is_initialized() else sys.exit(code)
+    try:
+        main()
+    except UserError as error:
+        leave(2, str(error))
+    except torch.OutOfMemoryError:
+        leave(2, "out of GPU memory: use fewer --ids or --clips, a smaller --height and --width, or --amp")
+    except Stop as stop:
+        leave(128 + stop.args[0], f"stopped by {signal.Signals(stop.args[0]).name}; {_hint}")
+    except KeyboardInterrupt:
+        leave(130, "interrupted")
+    except RuntimeError as error:
+        if not dist.is_initialized() or "connection" not in str(error).lower() and not isinstance(error, dist.DistError):
+            raise
+        leave(1, f"another process is gone ({str(error).strip().splitlines()[0][:160]})")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
 
 def load_file(path):
     """A dict that torch.save wrote, on the CPU; raises UserError for anything else."""
@@ -252,14 +433,72 @@ def load_file(path):
     return state
 
 
-def save_file(state, path):
-    """torch.save to a temporary name, then renamed: the previous file stays until the new one is whole."""
-    aside = path.with_name(path.name + ".tmp")
+def load_checkpoint(path, script, training=True):
+    """A checkpoint of `script` ("sinet.py"), as a run writes it; training: it must hold what going on takes, not only the network."""
+    checkpoint = load_file(path)
+    wanted = {"args": dict, "num_classes": int, "history": list, "model": dict}
+    if checkpoint.get("script") != script or not all(isinstance(checkpoint.get(key), kind) for key, kind in wanted.items()) \
+            or not {"data", "variant"} <= checkpoint["args"].keys():
+        raise UserError(f"{path}: not a checkpoint of {script}")
+    if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
+        raise UserError(f"{path}: holds the network only: it can be evaluated, but not trained further")
+    return checkpoint
+
+
+def restore(path, what, **states):
+    """load_state_dict of each of the objects `what`, {name: object}, with the state of the same name; UserError when one does not fit."""
+    for name, state in states.items():
+        try:
+            what[name].load_state_dict(state)
+        except Exception as error:  # a state of another network raises many kinds
+            raise UserError(f"{path}: its {name} does not fit ({' '.join(str(error).split())[:160]} ...)") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write, beside `path`, that takes its place when it is whole and on disk; raises UserError when that fails."""
+    aside = Path(f"{path}.tmp")
     try:
         with open(aside, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        raise UserError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]}); a previous one is still whole") from None
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]})"
+                        + ("; the previous one is still whole" if os.path.exists(path) else "")) from None
+
+
+def save_file(state, path):
+    """torch.save that leaves the previous file in place until the new one is whole."""
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def save_rows(rows, path):
+    """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
+    if not rows:
+        return
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def random_states():
+    """The states of torch's, numpy's and Python's global random generators, ready for torch.save."""
+    kind, keys, *rest = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "numpy": (kind, keys.tolist(), *rest), "python": random.getstate()}
+
+
+def set_random_states(states):
+    """Takes what random_states gave; generators of GPUs that are not there are left out."""
+    torch.set_rng_state(states["torch"])
+    for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, i)
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])

@@ -35,7 +35,7 @@ What the paper leaves open, and the reading taken:
 """
 import argparse
 import contextlib
-import csv
+import io
 import json
 import math
 import os
@@ -50,7 +50,9 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from common import batch_hard_triplet, complexity, evaluate, load_file, save_file
+from common import (Stop, batch_hard_triplet, catch_signals, command_line, compiled, complexity, evaluate, first_process_first, gather, load_checkpoint,
+                    load_file, parallel, pick_device, quiet, random_states, rank, replacing, restore, save_file, save_rows, set_random_states, stop_asked,
+                    world)
 from data import CHUNK, DATA_SETS, SPLIT_SETS, PKSampler, TrainClips, UserError, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -375,79 +377,80 @@ def parse_args():  # same in every script
     group.add_argument("--lr-step", type=number(int, 1), metavar="N", help=f"epochs after which it is divided by 10 ({default('lr_step')})")
     group.add_argument("--erase", type=number(float, 0, 1), metavar="P", help=f"probability of random erasing ({default('erase')})")
     group.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
+    group.add_argument("--compile", action="store_true", default=None, help="torch.compile, where a compiler is there")
     group.add_argument("--seed", type=number(int, 0), metavar="N", help="of weights, batches and augmentation (default 0)")
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", metavar="N", help="GPU, or cpu (default: the first GPU, else the CPU)")
     group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA[-VARIANT])")
-    group.add_argument("--resume", metavar="FILE", help="go on with the run of this last.pt")
+    group.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on with the run of this last.pt; auto, or no FILE: with that of "
+                       "--output, when there is one")
+    group.add_argument("--checkpoint-every", type=number(int, 1), metavar="N", help="write last.pt and log.csv after every N epochs (default 1)")
     group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
     group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
     group.add_argument("--rerank", action="store_true", default=None, help="k-reciprocal re-ranking in the evaluation")
     args = parser.parse_args()
     chosen = {key: value for key, value in vars(args).items() if value is not None}
+    data, variant = chosen.get("data", "synthetic"), chosen.get("variant", next(iter(VARIANTS)))
+    if args.resume == "auto":
+        folder = args.output or f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS)))
+        chosen["resume"] = args.resume = f"{folder}/last.pt" if args.evaluate or os.path.exists(f"{folder}/last.pt") else None
     checkpoint, saved = None, {}
     if args.resume:
-        checkpoint = load_file(args.resume)
-        if checkpoint.get("script") != Path(__file__).name or not {"args", "num_classes", "epoch", "model"} < checkpoint.keys():
-            raise UserError(f"{args.resume}: not a checkpoint of {Path(__file__).name}")
-        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume")}
+        checkpoint = load_checkpoint(args.resume, Path(__file__).name, training=not args.evaluate)
+        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume", "compile")}
         same_flags(checkpoint, chosen, args.resume)
         saved["output"] = str(Path(args.resume).parent)
-    data = chosen.get("data", saved.get("data", "synthetic"))
+        data, variant = chosen.get("data", saved["data"]), chosen.get("variant", saved["variant"])
     if args.split and data not in SPLIT_SETS:
         raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
     if args.split == "all" and (args.resume or args.evaluate):
         raise UserError("--split all: goes on by itself; --resume and --evaluate take one split")
-    variant = chosen.get("variant", saved.get("variant", next(iter(VARIANTS))))
-    recipe = dict(data=data, root="datasets", variant=variant, split="0", chunk=CHUNK.get(data, 0), amp=False, seed=0, eval_every=0, rerank=False,
+    recipe = dict(data=data, root="datasets", variant=variant, split="0", chunk=CHUNK.get(data, 0), amp=False, compile=False, seed=0, eval_every=0, rerank=False,
+                  checkpoint_every=1,
                   output=f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS))))
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
 
 
-def same_flags(checkpoint, flags, path):  # same in every script
+def same_flags(checkpoint, flags, path, but=("weights", "amp", "rerank")):  # same in every script
     """Raises UserError when one of `flags` would make another network or training than that of the checkpoint."""
-    saved, keys = checkpoint["args"], {"variant", "data", "split", "chunk", "seed", *RECIPE} - {"epochs", "weights"}
+    saved, keys = checkpoint["args"], {"variant", "data", "split", "chunk", "seed", "amp", "rerank", *RECIPE} - {"epochs", *but}
     if flags.get("evaluate"):
         keys -= {"data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase"}
+    if not but and len(checkpoint["history"]) > flags["epochs"]:
+        raise UserError(f"{path}: was trained for {len(checkpoint['history'])} epochs, more than --epochs {flags['epochs']}")
     for key in sorted(keys & flags.keys()):
         if flags[key] != saved.get(key):
             raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {flags[key]}")
 
 
-def pick_device(gpu):  # same in every script
-    count = torch.cuda.device_count()
-    if gpu is None:
-        gpu = "0" if count else "cpu"
-    if gpu != "cpu" and not (gpu.isdecimal() and int(gpu) < count):
-        raise UserError(f"--gpu {gpu}: " + (f"there are GPUs 0 to {count - 1}" if count else "no GPU is there that torch can use; leave --gpu out"))
-    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
-    print(f"device: {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "" if count else " (no GPU found)"))
-    return device
-
-
-def train_epoch(model, loader, optimizer, device, args, epoch):  # same in every script
-    """One epoch; returns the means of the loss and its parts, and clips/s."""
+def train_epoch(model, loader, optimizer, device, args, epoch, steps, totals):  # same in every script
+    """An epoch from its step `steps` on, before which the losses added up to `totals`; returns (steps, totals) where it
+    ended, which is early when a signal asks for it."""
     model.train()
-    totals, start, clips_done = {}, time.time(), 0
-    with tqdm(total=len(loader) * args.ids * args.clips, desc=f"epoch {epoch}/{args.epochs}", unit=" clips", leave=False, disable=None) as bar:
-        for step, (clips, pids) in enumerate(loader, 1):
+    last = Path(args.output) / "last.pt"
+    with tqdm(total=len(loader) * args.ids * args.clips, desc=f"epoch {epoch}/{args.epochs}", unit=" clips", leave=False, disable=quiet()) as bar:
+        for clips, pids in loader:
             clips, pids = normalize(clips.to(device, non_blocking=True)), pids.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 outputs = model(clips)
+            outputs, pids = gather(outputs), gather(pids)                       # the batch of all processes
             loss, parts = objective(outputs, pids, args)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss * world()).backward()                                         # DistributedDataParallel takes the mean, the sum is wanted
             optimizer.step()
+            steps += 1
             values = {name: part.item() for name, part in {"loss": loss.detach(), **parts}.items()}
             if not math.isfinite(values["loss"]):
-                raise UserError(f"epoch {epoch}, step {step}: the loss is not finite ({values}); try a smaller --lr")
+                raise UserError(f"epoch {epoch}, step {steps}: the loss is not finite ({', '.join(f'{k} {v:.4g}' for k, v in values.items())}); "
+                                f"{f'the last good checkpoint is {last}' if last.exists() else 'there is no checkpoint yet'}; try a smaller --lr")
             totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
-            clips_done += len(pids)
-            bar.set_postfix({name: f"{total / step:.3f}" for name, total in totals.items()}, refresh=False)
+            bar.set_postfix({name: f"{total / steps:.3f}" for name, total in totals.items()}, refresh=False)
             bar.update(len(pids))
-    return {**{name: total / len(loader) for name, total in totals.items()}, "clips/s": clips_done / (time.time() - start)}
+            if stop_asked():
+                break
+    return steps, totals
 
 
 def main():  # same in every script
@@ -455,102 +458,118 @@ def main():  # same in every script
     args, checkpoint = parse_args()
     if args.split != "all":
         return run(args, checkpoint)
+    with contextlib.redirect_stdout(io.StringIO()):                             # what is wrong with a split shows before the first run
+        for split in range(10):
+            load_dataset(args.data, args.root, split, args.chunk)
     results = []
     for split in map(str, range(10)):
         one = argparse.Namespace(**{**vars(args), "split": split, "output": f"{args.output}/split-{split}"})
-        last = Path(one.output) / "last.pt"
-        checkpoint = load_file(last) if last.exists() else None
-        if checkpoint:
-            same_flags(checkpoint, vars(one), last)
-            one.resume = str(last)
-        done = checkpoint and checkpoint["epoch"] >= args.epochs and checkpoint["history"][-1]["mAP"] != ""
-        results.append(checkpoint["history"][-1] if done else run(one, checkpoint))
-        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}" + " (finished before)" * bool(done), flush=True)
+        last, checkpoint = f"{one.output}/last.pt", None
+        if os.path.exists(last):
+            one.resume, checkpoint = last, load_checkpoint(last, Path(__file__).name)
+            same_flags(checkpoint, vars(one), last, but=())
+        history = checkpoint["history"] if checkpoint else []
+        done = len(history) == args.epochs and history[-1]["mAP"] != ""
+        results.append(history[-1] if done else run(one, checkpoint, "the same command goes on"))
+        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}" + " (finished before)" * done, flush=True)
     mean = {key: (statistics.mean(values), statistics.stdev(values)) for key in ("mAP", "rank-1") for values in [[r[key] for r in results]]}
     print("10 splits: " + "   ".join(f"{key} {m:.1f} +- {s:.1f}" for key, (m, s) in mean.items()))
 
 
-def run(args, checkpoint):  # same in every script
+def run(args, checkpoint, hint="the same command with --resume goes on"):  # same in every script
     device = pick_device(args.gpu)
     if args.workers is None:
-        args.workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
-    dataset = load_dataset(args.data, args.root, int(args.split), args.chunk)
-    print(dataset.summary())
-    if checkpoint and not args.evaluate and checkpoint["num_classes"] != dataset.num_identities:
-        raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")
-    sampler = SAMPLER([t.pid for t in dataset.train], args.ids, args.clips, args.seed)
+        args.workers = min(8, (os.cpu_count() or 1) // world()) if device.type == "cuda" else 0
     torch.manual_seed(args.seed)
-    try:
-        model = build(args, checkpoint["num_classes"], "none") if checkpoint else build(args, dataset.num_identities, args.weights)
-    except ValueError as error:
-        raise UserError(f"{error}; see --frames, --height, --width") from None
+    with first_process_first():                                                 # it draws and downloads what is missing
+        dataset = load_dataset(args.data, args.root, int(args.split), args.chunk)
+        print(dataset.summary())
+        if checkpoint and not args.evaluate and checkpoint["num_classes"] != dataset.num_identities:
+            raise UserError(f"{args.resume}: was trained on {checkpoint['num_classes']} identities, {args.data} has {dataset.num_identities}")
+        sampler = SAMPLER([t.pid for t in dataset.train], args.ids, args.clips, args.seed, rank(), world())
+        try:
+            model = build(args, checkpoint["num_classes"], "none") if checkpoint else build(args, dataset.num_identities, args.weights)
+        except ValueError as error:
+            raise UserError(f"{error}; see --frames, --height, --width") from None
     parameters, macs = complexity(model, args.frames, args.height, args.width)
     print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of {args.height}x{args.width}")
+    if world() > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for layer in model.to(device).modules():
         if isinstance(layer, nn.Conv2d):                                        # 5-dimensional weights cannot be channels_last
             layer.to(memory_format=torch.channels_last)
-    size, history, first = (args.height, args.width), [], 1
+    size, history, steps, totals = (args.height, args.width), [], 0, {}
     optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)
+    if checkpoint:
+        history = checkpoint["history"]
+        restore(args.resume, dict(model=model), model=checkpoint["model"])
+    if args.compile:
+        compiled(model, device)
 
     def test(label):
         return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, batch=args.ids * args.clips,
                         workers=args.workers, amp=args.amp)
 
-    if checkpoint:
-        try:
-            model.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:
-            raise UserError(f"{args.resume}: does not fit {args.variant} ({' '.join(str(error).split())[:160]} ...)") from None
     if args.evaluate:
-        return test(f"after epoch {checkpoint['epoch']}" if checkpoint else "untrained")
+        return test(f"after epoch {len(history)}" if checkpoint else "untrained")
     output = Path(args.output)
-    own = checkpoint and output.resolve() == Path(args.resume).resolve().parent
-    if not own and ((output / "last.pt").exists() or (output / "log.csv").exists()):
-        raise UserError(f"{output} holds a run already: go on with --resume {output / 'last.pt'}, or name another --output")
+    last, log = output / "last.pt", output / "log.csv"
+    if not (checkpoint and os.path.realpath(args.resume) == os.path.realpath(last)) and (os.path.exists(last) or os.path.exists(log)):
+        raise UserError(f"{output} holds a run already: go on with --resume {last}, or name another --output")
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        torch.set_rng_state(checkpoint["rng"])
-        history, first = checkpoint["history"], checkpoint["epoch"] + 1
-        print(f"going on after epoch {checkpoint['epoch']} of {args.resume}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+        restore(args.resume, dict(optimizer=optimizer, scheduler=scheduler), optimizer=checkpoint["optimizer"], scheduler=checkpoint["scheduler"])
+        set_random_states(checkpoint["random"])
+        steps, totals = checkpoint["progress"]
+        print(f"going on after epoch {len(history)}" + f", step {steps} of the next," * bool(steps) + f" of {args.resume}")
+
+    def save():
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"epoch {len(history)}: the weights are not finite; {last} is as it was; try a smaller --lr")
+        if rank() == 0:
+            save_file({"script": Path(__file__).name, "args": vars(args), "num_classes": dataset.num_identities, "history": history, "progress": (steps, totals),
+                       "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_states()}, last)
+            save_rows(history, log)
+
+    catch_signals(hint)
+    if rank() == 0:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+        with replacing(output / "args.json") as file:
+            file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+        save_rows(history, log) if checkpoint else None                         # a kill may have come between last.pt and log.csv
     if not checkpoint:
         test("untrained")
     loader = torch.utils.data.DataLoader(TrainClips(dataset.train, SAMPLE, args.frames, size, erase=args.erase), batch_sampler=sampler, num_workers=args.workers,
-                                         pin_memory=device.type == "cuda", persistent_workers=args.workers > 0)
-    result = None
-    for epoch in range(first, args.epochs + 1):
-        start = time.time()
-        sampler.set_epoch(epoch)
-        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0], **train_epoch(model, loader, optimizer, device, args, epoch)}
-        scheduler.step()
-        print(f"epoch {epoch}/{args.epochs}: " + "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch") + f"  ({time.time() - start:.0f} s)", flush=True)
-        result = test(f"after epoch {epoch}") if epoch == args.epochs or args.eval_every and epoch % args.eval_every == 0 else None
-        history.append({**row, "mAP": "", "rank-1": "", **({k: result[k] for k in ("mAP", "rank-1")} if result else {})})
-        save_file({"script": Path(__file__).name, "args": vars(args), "num_classes": dataset.num_identities, "epoch": epoch, "history": history,
-                   "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                   "rng": torch.get_rng_state()}, output / "last.pt")
-        try:
-            with open(output / "log.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, history[0])
-                writer.writeheader()
-                writer.writerows(history)
-        except OSError as error:
-            raise UserError(f"{output / 'log.csv'}: cannot be written ({error.strerror}); last.pt is whole, --resume goes on") from None
-    return result or test(f"after epoch {args.epochs}")
+                                         pin_memory=device.type == "cuda", persistent_workers=args.workers > 0, generator=torch.Generator())
+    network, result = parallel(model, device), None
+    for epoch in range(max(len(history), 1), args.epochs + 1):
+        if fresh := epoch > len(history):
+            start, first = time.time(), steps
+            sampler.set_epoch(epoch, steps)
+            steps, totals = train_epoch(network, loader, optimizer, device, args, epoch, steps, totals)
+            sampler.set_epoch(epoch)
+            if steps < len(sampler):                                            # a signal
+                save()
+                raise Stop(stop_asked())
+            row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0], **{name: total / steps for name, total in totals.items()}}
+            scheduler.step()
+            seconds = time.time() - start
+            print(f"epoch {epoch}/{args.epochs}: " + "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch")
+                  + f"  ({seconds:.0f} s, {(steps - first) * args.ids * args.clips / seconds:.3g} clips/s)", flush=True)
+            history.append({**row, "mAP": "", "rank-1": ""})
+            steps, totals = 0, {}
+        if history[-1]["mAP"] == "" and (epoch == args.epochs or args.eval_every and epoch % args.eval_every == 0):
+            save()
+            result = test(f"after epoch {epoch}")
+            history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
+            save()
+        elif fresh and epoch % args.checkpoint_every == 0:
+            save()
+    return result or test(f"after epoch {len(history)}")
 
 
 if __name__ == "__main__":  # same in every script
-    try:
-        main()
-    except UserError as error:
-        sys.exit(print(f"{Path(__file__).name}: {error}", file=sys.stderr) or 2)
-    except torch.OutOfMemoryError:
-        sys.exit(print(f"{Path(__file__).name}: out of GPU memory: use fewer --ids or --clips, a smaller --height and --width, or --amp", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print(f"{Path(__file__).name}: interrupted; --resume goes on with the last finished epoch", file=sys.stderr) or 130)
+    command_line(main)

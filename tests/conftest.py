@@ -1,7 +1,12 @@
-"""Shared by the tests: a small synthetic data set, drawn once, a way to run a script as a user does, and small helpers."""
+"""Shared by the tests: a small synthetic data set and a short training, once each, ways to run a script, and small helpers."""
+import csv
+import importlib
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,10 @@ import torch.nn as nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from data import UserError, draw_synthetic  # noqa: E402
+
+TINY = ("--height", 48, "--width", 40, "--ids", 2, "--clips", 2)
 
 
 def close(a, b):
@@ -48,24 +57,89 @@ def parameters(model):
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("neck", "classifier", "projection")))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="SIGKILLs in test_runs.py")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
 
+class Colours(torch.nn.Module):
+    """A small network in SINet's place."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.neck, self.classifier = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, num_classes)
+
+    def forward(self, clips):
+        frames = clips.mean((3, 4))
+        embedding = self.neck(frames.mean(1))
+        return (embedding, self.classifier(embedding), frames) if self.training else embedding
+
+
+def read_log(folder):
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture(scope="session")
 def small_root(tmp_path_factory):
     """A --root whose synthetic/ has 6 + 4 identities under 2 cameras."""
-    from data import draw_synthetic
     root = tmp_path_factory.mktemp("root")
     draw_synthetic(root / "synthetic", identities=6, test_identities=4, cameras=2, frames=(3, 9), size=(64, 32))
     return root
 
 
+def child(command, folder, env, out, err):
+    """What a process of `run` does: the script as __main__, with its own folder, environment and output."""
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    os.chdir(folder)
+    os.environ.update(env)
+    sys.argv, sys.path[0] = command, str(ROOT)
+    runpy.run_path(command[0], run_name="__main__")
+
+
 @pytest.fixture
 def run(tmp_path):
-    """run(script, *arguments) -> CompletedProcess, in an empty folder."""
+    """run(script, *arguments) -> CompletedProcess, in an empty folder; forked from a process that has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "common"])
+
     def start(*command, env=None):
-        return subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=tmp_path, capture_output=True, text=True,
-                              timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})})
+        with tempfile.TemporaryDirectory() as files:
+            out, err = Path(files, "out"), Path(files, "err")
+            process = context.Process(target=child, args=([str(ROOT / command[0]), *map(str, command[1:])], tmp_path, {"CUDA_VISIBLE_DEVICES": "", **(env or {})},
+                                                          out, err))
+            process.start()
+            process.join(240)
+            assert process.exitcode is not None, "did not end"
+            return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
     return start
+
+
+@pytest.fixture(scope="session")
+def trained(small_root, tmp_path_factory):
+    """Two epochs of the baseline on the small set: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, ROOT / "sinet.py", "--root", small_root, "--variant", "base", "--epochs", "2", *map(str, TINY), "--output", folder / "run"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+@pytest.fixture
+def refuses(tmp_path, monkeypatch):
+    """The same without a process: refuses(arguments, texts...) runs main() and reads the UserError that becomes the line."""
+    def call(arguments, *says, script="sinet.py"):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(UserError) as error:
+            importlib.import_module(Path(script).stem).main()
+        assert "\n" not in str(error.value)
+        for text in says:
+            assert text in str(error.value)
+    return call

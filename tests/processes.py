@@ -1,0 +1,72 @@
+"""What each of several processes does for test_runs.py: torchrun --nproc_per_node N tests/processes.py DATA OUT
+
+The first one writes to OUT what `evaluation` gives and, for two processes, the gradients of every script.
+"""
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import bicnet_tks, m3d, sinet, strf, tclnet  # noqa: E401
+from common import evaluate, extract, gather, parallel, pick_device, rank, world
+from data import load_dataset
+
+PIDS = torch.tensor([0, 0, 1, 1])
+
+
+def evaluation(root):
+    """The result of an all-frames evaluation, and the features. BatchNorm's statistics differ, as after a training on CPUs."""
+    dataset = load_dataset("synthetic", root)
+    torch.manual_seed(0)
+    model = sinet.SINet(6, 4, 48, 40)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer += rank()
+    options = dict(split=sinet.SPLIT, T=4, size=(48, 40), batch=3)
+    return {"result": evaluate(model, dataset, **options), "features": extract(model, dataset.gallery, **options)}
+
+
+def gradients(script):
+    """{name: (alone, together)}: of the gradient of the whole batch up to 1,000 numbers, its norm and its sum; once in this
+    process alone, once with each process on its identities. BatchNorm in eval mode, float64, nothing zero-initialised."""
+    sys.argv = [script.__name__ + ".py", "--height", "64", "--width", "64", "--frames", "4", "--gpu", "cpu"]
+    args, _ = script.parse_args()
+    torch.manual_seed(0)
+    model = script.build(args, 2, "none").double().train()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+            nn.init.uniform_(layer.weight, 0.5, 1.0)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    clips = torch.randn(4, 4, 3, 64, 64, dtype=torch.float64)
+
+    def summary():
+        return [torch.cat([p.grad.flatten()[:1000], p.grad.norm()[None], p.grad.sum()[None]]) for p in model.parameters()]
+    script.objective(model(clips), PIDS, args)[0].backward()
+    alone = summary()
+    model.zero_grad()
+    network, mine = parallel(model, torch.device("cpu")), PIDS % world() == rank()
+    outputs, pids = gather(network(clips[mine])), gather(PIDS[mine])
+    loss, _ = script.objective(outputs, pids, args)
+    (loss * world()).backward()
+    network(clips[mine])                                          # here DistributedDataParallel would complain about parameters without a gradient
+    return {name: pair for (name, _), *pair in zip(model.named_parameters(), alone, summary())}
+
+
+if __name__ == "__main__":
+    pick_device("cpu")
+    torch.set_num_threads(1)
+    state = evaluation(sys.argv[1])
+    out = sys.argv[2]
+    if world() == 2:
+        state |= {script.__name__: gradients(script) for script in (bicnet_tks, m3d, sinet, strf, tclnet)}
+    if rank() == 0:
+        torch.save(state, out)
+    torch.distributed.barrier()
+    os._exit(0)

@@ -1,0 +1,322 @@
+"""Long runs survive: kills, signals, full disks, damaged checkpoints, diverged losses, several processes."""
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import processes
+import sinet
+from conftest import ROOT, TINY, Colours, read_log
+from data import UserError
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """main() takes over SIGINT and SIGTERM: give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def start(tmp_path, small_root):
+    """start(*flags) -> Popen of the command of `trained`, with other flags, its output in the file tmp_path/out."""
+    def popen(*flags, launcher=(), **options):
+        command = [sys.executable, *launcher, ROOT / "sinet.py", "--root", small_root, "--variant", "base", "--epochs", 2, *TINY, *flags]
+        with open(tmp_path / "out", "w") as out:
+            return subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT,
+                                    env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}, **options)
+    return popen
+
+
+def wait_for(process, file, text, seconds=120):
+    end = time.time() + seconds
+    while text not in file.read_text():
+        assert process.poll() is None and time.time() < end, file.read_text()
+        time.sleep(0.05)
+
+
+def same_run(folder, out, reference):
+    """Bitwise the same final weights, optimiser, log and result as the uninterrupted run."""
+    whole, other = (torch.load(f / "last.pt", weights_only=True) for f in (reference[0], folder))
+    assert whole["model"].keys() == other["model"].keys() and all(torch.equal(v, other["model"][k]) for k, v in whole["model"].items())
+    for a, b in zip(whole["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (folder / "log.csv").read_bytes() == (reference[0] / "log.csv").read_bytes()
+    assert whole["scheduler"] == other["scheduler"] and whole["history"] == other["history"] and whole["progress"] == other["progress"]
+    assert reference[1].strip().splitlines()[-1].split("(")[0] in out
+
+
+def test_killed_runs_end_as_if_never_stopped(trained, start, tmp_path, request):
+    """SIGKILL at random moments, also while last.pt is written; the same command with --resume goes on. `--kills 20` for more."""
+    kills, rng, seconds, moments = request.config.getoption("--kills"), random.Random(), 60, []
+    while kills > 0 or (tmp_path / "run").exists():
+        began, process = time.time(), start("--output", "run", "--resume")
+        try:
+            # the moments are drawn after the imports, over the length of the longest run so far
+            process.wait(3 + rng.uniform(0, min(seconds, 8)) if kills > 0 else 240)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills -= 1
+            lines = (tmp_path / "out").read_text().strip().splitlines()
+            moments.append(f"{time.time() - began:.1f} s: {lines[-1][:60] if lines else '(nothing printed)'}"
+                           + " (last.pt.tmp half written)" * (tmp_path / "run/last.pt.tmp").exists())
+            (tmp_path / "run").mkdir(exist_ok=True)
+            continue
+        out = (tmp_path / "out").read_text()
+        assert process.returncode == 0, out
+        same_run(tmp_path / "run", out, trained)
+        shutil.rmtree(tmp_path / "run")
+    print(*moments, sep="\n")
+    assert len(moments) == request.config.getoption("--kills")
+
+
+def test_a_signal_ends_the_step_and_writes_the_checkpoint(trained, start, tmp_path):
+    """SIGINT in the first epoch (130), SIGTERM in the next start (143), then to the end: as if never stopped."""
+    process, folder = start("--output", "run"), tmp_path / "run"
+    wait_for(process, tmp_path / "out", "untrained, all frames")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "out").read_text()
+    assert (tmp_path / "out").read_text().endswith("sinet.py: stopped by SIGINT; the same command with --resume goes on\n")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert state["history"] == [] and 1 <= state["progress"][0] < 3 and not (folder / "log.csv").exists()
+    process = start("--output", "run", "--resume", "auto")
+    wait_for(process, tmp_path / "out", f"going on after epoch 0, step {state['progress'][0]} of the next, of run/last.pt")
+    process.terminate()
+    assert process.wait(60) == 143 and "Traceback" not in (tmp_path / "out").read_text()
+    assert start("--output", "run", "--resume").wait(120) == 0
+    same_run(folder, (tmp_path / "out").read_text(), trained)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(trained, start, tmp_path):
+    """The size of files is limited instead."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    before = (tmp_path / "run/last.pt").read_bytes()
+    process = start("--resume", "run/last.pt", "--epochs", 3, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 8, 10 ** 8)))
+    assert process.wait(120) == 2
+    assert re.search(r"^sinet.py: run/last.pt: cannot be written \(.*\); the previous one is still whole$", (tmp_path / "out").read_text(), re.M)
+    assert (tmp_path / "run/last.pt").read_bytes() == before and sorted(p.name for p in (tmp_path / "run").iterdir()) == ["args.json", "last.pt", "log.csv"]
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, small_root, capsys):
+    """small(*flags) -> what sinet.py's main() prints with a small network."""
+    monkeypatch.setattr(sinet, "build", lambda args, num_classes, weights: Colours(num_classes))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["sinet.py", "--root", str(small_root), "--gpu", "cpu", *map(str, (*TINY, *flags))])
+        sinet.main()
+        return capsys.readouterr().out
+    return call
+
+
+def test_checkpoints_that_are_refused(small, refuses, tmp_path):
+    small("--epochs", 1, "--output", "a")
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+    for change, says in ((dict(args=Code()), "not a readable checkpoint"), (dict(args=3), "not a checkpoint of sinet.py"), (dict(history=None), "not a checkpoint"),
+                         (dict(script="strf.py"), "not a checkpoint of sinet.py"), (dict(optimizer={}), "its optimizer does not fit"),
+                         (dict(model={}), "its model does not fit"), (dict(args={"frames": 4}), "not a checkpoint of sinet.py")):
+        torch.save({**state, **change}, tmp_path / "odd.pt")
+        refuses(("--resume", "odd.pt", "--epochs", 2, "--output", "new"), f"odd.pt: {says}")
+        assert not (tmp_path / "executed").exists()
+    torch.save({k: v for k, v in state.items() if k not in ("optimizer", "random")}, tmp_path / "slim.pt")
+    refuses(("--resume", "slim.pt", "--epochs", 2), "slim.pt: holds the network only")
+    for content in (b"", (tmp_path / "a/last.pt").read_bytes()[:-100]):
+        (tmp_path / "cut.pt").write_bytes(content)
+        refuses(("--resume", "cut.pt"), "cut.pt: not a readable checkpoint")
+    refuses(("--evaluate", "--resume", "--output", "none"), "none/last.pt: no such file")
+
+
+def test_log_has_every_epoch_once(small, tmp_path):
+    """--checkpoint-every 2 --eval-every 3, stopped after 3 and 4 epochs: the rows of the uninterrupted run."""
+    flags = ("--checkpoint-every", 2, "--eval-every", 3, "--lr-step", 2)
+    small(*flags, "--epochs", 7, "--output", "whole")
+    small(*flags, "--epochs", 7, "--output", "parts", "--resume")                                # nothing there to go on with
+    log, folder = (tmp_path / "parts/log.csv").read_bytes(), tmp_path / "parts"
+    assert log == (tmp_path / "whole/log.csv").read_bytes() and [row["epoch"] for row in read_log(folder)] == list("1234567")
+    assert [bool(row["mAP"]) for row in read_log(folder)] == [False, False, True, False, False, True, True]
+    saves, save_file = [], sinet.save_file
+
+    def dies(state, path):
+        """A kill: after the checkpoint of epoch 4 nothing more is written."""
+        saves.append(len(state["history"]))
+        save_file(state, path)
+        if saves[-1] == 4:
+            raise UserError("killed")
+    shutil.rmtree(folder)
+    sinet.save_file = dies
+    try:
+        with pytest.raises(UserError, match="killed"):
+            small(*flags, "--epochs", 7, "--output", "parts")
+    finally:
+        sinet.save_file = save_file
+    assert saves == [2, 3, 3, 4] and len(read_log(folder)) == 3
+    assert "going on after epoch 4 of parts/last.pt" in small(*flags, "--epochs", 7, "--output", "parts", "--resume")
+    assert (folder / "log.csv").read_bytes() == log
+
+
+def test_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
+    objective, calls = sinet.objective, []
+
+    def third_is_infinite(*inputs):
+        loss, parts = objective(*inputs)
+        calls.append(loss)
+        return loss * (float("inf") if len(calls) == 3 else 1), parts
+    monkeypatch.setattr(sinet, "objective", third_is_infinite)
+    with pytest.raises(UserError, match=r"^epoch 1, step 3: the loss is not finite \(loss inf, xent .*, triplet .*, mi .*\); there is no checkpoint yet; try a smaller --lr$"):
+        small("--epochs", 1, "--output", "a")
+    small("--epochs", 1, "--output", "b")
+    state = torch.load(tmp_path / "b/last.pt", weights_only=True)
+    state["model"]["classifier.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "b/last.pt")
+    with pytest.raises(UserError, match="epoch 2, step 1: the loss is not finite .* the last good checkpoint is b/last.pt"):
+        small("--epochs", 2, "--output", "b", "--resume")
+
+
+def test_weights_that_are_not_finite_are_not_saved(small, tmp_path, monkeypatch):
+    """The last step of an epoch may spoil the weights after its finite loss."""
+    small("--epochs", 1, "--output", "a")
+    before = (tmp_path / "a/last.pt").read_bytes()
+    train_epoch = sinet.train_epoch
+
+    def spoiled(model, *rest):
+        result = train_epoch(model, *rest)
+        model.classifier.weight.data[0] = float("inf")
+        return result
+    monkeypatch.setattr(sinet, "train_epoch", spoiled)
+    with pytest.raises(UserError, match="epoch 2: the weights are not finite; a/last.pt is as it was"):
+        small("--epochs", 2, "--output", "a", "--resume")
+    assert (tmp_path / "a/last.pt").read_bytes() == before
+
+
+def test_read_only_output(small, tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(common, "open", refuse, raising=False)          # root may write everywhere
+    with pytest.raises(UserError, match=r"^run/args.json: cannot be written \(.*Permission denied.*\)$"):
+        small("--output", "run")
+
+
+def test_random_states_go_on():
+    import numpy as np
+
+    def draw():
+        return torch.rand(2).tolist() + np.random.rand(2).tolist() + [random.random()]
+    states = common.random_states()
+    first = draw()
+    assert draw() != first
+    common.set_random_states(states)
+    assert draw() == first
+
+
+def test_compile_trains_and_falls_back(small, monkeypatch):
+    out = small("--compile", "--epochs", 1, "--output", "a")
+    assert "goes on without" not in out and re.search("^after epoch 1, .*mAP", out, re.M)
+
+    def no_compiler(function):
+        raise RuntimeError("no C++ compiler\nat all")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    out = small("--compile", "--epochs", 1, "--output", "b")
+    assert "--compile: goes on without (no C++ compiler at all)\n" in out and re.search("^after epoch 1, .*mAP", out, re.M)
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+@pytest.fixture(scope="module")
+def several(small_root, tmp_path_factory):
+    """What tests/processes.py writes with 2 and 3 processes, and with this one alone."""
+    folder, found, threads = tmp_path_factory.mktemp("processes"), {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found[1] = processes.evaluation(small_root)
+    finally:
+        torch.set_num_threads(threads)
+    for count in (2, 3):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), ROOT / "tests/processes.py", small_root,
+                               folder / f"{count}.pt"], capture_output=True, text=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        assert done.returncode == 0, done.stderr
+        found[count] = torch.load(folder / f"{count}.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_evaluation_does_not_depend_on_the_processes(several, count):
+    """Exactly, although BatchNorm's statistics differed between the processes before."""
+    assert several[count]["result"] == several[1]["result"]
+    assert torch.equal(several[count]["features"], several[1]["features"])
+
+
+@pytest.mark.parametrize("script", ["bicnet_tks", "m3d", "sinet", "strf", "tclnet"])
+def test_two_processes_have_the_gradient_of_one(several, script):
+    gradients = several[2][script]
+    for name, (one, two) in gradients.items():
+        assert one.any() and (two - one).norm() <= 1e-6 * one.norm(), name
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def test_torchrun_trains_prints_once_and_stops_on_a_signal(start, tmp_path):
+    process = start("--output", "run", "--gpu", "cpu", "--epochs", 50, launcher=TORCHRUN)
+    wait_for(process, tmp_path / "out", "epoch 1/50:")
+    process.terminate()
+    assert process.wait(90) != 0
+    out = (tmp_path / "out").read_text()
+    assert out.count("device: cpu (no GPU found), 2 processes") == out.count("untrained, all frames") == out.count("epoch 1/50:") == 1
+    assert "sinet.py: stopped by SIGTERM; the same command with --resume goes on" in out
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    done = len(state["history"])
+    assert done >= 1 and len(read_log(tmp_path / "run")) == done
+    process = start("--output", "run", "--resume", "--epochs", done + 1)                          # a single process may go on
+    assert process.wait(120) == 0 and f"after epoch {done + 1}, all frames:" in (tmp_path / "out").read_text()
+
+
+def test_a_killed_process_ends_the_others(start, tmp_path):
+    process = start("--output", "run", "--gpu", "cpu", "--epochs", 50, launcher=TORCHRUN)
+    wait_for(process, tmp_path / "out", "untrained, all frames")
+    workers = [int(p) for p in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    assert process.wait(60) == 1
+    for pid in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_what_does_not_fit_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--gpu 0: torchrun gives every process its own GPU"):
+        common.pick_device("0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UserError, match="4 processes, but 2 GPUs"):
+        common.pick_device()
+    monkeypatch.delenv("WORLD_SIZE")
+    for gpu in ("٣", "-1", "2", "cuda"):
+        with pytest.raises(UserError, match=f"--gpu {gpu}: there are GPUs 0 to 1"):
+            common.pick_device(gpu)
+
+
+def test_batch_variance_follows_the_norm():
+    x, norm = torch.randn(8, 3), torch.nn.BatchNorm1d(3)
+    torch.testing.assert_close((x - x.mean(0)) / (common.batch_variance(x, norm) + norm.eps).sqrt(), norm(x))
+    norm.eval()
+    assert torch.equal(common.batch_variance(x, norm), norm.running_var)
