@@ -109,9 +109,10 @@ class SuppressOperation(nn.Module):
         (B, L, C, H, W), k = q.shape, math.isqrt(kernel.shape[1])
         # the response of every pixel to every tap is one matrix product; the convolution then adds shifted taps
         taps = q.movedim(2, 4).reshape(B, L * H * W, C) @ kernel.transpose(1, 2)
-        taps = taps.to(torch.promote_types(taps.dtype, torch.float32)).view(B * L, H, W, k * k).permute(0, 3, 1, 2)
-        taps = F.pad(taps.contiguous(), (k // 2,) * 4, mode="replicate")
-        response = sum(taps[:, i, i // k:i // k + H, i % k:i % k + W] for i in range(k * k))
+        taps = taps.to(torch.promote_types(taps.dtype, torch.float32)).view(B * L, H, W, k * k)
+        for dim, n in ((1, H), (2, W)):                                         # replicate padding; torch.compile cannot take F.pad's (torch 2.15)
+            taps = taps.index_select(dim, torch.arange(-(k // 2), n + k // 2, device=taps.device).clamp(0, n - 1))
+        response = sum(taps[:, i // k:i // k + H, i % k:i % k + W, i] for i in range(k * k))
         log_r = (response / k ** 2 if self.mean_response else response).flatten(1).log_softmax(1)  # Eq. 3
         # Eq. 4, S = exp(beta * min(1 / (hw R) - 1, 0)), from log R, so that a vanishing R gives no 0 * inf
         s = torch.exp(self.beta * torch.expm1((-log_r - math.log(H * W)).clamp(max=0)))
