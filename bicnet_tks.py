@@ -35,11 +35,9 @@ What the paper leaves open, and the reading taken:
 """
 import argparse
 import contextlib
-import io
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -50,9 +48,9 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from common import (Stop, batch_hard_triplet, catch_signals, command_line, compiled, complexity, evaluate, first_process_first, gather, load_checkpoint,
-                    load_file, parallel, pick_device, quiet, random_states, rank, replacing, restore, save_file, save_rows, set_random_states, stop_asked,
-                    world)
+from common import (Stop, all_splits, bars, batch_hard_triplet, catch_signals, command_line, compiled, complexity, complexity_table, energy,
+                    evaluate, figures, first_process_first, gather, load_checkpoint, load_file, number, overlays, parallel, pick_device, quiet,
+                    random_states, rank, replacing, restore, same_flags, save_file, save_rows, set_random_states, stop_asked, watch, world)
 from data import CHUNK, DATA_SETS, SPLIT_SETS, PKSampler, TrainClips, UserError, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -279,6 +277,7 @@ VARIANTS = {
     "tks-stage23": (dict(tks=(2, 3)), (85.8, 90.3, 2.09, 35.7)),
 }
 COLUMNS = "mAP and rank-1 on MARS, GFLOPs a frame and millions of parameters"
+PRINTED, HEADS = ("GFLOPs a frame", "million parameters"), ("neck", "classifier")# what the figures after rank-1 are; parts that the paper does not count
 ROW_RECIPE = {"height-256+128+64": dict(frames=9), "tb-alpha2": dict(frames=9), "tb-alpha4": dict(frames=10)}  # row -> what it changes in the recipe
 
 
@@ -294,23 +293,30 @@ def objective(outputs, pids, args):
     return parts["xent"] + parts["triplet"] + args.divergence * parts.get("div", 0), parts
 
 
+def picture(model, clips, frames):
+    """For --figure, after Figures 1, 3 and 4: last map and A_k on the frames of each branch, and the weights of TKS' kernels."""
+    selecting = [(name, tks) for name, tks in model.tks.items() if tks.weights]
+    last, *calls = watch(model, clips, model.layer4, *model.dao, *(tks.weights for _, tks in selecting))
+    rows, ends = [], [sum(model.split[:i]) for i in range(len(model.split) + 1)]
+    for n, i in enumerate(i for i, count in enumerate(model.split) if count):
+        def among_all(maps):                                                    # the frames of the other branches have none
+            return F.pad(maps.float(), (0, 0, 0, 0, ends[i], len(frames) - ends[i + 1]), value=math.nan)
+        size = "full" if not i else f"1/{2 ** i}"
+        rows.append((f"frames of {size} size: last map, root mean square of the channels", overlays(frames, among_all(energy(last[n][1])))))
+        if model.dao:
+            rows.append((f"frames of {size} size: attention A_k of DAO", overlays(frames, among_all(calls[n][0][1][1][0]))))
+    for (name, tks), ((_, g),) in zip(selecting, calls[len(model.dao):]):
+        g = g.float().unflatten(1, (len(tks.paths), -1)).softmax(1)[0].mean(1)
+        rows.append((f"TKS behind {name}: weight of each temporal kernel, mean over the channels", [bars(g, [f"{2 * p.dilation[0] + 1} frames" for p in tks.paths])]))
+    return "BiCnet-TKS: where the frames of each size look", rows
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 RECIPE = dict(epochs=150, ids=16, clips=4, frames=8, height=256, width=128, lr=3.5e-4, lr_step=40, erase=0.5, pool="avg", weights="imagenet",
               margin=0.5, divergence=0.01)                                      # Sec. 4.1
 SMALL = dict(epochs=8, ids=4, clips=2, height=128, width=64, lr=5e-4, lr_step=7, erase=0.0, pool="max", weights="none")  # --data synthetic
 SAMPLER, SAMPLE, SPLIT, METRIC = PKSampler, sample_strided, split_consecutive, "cosine"  # batches and clips in training, clips in test; distance
-
-
-def number(kind, least, most=2 ** 31):  # same in every script
-    """An argparse type: int or float from `least` to `most`."""
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} of {least} to {most}"
-    return parse
 
 
 def add_paper_arguments(group):
@@ -372,9 +378,13 @@ def parse_args():  # same in every script
                        "--output, when there is one")
     group.add_argument("--checkpoint-every", type=number(int, 1), metavar="N", help="write last.pt and log.csv after every N epochs (default 1)")
     group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
+    group.add_argument("--figure", metavar="DIR", help="only draw what the network does, with --resume FILE or as initialised, into DIR")
+    group.add_argument("--figure-tracklets", type=number(int, 1), default=3, metavar="N", help="query tracklets to draw (default 3)")
+    group.add_argument("--complexity", nargs="?", const="text", choices=("text", "md"), help="only print parameters and FLOPs of all variants, beside the paper's")
     group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
     group.add_argument("--rerank", action="store_true", default=None, help="k-reciprocal re-ranking in the evaluation")
     args = parser.parse_args()
+    args.evaluate |= args.figure is not None
     chosen = {key: value for key, value in vars(args).items() if value is not None}
     data, variant = chosen.get("data", "synthetic"), chosen.get("variant", next(iter(VARIANTS)))
     if args.resume == "auto":
@@ -383,8 +393,8 @@ def parse_args():  # same in every script
     checkpoint, saved = None, {}
     if args.resume:
         checkpoint = load_checkpoint(args.resume, Path(__file__).name, training=not args.evaluate)
-        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume", "compile")}
-        same_flags(checkpoint, chosen, args.resume)
+        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume", "compile", "figure", "figure_tracklets")}
+        same_flags(checkpoint, chosen, args.resume, RECIPE)
         saved["output"] = str(Path(args.resume).parent)
         data, variant = chosen.get("data", saved["data"]), chosen.get("variant", saved["variant"])
     if args.split and data not in SPLIT_SETS:
@@ -397,18 +407,6 @@ def parse_args():  # same in every script
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
-
-
-def same_flags(checkpoint, flags, path, but=("weights", "amp", "rerank")):  # same in every script
-    """Raises UserError when one of `flags` would make another network or training than that of the checkpoint."""
-    saved, keys = checkpoint["args"], {"variant", "data", "split", "chunk", "seed", "amp", "rerank", *RECIPE} - {"epochs", *but}
-    if flags.get("evaluate"):
-        keys -= {"data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase"}
-    if not but and len(checkpoint["history"]) > flags["epochs"]:
-        raise UserError(f"{path}: was trained for {len(checkpoint['history'])} epochs, more than --epochs {flags['epochs']}")
-    for key in sorted(keys & flags.keys()):
-        if flags[key] != saved.get(key):
-            raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {flags[key]}")
 
 
 def train_epoch(model, loader, optimizer, device, args, epoch, steps, totals):  # same in every script
@@ -440,26 +438,16 @@ def train_epoch(model, loader, optimizer, device, args, epoch, steps, totals):  
 
 
 def main():  # same in every script
-    """A run, or with --split all ten of them; of these the finished ones are left out and an unfinished one goes on."""
     args, checkpoint = parse_args()
-    if args.split != "all":
-        return run(args, checkpoint)
-    with contextlib.redirect_stdout(io.StringIO()):                             # what is wrong with a split shows before the first run
-        for split in range(10):
-            load_dataset(args.data, args.root, split, args.chunk)
-    results = []
-    for split in map(str, range(10)):
-        one = argparse.Namespace(**{**vars(args), "split": split, "output": f"{args.output}/split-{split}"})
-        last, checkpoint = f"{one.output}/last.pt", None
-        if os.path.exists(last):
-            one.resume, checkpoint = last, load_checkpoint(last, Path(__file__).name)
-            same_flags(checkpoint, vars(one), last, but=())
-        history = checkpoint["history"] if checkpoint else []
-        done = len(history) == args.epochs and history[-1]["mAP"] != ""
-        results.append(history[-1] if done else run(one, checkpoint, "the same command goes on"))
-        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}" + " (finished before)" * done, flush=True)
-    mean = {key: (statistics.mean(values), statistics.stdev(values)) for key in ("mAP", "rank-1") for values in [[r[key] for r in results]]}
-    print("10 splits: " + "   ".join(f"{key} {m:.1f} +- {s:.1f}" for key, (m, s) in mean.items()))
+    if args.complexity:
+        def make(name):
+            one = argparse.Namespace(**{**RECIPE, **ROW_RECIPE.get(name, {}), "variant": name})
+            return build(one, 625, "none"), one.frames, one.height, one.width
+        complexity_table(VARIANTS, make, PRINTED, HEADS, args.complexity == "md")
+    elif args.split == "all":
+        all_splits(args, run, Path(__file__).name, RECIPE)
+    else:
+        run(args, checkpoint)
 
 
 def run(args, checkpoint, hint="the same command with --resume goes on"):  # same in every script
@@ -493,10 +481,13 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     if args.compile:
         compiled(model, device)
 
-    def test(label):
-        return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, batch=args.ids * args.clips,
-                        workers=args.workers, amp=args.amp)
+    extraction = dict(batch=args.ids * args.clips, workers=args.workers, amp=args.amp)
 
+    def test(label):
+        return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, **extraction)
+
+    if args.figure:
+        return figures(model, dataset, picture, args, SPLIT, size, METRIC, history, **extraction)
     if args.evaluate:
         return test(f"after epoch {len(history)}" if checkpoint else "untrained")
     output = Path(args.output)

@@ -1,8 +1,9 @@
 """What the five papers share beside the data: distances, the triplet loss, CMC and mAP, re-ranking, all-frames feature
-extraction, the count of parameters and multiply-adds, several processes, and what a long run needs to survive.
+extraction, the count of parameters and multiply-adds, several processes, what a long run needs to survive, and pictures.
 
 Ranking runs in numpy on the CPU, block by block over the queries: a full distance matrix is never needed.
 """
+import argparse
 import contextlib
 import copy
 import csv
@@ -11,6 +12,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -19,11 +21,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import AllClips, UserError, normalize
+from data import AllClips, UserError, load_dataset, normalize, read_clip
 
 
 # ---------------------------------------------------------------------------------------------------------- distances
@@ -219,6 +222,21 @@ def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
     return total / count
 
 
+def test_features(model, dataset, split, T, size, **extraction):
+    """Features of the query and the gallery tracklets, (Q, D) and (G, D), each tracklet seen once; see `extract`."""
+    tracklets = list({t.frames[0]: t for t in dataset.query + dataset.gallery}.values())
+    place = {t.frames[0]: i for i, t in enumerate(tracklets)}
+    x = extract(model, tracklets, split, T, size, **extraction)
+    if not x.isfinite().all():
+        raise UserError("the network's features are not finite: the weights are damaged or the training diverged")
+    return [x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery)]
+
+
+def test_ids(dataset):
+    """(query pids, query cameras, gallery pids, gallery cameras), as `cmc_map` takes them."""
+    return [np.array([getattr(t, key) for t in part]) for part in (dataset.query, dataset.gallery) for key in ("pid", "cam")]
+
+
 def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test", **extraction):
     """All-frames retrieval on the test part of `dataset`; prints mAP and CMC-1/5/10/20 in percent and returns them as
     {"mAP", "rank-1", "rank-5", "rank-10", "rank-20"} in [0, 100].
@@ -226,24 +244,18 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
     label: what stands before the result; the other arguments are those of `extract` and `distances`.
     """
     start = time.time()
-    tracklets = list({t.frames[0]: t for t in dataset.query + dataset.gallery}.values())   # each tracklet once
-    place = {t.frames[0]: i for i, t in enumerate(tracklets)}
-    x = extract(model, tracklets, split, T, size, **extraction)
-    if not x.isfinite().all():
-        raise UserError("the network's features are not finite: the weights are damaged or the training diverged")
-    q, g = (x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery))
-    q_pids, q_cams, g_pids, g_cams = (np.array([getattr(t, key) for t in part])
-                                      for part in (dataset.query, dataset.gallery) for key in ("pid", "cam"))
+    q, g = test_features(model, dataset, split, T, size, **extraction)
     ranked = [None]
     if rank() == 0:                                               # the others wait for it
         d = rerank(q, g, metric) if use_rerank else ((rows, d.cpu().numpy()) for rows, d in distance_blocks(q, g, metric))
-        ranked = [cmc_map(d, q_pids, q_cams, g_pids, g_cams)]
+        ranked = [cmc_map(d, *test_ids(dataset))]
     if world() > 1:
         dist.broadcast_object_list(ranked)
     cmc, mean_ap, matched = ranked[0]
     result = {"mAP": 100 * mean_ap, **{f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}}
     skipped = f", {len(q) - matched:,} more have no match and are left out" if matched < len(q) else ""
-    frames = "all frames" if all(split(len(t.frames), T).size >= len(t.frames) for t in tracklets) else f"whole clips of {T} frames"
+    whole = all(split(len(t.frames), T).size >= len(t.frames) for t in dataset.query + dataset.gallery)
+    frames = "all frames" if whole else f"whole clips of {T} frames"
     print(f"{label}, {frames}{', re-ranked' * use_rerank}:  mAP {result['mAP']:.1f}   CMC-1 {result['rank-1']:.1f}  CMC-5 {result['rank-5']:.1f}"
           f"  CMC-10 {result['rank-10']:.1f}  CMC-20 {result['rank-20']:.1f}   ({matched:,} queries{skipped}, {len(g):,} gallery"
           f" tracklets, {time.time() - start:.0f} s)", flush=True)
@@ -262,6 +274,34 @@ def complexity(model, T, height, width):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.empty(1, T, 3, height, width, device="meta"))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def complexity_table(variants, make, printed, heads, markdown=False):
+    """Prints parameters and multiply-adds of every variant beside the paper's figures.
+
+    variants: {name: (_, figures printed in the paper or None)}; make(name) -> (network, frames, height, width); printed: what the figures
+    from the third on are, of "GFLOPs of 4 frames", "GFLOPs a frame", "million parameters", "MB of parameters"; heads: first names of the parts
+    that the paper does not count.
+    """
+    rows = []
+    for name, (_, figures) in variants.items():
+        with torch.device("meta"):
+            model, T, height, width = make(name)
+        _, macs = complexity(model, T, height, width)
+        count = sum(p.numel() for key, p in model.named_parameters() if not key.startswith(heads))
+        ours = {"million parameters": count / 1e6, "MB of parameters": 4 * count / 1e6, "GFLOPs of 4 frames": 4 * macs / 1e9 / T, "GFLOPs a frame": macs / 1e9 / T}
+        theirs, notes = dict(zip(printed, (figures or ())[2:])), []
+        for key, figure in theirs.items():
+            off = ours[key] / figure - 1
+            notes.append("yes" if abs(ours[key] - figure) <= 0.5 * 10.0 ** -len(str(figure).partition(".")[2]) + 1e-9 else f"{100 * off:+.1f} %")
+        rows.append([name, f"{T}x{height}x{width}", f"{count:,}", f"{macs / 1e9:.3f}", f"{ours['GFLOPs a frame']:.3f}",
+                     ", ".join(f"{figure} {key}" for key, figure in theirs.items()) or "-", ", ".join(notes) or "-"])
+    head = ["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "printed in the paper", "equal as rounded"]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    if markdown:
+        print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows if markdown else [head, *rows]:
+        print("| " + " | ".join(row) + " |" if markdown else "  ".join(cell.ljust(w) if i in (0, 5) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
 
 
 # -------------------------------------------------------------------------------------------------- several processes
@@ -420,6 +460,54 @@ def command_line(main):
         dist.destroy_process_group()
 
 
+def number(kind, least, most=2 ** 31):
+    """An argparse type: int or float from `least` to `most`."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} of {least} to {most}"
+    return parse
+
+
+def same_flags(checkpoint, flags, path, recipe, but=("weights", "amp", "rerank")):
+    """Raises UserError when one of `flags` would make another network or training than that of the checkpoint at `path`.
+
+    recipe: names of a script's own flags, which are compared too; but: flags that may differ; () for a mean over runs.
+    """
+    saved, keys = checkpoint["args"], {"variant", "data", "split", "chunk", "seed", "amp", "rerank", *recipe} - {"epochs", *but}
+    if flags.get("evaluate") or flags.get("figure"):
+        keys -= {"data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase"}
+    if not but and len(checkpoint["history"]) > flags["epochs"]:
+        raise UserError(f"{path}: was trained for {len(checkpoint['history'])} epochs, more than --epochs {flags['epochs']}")
+    for key in sorted(keys & flags.keys()):
+        if flags[key] != saved.get(key):
+            raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {flags[key]}")
+
+
+def all_splits(args, run, script, recipe):
+    """--split all: run(arguments, checkpoint or None, hint) of the ten splits one after another, with the mean; of these the finished
+    ones are left out and an unfinished one goes on."""
+    with contextlib.redirect_stdout(io.StringIO()):               # what is wrong with a split shows before the first run
+        for split in range(10):
+            load_dataset(args.data, args.root, split, args.chunk)
+    results = []
+    for split in map(str, range(10)):
+        one = argparse.Namespace(**{**vars(args), "split": split, "output": f"{args.output}/split-{split}"})
+        last, checkpoint = f"{one.output}/last.pt", None
+        if os.path.exists(last):
+            one.resume, checkpoint = last, load_checkpoint(last, script)
+            same_flags(checkpoint, vars(one), last, recipe, but=())
+        history = checkpoint["history"] if checkpoint else []
+        done = len(history) == args.epochs and history[-1]["mAP"] != ""
+        results.append(history[-1] if done else run(one, checkpoint, "the same command goes on"))
+        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}" + " (finished before)" * done, flush=True)
+    for key in ("mAP", "rank-1"):
+        values = [result[key] for result in results]
+        print(f"10 splits: {key} {statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}")
+
+
 def load_file(path):
     """A dict that torch.save wrote, on the CPU; raises UserError for anything else."""
     try:
@@ -502,3 +590,223 @@ def set_random_states(states):
         torch.cuda.set_rng_state(state, i)
     np.random.set_state(states["numpy"])
     random.setstate(states["python"])
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+# Drawn with Pillow alone. A sheet is rows of (label, images).
+
+_INK, _PALE = (25, 25, 25), (225, 225, 225)
+_LINES = [(31, 90, 180), (220, 90, 20), (30, 140, 60), (190, 40, 50), (120, 80, 180), (120, 80, 60), (200, 90, 170), (90, 90, 90)]
+_HEAT = np.array([(20, 20, 90), (30, 90, 200), (40, 190, 200), (150, 220, 90), (250, 220, 50), (245, 120, 30), (180, 10, 20)], np.float32)   # low to high
+
+
+def watch(model, clips, *modules):
+    """Runs the network on clips and returns what each of the modules saw and put out: for each a list of its calls, (inputs, output)."""
+    calls = [[] for _ in modules]
+    hooks = [m.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append((inputs, output))) for m, seen in zip(modules, calls)]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(clips)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return calls
+
+
+def energy(x):
+    """Maps (..., C, H, W) -> their root mean square over the channels, (..., H, W)."""
+    return x.float().square().mean(-3).sqrt()
+
+
+def _tile(frame, height):
+    """A frame (3, H, W), uint8, as an image of this height."""
+    image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
+    return image.resize((round(height * image.width / image.height), height), Image.BICUBIC)
+
+
+def overlays(frames, maps, low=None, high=None, height=120):
+    """Maps (n, h, w) in colour over grey frames (n, 3, H, W), uint8: n images and a scale, blue `low` to red `high` (default: the maps'
+    smallest and largest value). A map of NaN leaves its frame as it is; one of zeros and ones keeps its edges."""
+    def coloured(m):
+        m = m * (len(_HEAT) - 1)
+        part = np.minimum(m.astype(int), len(_HEAT) - 2)
+        return _HEAT[part] + (m - part)[..., None] * (_HEAT[part + 1] - _HEAT[part])
+    known, images = maps[maps.isfinite()].float(), []
+    low, high = (float(known.min()) if low is None else low), (float(known.max()) if high is None else high)
+    for frame, m in zip(frames, maps.float().cpu()):
+        image = _tile(frame, height)
+        if m.isfinite().all():
+            m = ((m - low) / max(high - low, 1e-12)).clamp(0, 1).numpy()
+            m = np.asarray(Image.fromarray(m).resize(image.size, Image.NEAREST if ((m == 0) | (m == 1)).all() else Image.BILINEAR))
+            image = Image.fromarray((0.55 * coloured(m) + 0.45 * np.asarray(image.convert("L"), np.float32)[..., None]).astype(np.uint8))
+        images.append(image)
+    scale = Image.new("RGB", (64, height), "white")
+    scale.paste(Image.fromarray(np.repeat(coloured(np.linspace(1, 0, height - 12, dtype=np.float32))[:, None], 10, 1).astype(np.uint8)), (2, 6))
+    for y, value, anchor in ((6, high, "lt"), (height - 6, low, "lb")):
+        ImageDraw.Draw(scale).text((16, y), f"{value:.2g}", _INK, ImageFont.load_default(11), anchor)
+    return [*images, scale]
+
+
+def bars(values, names=None, height=120):
+    """A bar chart of numbers, with their names below."""
+    values = [float(v) for v in values]
+    step = 58 if names else 4
+    image = Image.new("RGB", (60 + step * len(values), height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    low, high = min(0.0, *values), max(0.0, *values) or 1e-12
+    top, bottom = 18, height - (20 if names else 8)
+
+    def y(v):
+        return bottom - (bottom - top) * (v - low) / max(high - low, 1e-12)
+    for i, v in enumerate(values):
+        x = 46 + step * i
+        draw.rectangle([x, min(y(v), y(0)), x + 0.7 * step, max(y(v), y(0))], _LINES[0])
+        if names:
+            draw.text((x + 0.35 * step, min(y(v), y(0)) - 1), f"{v:.3g}", _INK, font, "mb")
+            draw.text((x + 0.35 * step, bottom + 4), str(names[i]), _INK, font, "mt")
+    draw.line([44, y(0), image.width, y(0)], _INK)
+    if not names:
+        for v in {low, high}:
+            draw.text((42, y(v)), f"{v:.3g}", _INK, font, "rm")
+    return image
+
+
+def _wrap(text, font, width):
+    lines = [""]
+    for word in text.split():
+        if font.getlength(f"{lines[-1]} {word}") > width and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def sheet(title, rows, path, label_width=200):
+    """Draws rows of (label, images) below a title and writes the PNG file."""
+    font, bold, gap = ImageFont.load_default(13), ImageFont.load_default(16), 6
+    labels = [_wrap(label, font, label_width - 12) for label, _ in rows]
+    heights = [max([im.height for im in images] + [17 * (label.count("\n") + 1)]) for label, (_, images) in zip(labels, rows)]
+    width = label_width + max(sum(im.width + gap for im in images) for _, images in rows) + gap
+    title = _wrap(title, bold, width - 16)
+    top = 14 + 20 * (title.count("\n") + 1)
+    image = Image.new("RGB", (width, top + sum(heights) + gap * len(rows) + gap), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((8, 8), title, _INK, bold)
+    for label, (_, images), height in zip(labels, rows, heights):
+        draw.text((8, top), label, _INK, font)
+        x = label_width
+        for im in images:
+            image.paste(im, (x, top))
+            x += im.width + gap
+        top += height + gap
+    _write(image, path)
+
+
+def _write(image, path):
+    with replacing(path) as file:
+        image.quantize(255, kmeans=1, dither=Image.Dither.FLOYDSTEINBERG).save(file, "PNG", optimize=True)
+    print(f"wrote {path}", flush=True)
+
+
+def _ticks(low, high):
+    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12)))
+    step = next(step * f for f in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 7)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def plot(lines, title, xlabel, ylabel, path, size=(640, 400), limits=None, points=False, labels=(), rising=False):
+    """Curves {name: (xs, ys)}, with axes and a legend, as a PNG file; points: dots and no legend; labels: (x, y, text) to write;
+    limits: of y; rising: the legend stands at the bottom."""
+    image = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")                # drawn twice as large, for smooth lines
+    draw, small, bold = ImageDraw.Draw(image), ImageFont.load_default(24), ImageFont.load_default(30)
+    xs, ys = (np.concatenate([np.asarray(line[i], float) for line in lines.values()]) for i in (0, 1))
+    x0, x1, (y0, y1) = xs.min(), xs.max(), limits or (ys.min(), ys.max())
+    x0, x1, y0, y1 = x0 - 0.02 * (x1 - x0 or 1), x1 + 0.02 * (x1 - x0 or 1), y0 - 0.03 * (y1 - y0 or 1), y1 + 0.03 * (y1 - y0 or 1)
+    left, right, top, bottom = 110, image.width - 30, 110, image.height - 90
+
+    def at(x, y):
+        return left + (right - left) * (x - x0) / (x1 - x0), bottom - (bottom - top) * (y - y0) / (y1 - y0)
+    for v in _ticks(x0, x1):
+        draw.line([at(v, y0), at(v, y1)], _PALE, 2)
+        draw.text((at(v, 0)[0], bottom + 10), f"{v:g}", _INK, small, "mt")
+    for v in _ticks(y0, y1):
+        draw.line([at(x0, v), at(x1, v)], _PALE, 2)
+        draw.text((left - 10, at(0, v)[1]), f"{v:.4g}", _INK, small, "rm")
+    draw.rectangle([left, top, right, bottom], outline=_INK, width=2)
+    draw.text((20, 16), title, _INK, bold)
+    draw.text(((left + right) / 2, image.height - 14), xlabel, _INK, small, "mb")
+    draw.text((20, top - 14), ylabel, _INK, small, "lb")
+    for i, (name, (x, y)) in enumerate(lines.items()):
+        colour, dots = _LINES[i % len(_LINES)], [at(*p) for p in zip(x, y)]
+        if not points:
+            draw.line(dots, colour, 5, "curve")
+            row = (bottom - 32 * len(lines) if rising else top + 30) + 32 * i
+            draw.line([right - 330, row, right - 290, row], colour, 5)
+            draw.text((right - 280, row), name, _INK, small, "lm")
+        for a, b in dots:
+            draw.ellipse([a - 7, b - 7, a + 7, b + 7], colour)
+    for x, y, text in labels:
+        draw.text(at(x, y), text, _INK, small, "mm", stroke_width=4, stroke_fill="white")
+    _write(image.reduce(2), path)
+
+
+def figures(model, dataset, picture, args, split, size, metric, history, **extraction):
+    """--figure: writes what a network does into the folder args.figure: for args.figure_tracklets queries the paper's own picture and the
+    ranked list, then the CMC curve, the training curves of `history` (rows of log.csv) and the embedding.
+
+    picture: (model, clips (1, T, 3, H, W), normalised, frames (T, 3, H, W), uint8) -> (title, rows of `sheet`); the others: see `evaluate`.
+    """
+    folder, T, device = Path(args.figure), args.frames, next(model.parameters()).device
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--figure {folder}: cannot be written ({error.strerror})") from None
+    q, g = test_features(model, dataset, split, T, size, **extraction)
+    ids, state = test_ids(dataset), f"after epoch {len(history)}" if history else "untrained"
+    d = distances(q, g, metric).cpu().numpy()
+    cmc, mean_ap, _ = cmc_map(d, *ids)
+    q_pids, q_cams, g_pids, g_cams = ids
+    matched = [i for i in range(len(q)) if ((g_pids == q_pids[i]) & (g_cams != q_cams[i])).any()]
+    for i in [matched[j] for j in np.linspace(0, len(matched) - 1, min(args.figure_tracklets, len(matched))).round().astype(int)]:
+        t, name = dataset.query[i], f"person-{q_pids[i]}-camera-{q_cams[i]}"
+        frames = read_clip([t.frames[k] for k in split(len(t.frames), T)[0]], size)
+        title, rows = picture(model, normalize(frames[None].to(device)), frames)
+        sheet(f"{title}; {args.variant}, {state}; person {q_pids[i]}, camera {q_cams[i]}",
+              [(f"{T} frames of the clip", [_tile(f, 120) for f in frames]), *rows], folder / f"{name}.png")
+        # the metric's ranking: without the query's own identity under its own camera
+        order = [j for j in np.argsort(d[i], kind="stable") if not (g_pids[j] == q_pids[i] and g_cams[j] == q_cams[i])][:8]
+
+        def strip(t, colour):
+            shown = [_tile(f, 110) for f in read_clip([t.frames[k] for k in np.linspace(0, len(t.frames) - 1, 6).astype(int)], size)]
+            image = Image.new("RGB", (sum(im.width for im in shown) + 12, 122), colour)
+            for k, im in enumerate(shown):
+                image.paste(im, (6 + k * im.width, 6))
+            return image
+        rows = [(f"query: person {q_pids[i]}, camera {q_cams[i]}", [strip(t, (60, 60, 60))])]
+        for place, j in enumerate(order, 1):
+            right = g_pids[j] == q_pids[i]
+            who = f"person {g_pids[j]}" if g_pids[j] else "distractor"
+            rows.append((f"{place}. {'right' if right else 'wrong'}: {who}, camera {g_cams[j]}, distance {d[i, j]:.3f}",
+                         [strip(dataset.gallery[j], (30, 160, 60) if right else (210, 40, 40))]))
+        sheet(f"Ranked list; {args.variant}, {state}", rows, folder / f"{name}-ranked.png")
+    places = np.arange(1, len(cmc) + 1)
+    plot({f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}": (places, 100 * cmc)}, f"CMC on {args.data}; {args.variant}, {state}", "rank",
+         "queries with a match so far, %", folder / "cmc.png", limits=(0, 100), rising=True)
+    if len(history) > 1:
+        losses = [key for key in history[0] if key not in ("epoch", "lr", "mAP", "rank-1")]
+        plot({key: ([row["epoch"] for row in history], [row[key] for row in history]) for key in losses}, f"Training on {args.data}; {args.variant}", "epoch",
+             "loss and its parts, means of the epoch", folder / "training.png")
+    x = torch.cat([q, g]).float().cpu()
+    x = torch.nn.functional.normalize(x, dim=1) if metric == "cosine" else x
+    x, pids = x - x.mean(0), np.concatenate([q_pids, g_pids])
+    ways = {"pca": ("PCA", (x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T).numpy())}
+    try:
+        from sklearn.manifold import TSNE
+        ways["t-sne"] = ("t-SNE", TSNE(perplexity=min(30, len(x) / 4), random_state=0).fit_transform(x.numpy()))
+    except ImportError:
+        print("t-SNE is left out: scikit-learn is not installed (pip install scikit-learn)")
+    people = [p for p in sorted(set(pids)) if p > 0][:24]
+    for name, (way, xy) in ways.items():
+        plot({p: xy[pids == p].T for p in people}, f"{way} of the test tracklets' features; {args.variant}, {state}", "number: identity, at the mean of its tracklets", "",
+             folder / f"{name}.png", (640, 480), points=True, labels=[(*xy[pids == p].mean(0), str(p)) for p in people])

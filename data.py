@@ -28,6 +28,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+except ImportError:  # torchvision 0.29 announces that its decoders will go
+    decode_jpeg = None
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -543,18 +548,28 @@ def split_segments(n, T):
 
 # ------------------------------------------------------------------------------------------- frames and augmentation
 
+def _decode(path):
+    """A frame, uint8 (H, W, 3). JPEG by torchvision, faster than Pillow and with the same pixels; Pillow takes the rest, and says what is wrong."""
+    if decode_jpeg and path.lower().endswith((".jpg", ".jpeg")):
+        try:
+            return decode_jpeg(read_file(path), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+        except RuntimeError:
+            pass
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def read_clip(paths, size):
     """Decodes frames and resizes those that are not of `size` (height, width) yet: uint8 (T, 3, H, W).
 
     Raises UserError with the file's name when a frame is missing or unreadable: a clip is never shortened.
     """
-    height, width = size
+    height, width = size = tuple(size)
     clip = np.empty((len(paths), height, width, 3), np.uint8)
     for t, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-            clip[t] = image if image.size == (width, height) else image.resize((width, height), Image.BILINEAR)
+            frame = _decode(path)
+            clip[t] = frame if frame.shape[:2] == size else Image.fromarray(frame).resize((width, height), Image.BILINEAR)
         except FileNotFoundError:
             raise UserError(f"{path}: no such frame, although the data set lists it") from None
         except (OSError, ValueError, SyntaxError) as error:

@@ -38,11 +38,9 @@ What the paper leaves open, and the reading taken:
 """
 import argparse
 import contextlib
-import io
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -53,8 +51,9 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from common import (Stop, catch_signals, command_line, compiled, complexity, evaluate, first_process_first, gather, load_checkpoint, load_file, parallel,
-                    pick_device, quiet, random_states, rank, replacing, restore, save_file, save_rows, set_random_states, stop_asked, world)
+from common import (Stop, all_splits, bars, catch_signals, command_line, compiled, complexity, complexity_table, energy, evaluate, figures,
+                    first_process_first, gather, load_checkpoint, load_file, number, overlays, parallel, pick_device, quiet, random_states, rank,
+                    replacing, restore, same_flags, save_file, save_rows, set_random_states, stop_asked, watch, world)
 from data import CHUNK, DATA_SETS, SPLIT_SETS, TrackletSampler, TrainClips, UserError, load_dataset, normalize, sample_adjacent, split_whole
 
 
@@ -131,15 +130,16 @@ class ResidualAttentionLayer(nn.Module):
 
     def forward(self, x):
         B, T, C, H, W = x.shape
-        x_s, m = x.mean(1), 1.0                                                 # Eq. 9
+        x_s, m = x.movedim(2, 4).mean(1).movedim(3, 1), 0.5                     # Eq. 9, in the order of the memory: much faster than x.mean(1)
         if "t" in self.branches:
             m = m * self.branches["t"](x.mean((2, 3, 4))).view(B, T, 1, 1, 1)   # T_m
         if "s" in self.branches:
             m = m * self.branches["s"](x_s).view(B, 1, H, W, 1)                 # S_m, Eq. 10
         if "c" in self.branches:
             m = m * self.branches["c"](x_s.mean((2, 3))).view(B, 1, 1, 1, C)    # C_m, Eq. 11-12
-        m = m.to(torch.promote_types(m.dtype, torch.float32)).sigmoid()         # Eq. 8
-        return (0.5 + m).to(x.dtype).movedim(4, 2) * x                          # Eq. 7; channels last, as x is
+        m = m.to(torch.promote_types(m.dtype, torch.float32))
+        # Eq. 7-8 with m half of S C T: x / 2 + sigmoid(2 m) x = x + tanh(m) x / 2, fewer passes over the map; channels last, as x is
+        return torch.addcmul(x, m.tanh().to(x.dtype).movedim(4, 2), x, value=0.5)
 
 
 # ------------------------------------------------------------------------- Fig. 2: the 3D layers that it is compared with
@@ -296,6 +296,7 @@ VARIANTS = {
     "p3d-c-t16": (dict(layer="p3d-c", ral=""), (65.17, 79.44, 110.9)),
 }
 COLUMNS = "mAP and rank-1 on MARS, megabytes of parameters"
+PRINTED, HEADS = ("MB of parameters",), ("neck", "classifier")                  # what the figures after rank-1 are; parts that the paper does not count
 ROW_RECIPE = {row: dict(stream="temporal", **(dict(frames=16, ids=12) if row.endswith("t16") else {})) for row in list(VARIANTS)[1:]}  # row -> what it changes in the recipe
 ROW_RECIPE["2d"] = dict(stream="spatial", frames=1, ids=128, lr=0.001, lr_step=10, epochs=20)
 
@@ -308,23 +309,33 @@ def objective(outputs, pids, args):
     return sum(parts.values()), parts
 
 
+def picture(model, clips, frames):
+    """For --figure: the masks of the RALs before their product and sigmoid (Eq. 8), and the energy of each temporal kernel."""
+    stream = model.streams["temporal" if "temporal" in model.streams else "spatial"]
+    branches = [(kind, branch) for ral in stream.ral.values() for kind, branch in ral.branches.items()]
+    layers = [m for m in stream.net.modules() if isinstance(m, M3DLayer)]
+    (last,), *calls = watch(model, clips, stream.net.layer4, *(b for _, b in branches), *(w for m in layers for w in (m.spatial, *m.temporal)))
+    rows, masks = [("last map: root mean square of the channels", overlays(frames, energy(last[1])))], {"s": [], "t": [], "c": []}
+    for (kind, _), ((_, m),) in zip(branches, calls):
+        m = m[0].float().cpu()
+        masks[kind] += (overlays(frames[:1], m) if kind == "s" else [bars(m, range(1, len(m) + 1))] if kind == "t" else
+                        [bars(m.sort().values[torch.linspace(0, len(m) - 1, 40).long()])])
+    for kind, label in (("s", "S of the RALs behind stages 1, 2, 3, on the first frame"), ("t", "T: one number a frame"), ("c", "C: 40 of the channels, sorted")):
+        rows += [(label, masks[kind])] if masks[kind] else []
+    rms, charts = [seen[0][1].float().square().mean().sqrt() for seen in calls[len(branches):]], []
+    for m in layers:
+        (s, *t), rms = rms[:1 + len(m.temporal)], rms[1 + len(m.temporal):]
+        charts += [bars([v / s for v in t], [f"i = {i}" for i in range(1, len(t) + 1)])] if t else []
+    rows += [("energy of the temporal kernels of the M3D layers of stages 1 to 4, over that of S", charts)] if charts else []
+    return "M3D: where the stream looks, what its attention weighs and how far in time it sees", rows
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 RECIPE = dict(epochs=400, ids=24, clips=1, frames=8, height=256, width=128, lr=0.01, lr_step=300, erase=0.0, pool="avg", weights="imagenet",
               stream="two", init_2d=None)                                       # Implementation Details
 SMALL = dict(epochs=3, ids=8, frames=3, height=128, width=64, lr=0.0015, lr_step=2, pool="max", weights="none")  # --data synthetic
 SAMPLER, SAMPLE, SPLIT, METRIC = TrackletSampler, sample_adjacent, split_whole, "euclidean"  # batches and clips in training, clips in test; distance
-
-
-def number(kind, least, most=2 ** 31):  # same in every script
-    """An argparse type: int or float from `least` to `most`."""
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} of {least} to {most}"
-    return parse
 
 
 def add_paper_arguments(group):
@@ -394,9 +405,13 @@ def parse_args():  # same in every script
                        "--output, when there is one")
     group.add_argument("--checkpoint-every", type=number(int, 1), metavar="N", help="write last.pt and log.csv after every N epochs (default 1)")
     group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
+    group.add_argument("--figure", metavar="DIR", help="only draw what the network does, with --resume FILE or as initialised, into DIR")
+    group.add_argument("--figure-tracklets", type=number(int, 1), default=3, metavar="N", help="query tracklets to draw (default 3)")
+    group.add_argument("--complexity", nargs="?", const="text", choices=("text", "md"), help="only print parameters and FLOPs of all variants, beside the paper's")
     group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
     group.add_argument("--rerank", action="store_true", default=None, help="k-reciprocal re-ranking in the evaluation")
     args = parser.parse_args()
+    args.evaluate |= args.figure is not None
     chosen = {key: value for key, value in vars(args).items() if value is not None}
     data, variant = chosen.get("data", "synthetic"), chosen.get("variant", next(iter(VARIANTS)))
     if args.resume == "auto":
@@ -405,8 +420,8 @@ def parse_args():  # same in every script
     checkpoint, saved = None, {}
     if args.resume:
         checkpoint = load_checkpoint(args.resume, Path(__file__).name, training=not args.evaluate)
-        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume", "compile")}
-        same_flags(checkpoint, chosen, args.resume)
+        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume", "compile", "figure", "figure_tracklets")}
+        same_flags(checkpoint, chosen, args.resume, RECIPE)
         saved["output"] = str(Path(args.resume).parent)
         data, variant = chosen.get("data", saved["data"]), chosen.get("variant", saved["variant"])
     if args.split and data not in SPLIT_SETS:
@@ -419,18 +434,6 @@ def parse_args():  # same in every script
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
-
-
-def same_flags(checkpoint, flags, path, but=("weights", "amp", "rerank")):  # same in every script
-    """Raises UserError when one of `flags` would make another network or training than that of the checkpoint."""
-    saved, keys = checkpoint["args"], {"variant", "data", "split", "chunk", "seed", "amp", "rerank", *RECIPE} - {"epochs", *but}
-    if flags.get("evaluate"):
-        keys -= {"data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase"}
-    if not but and len(checkpoint["history"]) > flags["epochs"]:
-        raise UserError(f"{path}: was trained for {len(checkpoint['history'])} epochs, more than --epochs {flags['epochs']}")
-    for key in sorted(keys & flags.keys()):
-        if flags[key] != saved.get(key):
-            raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {flags[key]}")
 
 
 def train_epoch(model, loader, optimizer, device, args, epoch, steps, totals):  # same in every script
@@ -462,26 +465,16 @@ def train_epoch(model, loader, optimizer, device, args, epoch, steps, totals):  
 
 
 def main():  # same in every script
-    """A run, or with --split all ten of them; of these the finished ones are left out and an unfinished one goes on."""
     args, checkpoint = parse_args()
-    if args.split != "all":
-        return run(args, checkpoint)
-    with contextlib.redirect_stdout(io.StringIO()):                             # what is wrong with a split shows before the first run
-        for split in range(10):
-            load_dataset(args.data, args.root, split, args.chunk)
-    results = []
-    for split in map(str, range(10)):
-        one = argparse.Namespace(**{**vars(args), "split": split, "output": f"{args.output}/split-{split}"})
-        last, checkpoint = f"{one.output}/last.pt", None
-        if os.path.exists(last):
-            one.resume, checkpoint = last, load_checkpoint(last, Path(__file__).name)
-            same_flags(checkpoint, vars(one), last, but=())
-        history = checkpoint["history"] if checkpoint else []
-        done = len(history) == args.epochs and history[-1]["mAP"] != ""
-        results.append(history[-1] if done else run(one, checkpoint, "the same command goes on"))
-        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}" + " (finished before)" * done, flush=True)
-    mean = {key: (statistics.mean(values), statistics.stdev(values)) for key in ("mAP", "rank-1") for values in [[r[key] for r in results]]}
-    print("10 splits: " + "   ".join(f"{key} {m:.1f} +- {s:.1f}" for key, (m, s) in mean.items()))
+    if args.complexity:
+        def make(name):
+            one = argparse.Namespace(**{**RECIPE, **ROW_RECIPE.get(name, {}), "variant": name})
+            return build(one, 625, "none"), one.frames, one.height, one.width
+        complexity_table(VARIANTS, make, PRINTED, HEADS, args.complexity == "md")
+    elif args.split == "all":
+        all_splits(args, run, Path(__file__).name, RECIPE)
+    else:
+        run(args, checkpoint)
 
 
 def run(args, checkpoint, hint="the same command with --resume goes on"):  # same in every script
@@ -515,10 +508,13 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     if args.compile:
         compiled(model, device)
 
-    def test(label):
-        return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, batch=args.ids * args.clips,
-                        workers=args.workers, amp=args.amp)
+    extraction = dict(batch=args.ids * args.clips, workers=args.workers, amp=args.amp)
 
+    def test(label):
+        return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, **extraction)
+
+    if args.figure:
+        return figures(model, dataset, picture, args, SPLIT, size, METRIC, history, **extraction)
     if args.evaluate:
         return test(f"after epoch {len(history)}" if checkpoint else "untrained")
     output = Path(args.output)

@@ -35,11 +35,9 @@ What the paper leaves open, and the reading taken:
 """
 import argparse
 import contextlib
-import io
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -50,9 +48,9 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from common import (Stop, batch_hard_triplet, catch_signals, command_line, compiled, complexity, evaluate, first_process_first, gather, load_checkpoint,
-                    load_file, parallel, pick_device, quiet, random_states, rank, replacing, restore, save_file, save_rows, set_random_states, stop_asked,
-                    world)
+from common import (Stop, all_splits, batch_hard_triplet, catch_signals, command_line, compiled, complexity, complexity_table, energy, evaluate,
+                    figures, first_process_first, gather, load_checkpoint, load_file, number, overlays, parallel, pick_device, quiet, random_states,
+                    rank, replacing, restore, same_flags, save_file, save_rows, set_random_states, stop_asked, watch, world)
 from data import CHUNK, DATA_SETS, SPLIT_SETS, PKSampler, TrainClips, UserError, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -296,6 +294,7 @@ VARIANTS = {
     "order-parallel": (dict(order="parallel"), None),
 }
 COLUMNS = "mAP and rank-1 on MARS, millions of parameters"
+PRINTED, HEADS = ("million parameters",), ("neck",)                             # what the figures after rank-1 are; parts that the paper does not count
 ROW_RECIPE = {}                                                                 # row -> what it changes in the recipe
 
 
@@ -308,23 +307,28 @@ def objective(outputs, pids, args):
     return parts["xent"] + parts["triplet"], parts
 
 
+def picture(model, clips, frames):
+    """For --figure, after Figure 5: the maps before and after each unit, and of each factor the mask for the middle position."""
+    units = [(name, m) for name, m in model.named_modules() if isinstance(m, STRF)]
+    factors = [[(d, mask) for d, ffm in unit.ffm.items() for mask in ffm.masks] for _, unit in units]
+    (last,), *calls = watch(model, clips, model.layer4, *(unit for _, unit in units), *(mask for masks in factors for _, mask in masks))
+    rows, seen = [("last map: root mean square of the channels", overlays(frames, energy(last[1])))], iter(calls[len(units):])
+    for (name, _), masks, ((((x,), y),)) in zip(units, factors, calls):
+        h, w = x.shape[3:]
+        place = ".".join(name.split(".")[:2])
+        rows.append((f"{place}: before the unit, behind it", overlays(frames, energy(x[0])) + overlays(frames, energy(y[0]))))
+        columns = [next(seen)[0][1][0, :, h // 2 * w + w // 2].view(1, h, w) for _ in masks]
+        rows.append((f"{place}: weights for the middle position, factors " + ", ".join(f"{d} r={max(mask.window)}" for d, mask in masks),
+                     [im for column in columns for im in overlays(frames[:1], column)]))
+    return "STRF: maps before and behind each unit, and the masks of its factors", rows
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 RECIPE = dict(epochs=240, ids=8, clips=4, frames=8, height=224, width=112, lr=3e-4, lr_step=60, erase=0.0, pool="avg", weights="imagenet",
               kappa=4.0, margin=0.3)
 SMALL = dict(epochs=8, ids=4, clips=2, frames=4, height=128, width=64, lr=5e-4, lr_step=7, pool="max", weights="none")  # --data synthetic
 SAMPLER, SAMPLE, SPLIT, METRIC = PKSampler, sample_strided, split_consecutive, "cosine"  # batches and clips in training, clips in test; distance
-
-
-def number(kind, least, most=2 ** 31):  # same in every script
-    """An argparse type: int or float from `least` to `most`."""
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} of {least} to {most}"
-    return parse
 
 
 def add_paper_arguments(group):
@@ -386,9 +390,13 @@ def parse_args():  # same in every script
                        "--output, when there is one")
     group.add_argument("--checkpoint-every", type=number(int, 1), metavar="N", help="write last.pt and log.csv after every N epochs (default 1)")
     group.add_argument("--evaluate", action="store_true", help="only evaluate, with --resume FILE or as initialised")
+    group.add_argument("--figure", metavar="DIR", help="only draw what the network does, with --resume FILE or as initialised, into DIR")
+    group.add_argument("--figure-tracklets", type=number(int, 1), default=3, metavar="N", help="query tracklets to draw (default 3)")
+    group.add_argument("--complexity", nargs="?", const="text", choices=("text", "md"), help="only print parameters and FLOPs of all variants, beside the paper's")
     group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
     group.add_argument("--rerank", action="store_true", default=None, help="k-reciprocal re-ranking in the evaluation")
     args = parser.parse_args()
+    args.evaluate |= args.figure is not None
     chosen = {key: value for key, value in vars(args).items() if value is not None}
     data, variant = chosen.get("data", "synthetic"), chosen.get("variant", next(iter(VARIANTS)))
     if args.resume == "auto":
@@ -397,8 +405,8 @@ def parse_args():  # same in every script
     checkpoint, saved = None, {}
     if args.resume:
         checkpoint = load_checkpoint(args.resume, Path(__file__).name, training=not args.evaluate)
-        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume", "compile")}
-        same_flags(checkpoint, chosen, args.resume)
+        saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume", "compile", "figure", "figure_tracklets")}
+        same_flags(checkpoint, chosen, args.resume, RECIPE)
         saved["output"] = str(Path(args.resume).parent)
         data, variant = chosen.get("data", saved["data"]), chosen.get("variant", saved["variant"])
     if args.split and data not in SPLIT_SETS:
@@ -411,18 +419,6 @@ def parse_args():  # same in every script
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
-
-
-def same_flags(checkpoint, flags, path, but=("weights", "amp", "rerank")):  # same in every script
-    """Raises UserError when one of `flags` would make another network or training than that of the checkpoint."""
-    saved, keys = checkpoint["args"], {"variant", "data", "split", "chunk", "seed", "amp", "rerank", *RECIPE} - {"epochs", *but}
-    if flags.get("evaluate"):
-        keys -= {"data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase"}
-    if not but and len(checkpoint["history"]) > flags["epochs"]:
-        raise UserError(f"{path}: was trained for {len(checkpoint['history'])} epochs, more than --epochs {flags['epochs']}")
-    for key in sorted(keys & flags.keys()):
-        if flags[key] != saved.get(key):
-            raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {flags[key]}")
 
 
 def train_epoch(model, loader, optimizer, device, args, epoch, steps, totals):  # same in every script
@@ -454,26 +450,16 @@ def train_epoch(model, loader, optimizer, device, args, epoch, steps, totals):  
 
 
 def main():  # same in every script
-    """A run, or with --split all ten of them; of these the finished ones are left out and an unfinished one goes on."""
     args, checkpoint = parse_args()
-    if args.split != "all":
-        return run(args, checkpoint)
-    with contextlib.redirect_stdout(io.StringIO()):                             # what is wrong with a split shows before the first run
-        for split in range(10):
-            load_dataset(args.data, args.root, split, args.chunk)
-    results = []
-    for split in map(str, range(10)):
-        one = argparse.Namespace(**{**vars(args), "split": split, "output": f"{args.output}/split-{split}"})
-        last, checkpoint = f"{one.output}/last.pt", None
-        if os.path.exists(last):
-            one.resume, checkpoint = last, load_checkpoint(last, Path(__file__).name)
-            same_flags(checkpoint, vars(one), last, but=())
-        history = checkpoint["history"] if checkpoint else []
-        done = len(history) == args.epochs and history[-1]["mAP"] != ""
-        results.append(history[-1] if done else run(one, checkpoint, "the same command goes on"))
-        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}" + " (finished before)" * done, flush=True)
-    mean = {key: (statistics.mean(values), statistics.stdev(values)) for key in ("mAP", "rank-1") for values in [[r[key] for r in results]]}
-    print("10 splits: " + "   ".join(f"{key} {m:.1f} +- {s:.1f}" for key, (m, s) in mean.items()))
+    if args.complexity:
+        def make(name):
+            one = argparse.Namespace(**{**RECIPE, **ROW_RECIPE.get(name, {}), "variant": name})
+            return build(one, 625, "none"), one.frames, one.height, one.width
+        complexity_table(VARIANTS, make, PRINTED, HEADS, args.complexity == "md")
+    elif args.split == "all":
+        all_splits(args, run, Path(__file__).name, RECIPE)
+    else:
+        run(args, checkpoint)
 
 
 def run(args, checkpoint, hint="the same command with --resume goes on"):  # same in every script
@@ -507,10 +493,13 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     if args.compile:
         compiled(model, device)
 
-    def test(label):
-        return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, batch=args.ids * args.clips,
-                        workers=args.workers, amp=args.amp)
+    extraction = dict(batch=args.ids * args.clips, workers=args.workers, amp=args.amp)
 
+    def test(label):
+        return evaluate(model, dataset, SPLIT, args.frames, size, METRIC, label=label, use_rerank=args.rerank, **extraction)
+
+    if args.figure:
+        return figures(model, dataset, picture, args, SPLIT, size, METRIC, history, **extraction)
     if args.evaluate:
         return test(f"after epoch {len(history)}" if checkpoint else "untrained")
     output = Path(args.output)

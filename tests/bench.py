@@ -38,26 +38,25 @@ ROWS = [(bicnet_tks, "bicnet-tks", 8, "base-b", 0.60), (sinet, "sinet", 4, None,
 
 
 class Plain(nn.Module):
-    """torchvision's ResNet-50 on the frames, last stride 1, averaged over the clip, with a BN neck and `heads` classifiers."""
+    """torchvision's ResNet-50 on the frames, averaged over the clip, with a BN neck and a classifier."""
 
-    def __init__(self, heads=1):
+    def __init__(self, last_stride):
         super().__init__()
-        net = sinet.resnet50("none")
-        net.avgpool = net.fc = nn.Identity()
-        self.net, self.neck, self.classifiers = net, nn.BatchNorm1d(2048), nn.ModuleList(nn.Linear(2048, 625) for _ in range(heads))
+        self.net, self.neck, self.classifier = sinet.resnet50("none", last_stride), nn.BatchNorm1d(2048), nn.Linear(2048, 625)
+        self.net.fc = nn.Identity()
 
     def forward(self, clips):
         net, (B, T) = self.net, clips.shape[:2]
         x = clips.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = net.layer4(net.layer3(net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x))))))))
         x = self.neck(x.mean((2, 3)).view(B, T, -1).mean(1))
-        return (x, [head(x) for head in self.classifiers]) if self.training else x
+        return (x, self.classifier(x)) if self.training else x
 
 
-def make(script, row, frames, size, device):
-    """The network of a row of VARIANTS as its script makes it, or the plain one, on the device."""
+def make(script, row, frames, size, device, other=None):
+    """The network of a row of VARIANTS as its script makes it, or for no script the plain one beside that of `other`, on the device."""
     if script is None:
-        model = Plain()
+        model = Plain(2 if other is m3d else 1)
     else:
         sizes = {} if script in (m3d, strf) else dict(height=size[0], width=size[1])
         stream = dict(stream=m3d.ROW_RECIPE[row]["stream"]) if script is m3d else {}
@@ -96,7 +95,7 @@ def rows_table(args, title, work):
         size, works = (args.height, args.width), []
         clips, pids = torch.randn(args.clips, frames, 3, *size, device=args.device), torch.arange(args.clips, device=args.device) // 2
         for owner, name in ((script, row), (script if base else None, base)):
-            works.append(work(owner, name, make(owner, name, frames, size, args.device), clips, pids, script))
+            works.append(work(owner, name, make(owner, name, frames, size, args.device, script), clips, pids, script))
         a, b, ratio, low, high = paired(*works, args.repeats, args.device)
         name = f"{script.__name__}.py {row} / {base or 'plain'}"
         print(f"  {name:36} {1e3 * a / args.clips:10.1f} {1e3 * b / args.clips:10.1f} {ratio:7.2f} {wanted or '':>7}   ({low:.2f} - {high:.2f})", flush=True)
@@ -127,7 +126,7 @@ def training(args):
             if owner:
                 loss, _ = owner.objective(outputs, pids, options)
             else:                                                 # cross entropy and the triplet loss, as in every script
-                loss = sum(nn.functional.cross_entropy(x.float(), pids) for x in outputs[1]) + common.batch_hard_triplet(outputs[0], pids, 0.3)
+                loss = nn.functional.cross_entropy(outputs[1].float(), pids) + common.batch_hard_triplet(outputs[0], pids, 0.3)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -351,7 +350,7 @@ if __name__ == "__main__":
     parser.add_argument("--height", type=int, default=256, help="of a frame (default 256)")
     parser.add_argument("--width", type=int, default=128, help="of a frame (default 128)")
     parser.add_argument("--repeats", type=int, default=9, help="paired runs (default 9)")
-    parser.add_argument("--tracklets", type=int, default=20, help="of the extraction (default 20)")
+    parser.add_argument("--tracklets", type=int, default=8, help="of the extraction (default 8)")
     parser.add_argument("--workers", type=int, default=0, help="of the extraction (default 0)")
     parser.add_argument("--only", metavar="TEXT", help="rows of inference and training with this text")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")

@@ -57,6 +57,10 @@ def parameters(model):
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("neck", "classifier", "projection")))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning")
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="SIGKILLs in test_runs.py")
 

@@ -216,6 +216,23 @@ def test_read_clip_keeps_frames_that_fit_and_resizes_others(tmp_path):
     assert read_clip(paths, (20, 12)).shape == (3, 3, 20, 12)
 
 
+@pytest.mark.parametrize("mode, options", [("RGB", dict(subsampling=0)), ("RGB", dict(subsampling=2)), ("L", {}), ("CMYK", {})])
+def test_both_decoders_give_the_same_pixels(tmp_path, mode, options, monkeypatch):
+    """JPEG goes to torchvision, and to Pillow where that cannot read it: a PNG named .jpg, too."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)).resize((61, 127), Image.BICUBIC).convert(mode)
+    noise.save(tmp_path / "a.jpg", quality=80, **options)
+    noise.convert("RGB").save(tmp_path / "b.jpg", "PNG")
+    paths = [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]
+    fast = data.read_clip(paths, (127, 61))
+    assert np.array_equal(fast[1].permute(1, 2, 0), noise.convert("RGB")) and not torch.equal(fast[0], fast[1])
+
+    def missing(*_):
+        raise RuntimeError("torchvision was built without libjpeg")
+    for decoder in (missing, None):
+        monkeypatch.setattr(data, "decode_jpeg", decoder)
+        assert torch.equal(data.read_clip(paths, (127, 61)), fast)
+
+
 def test_read_clip_names_the_bad_frame(tmp_path):
     paths, _ = write_frames(tmp_path, 3, suffix="jpg")
     for content in (b"", b"not an image", Path(paths[0]).read_bytes()[:200]):
