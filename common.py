@@ -503,9 +503,8 @@ def all_splits(args, run, script, recipe):
         done = len(history) == args.epochs and history[-1]["mAP"] != ""
         results.append(history[-1] if done else run(one, checkpoint, "the same command goes on"))
         print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}" + " (finished before)" * done, flush=True)
-    for key in ("mAP", "rank-1"):
-        values = [result[key] for result in results]
-        print(f"10 splits: {key} {statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}")
+    mean = {key: (statistics.mean(values), statistics.stdev(values)) for key in ("mAP", "rank-1") for values in [[r[key] for r in results]]}
+    print("10 splits: " + "   ".join(f"{key} {m:.1f} +- {s:.1f}" for key, (m, s) in mean.items()))
 
 
 def load_file(path):

@@ -14,6 +14,8 @@ import bicnet_tks, m3d, sinet, strf, tclnet  # noqa: E401
 from common import evaluate, extract, gather, parallel, pick_device, rank, world
 from data import load_dataset
 
+to_float = torch.Tensor.float
+torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else to_float(x)    # the losses, too, in float64
 PIDS = torch.tensor([0, 0, 1, 1])
 
 
@@ -30,7 +32,7 @@ def evaluation(root):
 
 
 def gradients(script):
-    """{name: (alone, together)}: of the gradient of the whole batch up to 1,000 numbers, its norm and its sum; once in this
+    """{name: (alone, together)}: of the gradient of the whole batch up to 1,000 numbers, its norm and its sum; once in the first
     process alone, once with each process on its identities. BatchNorm in eval mode, float64, nothing zero-initialised."""
     sys.argv = [script.__name__ + ".py", "--height", "64", "--width", "64", "--frames", "4", "--gpu", "cpu"]
     args, _ = script.parse_args()
