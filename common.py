@@ -762,6 +762,8 @@ def figures(model, dataset, picture, args, split, size, metric, history, **extra
     except OSError as error:
         raise UserError(f"--figure {folder}: cannot be written ({error.strerror})") from None
     q, g = test_features(model, dataset, split, T, size, **extraction)
+    if rank():
+        return
     ids, state = test_ids(dataset), f"after epoch {len(history)}" if history else "untrained"
     d = distances(q, g, metric).cpu().numpy()
     cmc, mean_ap, _ = cmc_map(d, *ids)

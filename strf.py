@@ -490,7 +490,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     if checkpoint:
         history = checkpoint["history"]
         restore(args.resume, dict(model=model), model=checkpoint["model"])
-    if args.compile:
+    if args.compile and not args.figure:
         compiled(model, device)
 
     extraction = dict(batch=args.ids * args.clips, workers=args.workers, amp=args.amp)

@@ -14,8 +14,6 @@ import bicnet_tks, m3d, sinet, strf, tclnet  # noqa: E401
 from common import evaluate, extract, gather, parallel, pick_device, rank, world
 from data import load_dataset
 
-to_float = torch.Tensor.float
-torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else to_float(x)    # the losses, too, in float64
 PIDS = torch.tensor([0, 0, 1, 1])
 
 
@@ -69,8 +67,9 @@ if __name__ == "__main__":
     pick_device("cpu")
     torch.set_num_threads(1)
     state = evaluation(sys.argv[1])
-    out = sys.argv[2]
+    out, to_float = sys.argv[2], torch.Tensor.float
     if world() == 2:
+        torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else to_float(x)    # the losses, too, in float64
         state |= {script.__name__: gradients(script) for script in (bicnet_tks, m3d, sinet, strf, tclnet)}
     if rank() == 0:
         torch.save(state, out)
