@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import datetime
 import io
 import math
 import os
@@ -26,7 +27,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import AllClips, UserError, load_dataset, normalize, read_clip
+from data import DATA_SETS, AllClips, UserError, load_dataset, normalize, read_clip
 
 
 # ---------------------------------------------------------------------------------------------------------- distances
@@ -198,7 +199,7 @@ def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
     batches = [range(i, min(i + batch, len(clips))) for i in range(0, len(clips), batch)]
     rounds = -(-len(batches) // world())                          # in the last one some processes repeat a batch
     loader = torch.utils.data.DataLoader(clips, batch_sampler=[batches[i % len(batches)] for i in range(rank(), rounds * world(), world())],
-                                         num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator())
+                                         num_workers=workers, worker_init_fn=own_group, pin_memory=device.type == "cuda", generator=torch.Generator())
     total, count = None, torch.zeros(len(tracklets), 1, device=device)
     for buffer in model.buffers() if world() > 1 else ():         # BatchNorm's statistics may differ between processes
         dist.broadcast(buffer, 0)
@@ -232,6 +233,11 @@ def test_features(model, dataset, split, T, size, **extraction):
     return [x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery)]
 
 
+def _ranked(q, g, metric, use_rerank):
+    """Distances as `cmc_map` takes them."""
+    return rerank(q, g, metric) if use_rerank else ((rows, d.cpu().numpy()) for rows, d in distance_blocks(q, g, metric))
+
+
 def test_ids(dataset):
     """(query pids, query cameras, gallery pids, gallery cameras), as `cmc_map` takes them."""
     return [np.array([getattr(t, key) for t in part]) for part in (dataset.query, dataset.gallery) for key in ("pid", "cam")]
@@ -247,8 +253,7 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
     q, g = test_features(model, dataset, split, T, size, **extraction)
     ranked = [None]
     if rank() == 0:                                               # the others wait for it
-        d = rerank(q, g, metric) if use_rerank else ((rows, d.cpu().numpy()) for rows, d in distance_blocks(q, g, metric))
-        ranked = [cmc_map(d, *test_ids(dataset))]
+        ranked = [cmc_map(_ranked(q, g, metric, use_rerank), *test_ids(dataset))]
     if world() > 1:
         dist.broadcast_object_list(ranked)
     cmc, mean_ap, matched = ranked[0]
@@ -326,24 +331,23 @@ def pick_device(gpu=None):
     """The device of this process, from --gpu ("0", "1" ..., "cpu" or None: the first GPU, else the CPU); says which it is.
 
     Under torchrun every process takes a GPU of its own, or with "cpu" or without GPUs the CPU, and joins the process group
-    (NCCL or gloo); only the first one prints from here on. Raises UserError for a GPU that is not there.
+    (NCCL or gloo). Raises UserError for a GPU that is not there.
     """
     count, processes, local = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
     if processes > 1 and gpu not in (None, "cpu"):
         raise UserError(f"--gpu {gpu}: torchrun gives every process its own GPU; leave --gpu out, or use CUDA_VISIBLE_DEVICES")
     if gpu is None:
         gpu = local if count else "cpu"
-        if gpu != "cpu" and int(local) >= count:
-            raise UserError(f"{processes} processes, but {count} GPUs: use --nproc_per_node {count}, or --gpu cpu")
+        if gpu != "cpu" and (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > count:
+            raise UserError(f"{here} processes, but {count} GPUs: use --nproc_per_node {count}, or --gpu cpu")
     if gpu != "cpu" and not (gpu.isascii() and gpu.isdecimal() and int(gpu) < count):
         raise UserError(f"--gpu {gpu}: " + (f"there are GPUs 0 to {count - 1}" if count else "no GPU is there that torch can use; leave --gpu out"))
     device = torch.device("cpu" if gpu == "cpu" else f"cuda:{int(gpu)}")
     if processes > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if rank():
-            sys.stdout = open(os.devnull, "w")
+        # the others wait while the first one ranks or re-ranks; torchrun ends them when one dies
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     print(f"device: {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "" if count else " (no GPU found)")
           + (f", {processes} processes" if processes > 1 else ""))
     return device
@@ -413,15 +417,24 @@ class Stop(Exception):
 _asked, _hint = 0, ""
 
 
+def _note(number, _):
+    global _asked
+    _asked = _asked or number
+
+
 def catch_signals(hint):
     """From here on SIGINT and SIGTERM are only noted: `stop_asked` tells. hint: how to go on, for the message at the end."""
-    def note(number, _):
-        global _asked
-        _asked = _asked or number
     global _asked, _hint
-    _asked, _hint = 0, hint
+    _hint = hint
+    if signal.getsignal(signal.SIGTERM) is not _note:             # else, one may have come since the split before
+        _asked = 0
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+        signal.signal(number, _note)
+
+
+def own_group(_):
+    """worker_init_fn of the loaders: a signal to the group of a run's processes is for the main one, which ends the workers itself."""
+    os.setpgrp()
 
 
 def stop_asked():
@@ -435,11 +448,14 @@ def stop_asked():
 
 def command_line(main):
     """Runs a script's main(); what a user can cause ends in one line on stderr and an exit code: 2 for errors, 128 + the signal's number."""
-    name, first = Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0"
+    name = Path(sys.argv[0]).name
+    if os.environ.get("RANK", "0") != "0":                        # only the first process prints
+        sys.stdout = open(os.devnull, "w")
 
     def leave(code, message):
-        if first or dist.is_initialized():                        # before that, all processes have the same to say
-            print(f"{name}: " + f"process {rank()}: " * (not first) + message, file=sys.stderr, flush=True)
+        # before they have found each other, all processes of a machine have the same to say
+        if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{name}: " + f"process {rank()}: " * bool(rank()) + message, file=sys.stderr, flush=True)
         # not by way of the interpreter's end, which can wait for processes that are gone
         sys.stdout.flush(), os._exit(code) if dist.is_initialized() else sys.exit(code)
     try:
@@ -452,8 +468,13 @@ def command_line(main):
         leave(128 + stop.args[0], f"stopped by {signal.Signals(stop.args[0]).name}; {_hint}")
     except KeyboardInterrupt:
         leave(130, "interrupted")
-    except RuntimeError as error:
-        if not dist.is_initialized() or "connection" not in str(error).lower() and not isinstance(error, dist.DistError):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            leave(2, "out of memory: use fewer --ids, --clips or --frames, or a smaller --height and --width")
+        if _asked and "DataLoader worker" in str(error):          # who sent the signal sent it to every process
+            leave(128 + _asked, f"stopped by {signal.Signals(_asked).name} in a step; {_hint}, from the last checkpoint")
+        gone = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("connection", "gloo", "nccl", "broken pipe", "timed out"))
+        if not dist.is_initialized() or not gone:
             raise
         leave(1, f"another process is gone ({str(error).strip().splitlines()[0][:160]})")
     if dist.is_initialized():
@@ -486,7 +507,7 @@ def same_flags(checkpoint, flags, path, recipe, but=("weights", "amp", "rerank")
             raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {flags[key]}")
 
 
-def all_splits(args, run, script, recipe):
+def all_splits(args, run, script, variants, recipe):
     """--split all: run(arguments, checkpoint or None, hint) of the ten splits one after another, with the mean; of these the finished
     ones are left out and an unfinished one goes on."""
     with contextlib.redirect_stdout(io.StringIO()):               # what is wrong with a split shows before the first run
@@ -497,7 +518,7 @@ def all_splits(args, run, script, recipe):
         one = argparse.Namespace(**{**vars(args), "split": split, "output": f"{args.output}/split-{split}"})
         last, checkpoint = f"{one.output}/last.pt", None
         if os.path.exists(last):
-            one.resume, checkpoint = last, load_checkpoint(last, script)
+            one.resume, checkpoint = last, load_checkpoint(last, script, variants)
             same_flags(checkpoint, vars(one), last, recipe, but=())
         history = checkpoint["history"] if checkpoint else []
         done = len(history) == args.epochs and history[-1]["mAP"] != ""
@@ -520,13 +541,17 @@ def load_file(path):
     return state
 
 
-def load_checkpoint(path, script, training=True):
-    """A checkpoint of `script` ("sinet.py"), as a run writes it; training: it must hold what going on takes, not only the network."""
+def load_checkpoint(path, script, variants, training=True):
+    """A checkpoint of `script` ("sinet.py"), as a run writes it; variants: those that it has; training: it must hold what going on
+    takes, not only the network."""
     checkpoint = load_file(path)
     wanted = {"args": dict, "num_classes": int, "history": list, "model": dict}
     if checkpoint.get("script") != script or not all(isinstance(checkpoint.get(key), kind) for key, kind in wanted.items()) \
             or not {"data", "variant"} <= checkpoint["args"].keys():
         raise UserError(f"{path}: not a checkpoint of {script}")
+    for key, names in ("data", DATA_SETS), ("variant", variants):
+        if checkpoint["args"][key] not in names:
+            raise UserError(f"{path}: was trained with --{key} {checkpoint['args'][key]}, which {script} does not have")
     if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
         raise UserError(f"{path}: holds the network only: it can be evaluated, but not trained further")
     return checkpoint
@@ -576,19 +601,21 @@ def save_rows(rows, path):
         file.write(text.getvalue().encode())
 
 
-def random_states():
-    """The states of torch's, numpy's and Python's global random generators, ready for torch.save."""
-    kind, keys, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "numpy": (kind, keys.tolist(), *rest), "python": random.getstate()}
+class RandomStates:
+    """The states of torch's, numpy's and Python's global random generators; those of GPUs that are not there are left out."""
 
+    @staticmethod
+    def state_dict():
+        kind, keys, *rest = np.random.get_state()
+        return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "numpy": (kind, keys.tolist(), *rest), "python": random.getstate()}
 
-def set_random_states(states):
-    """Takes what random_states gave; generators of GPUs that are not there are left out."""
-    torch.set_rng_state(states["torch"])
-    for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, i)
-    np.random.set_state(states["numpy"])
-    random.setstate(states["python"])
+    @staticmethod
+    def load_state_dict(states):
+        torch.set_rng_state(states["torch"])
+        for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, i)
+        np.random.set_state(states["numpy"])
+        random.setstate(states["python"])
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
@@ -764,19 +791,20 @@ def figures(model, dataset, picture, args, split, size, metric, history, **extra
     q, g = test_features(model, dataset, split, T, size, **extraction)
     if rank():
         return
-    ids, state = test_ids(dataset), f"after epoch {len(history)}" if history else "untrained"
-    d = distances(q, g, metric).cpu().numpy()
+    ids, state = test_ids(dataset), (f"after epoch {len(history)}" if history else "untrained") + ", re-ranked" * args.rerank
+    d = _ranked(q, g, metric, args.rerank)
     cmc, mean_ap, _ = cmc_map(d, *ids)
     q_pids, q_cams, g_pids, g_cams = ids
     matched = [i for i in range(len(q)) if ((g_pids == q_pids[i]) & (g_cams != q_cams[i])).any()]
-    for i in [matched[j] for j in np.linspace(0, len(matched) - 1, min(args.figure_tracklets, len(matched))).round().astype(int)]:
-        t, name = dataset.query[i], f"person-{q_pids[i]}-camera-{q_cams[i]}"
+    chosen = [matched[j] for j in np.linspace(0, len(matched) - 1, min(args.figure_tracklets, len(matched))).round().astype(int)]
+    for i, d in zip(chosen, d[chosen] if args.rerank else distances(q[chosen], g, metric).cpu().numpy()):
+        t, name = dataset.query[i], f"query-{i + 1}-person-{q_pids[i]}-camera-{q_cams[i]}"
         frames = read_clip([t.frames[k] for k in split(len(t.frames), T)[0]], size)
         title, rows = picture(model, normalize(frames[None].to(device)), frames)
         sheet(f"{title}; {args.variant}, {state}; person {q_pids[i]}, camera {q_cams[i]}",
               [(f"{T} frames of the clip", [_tile(f, 120) for f in frames]), *rows], folder / f"{name}.png")
         # the metric's ranking: without the query's own identity under its own camera
-        order = [j for j in np.argsort(d[i], kind="stable") if not (g_pids[j] == q_pids[i] and g_cams[j] == q_cams[i])][:8]
+        order = [j for j in np.argsort(d, kind="stable") if not (g_pids[j] == q_pids[i] and g_cams[j] == q_cams[i])][:8]
 
         def strip(t, colour):
             shown = [_tile(f, 110) for f in read_clip([t.frames[k] for k in np.linspace(0, len(t.frames) - 1, 6).astype(int)], size)]
@@ -788,7 +816,7 @@ def figures(model, dataset, picture, args, split, size, metric, history, **extra
         for place, j in enumerate(order, 1):
             right = g_pids[j] == q_pids[i]
             who = f"person {g_pids[j]}" if g_pids[j] else "distractor"
-            rows.append((f"{place}. {'right' if right else 'wrong'}: {who}, camera {g_cams[j]}, distance {d[i, j]:.3f}",
+            rows.append((f"{place}. {'right' if right else 'wrong'}: {who}, camera {g_cams[j]}, distance {d[j]:.3f}",
                          [strip(dataset.gallery[j], (30, 160, 60) if right else (210, 40, 40))]))
         sheet(f"Ranked list; {args.variant}, {state}", rows, folder / f"{name}-ranked.png")
     places = np.arange(1, len(cmc) + 1)

@@ -542,8 +542,9 @@ def split_whole(n, T):
 
 
 def split_segments(n, T):
-    """ceil(n/T) clips, each with one frame of each of T equal parts, every frame used; filled by cycling the tracklet."""
-    return (np.arange(-(-n // T) * T) % n).reshape(T, -1).T
+    """ceil(n/T) clips, each with one frame of each of T equal parts, in order, as in training; every frame used, some of them twice
+    where T does not divide n."""
+    return (np.arange(-(-n // T) * T) * n // (-(-n // T) * T)).reshape(T, -1).T
 
 
 # ------------------------------------------------------------------------------------------- frames and augmentation
@@ -572,7 +573,7 @@ def read_clip(paths, size):
             clip[t] = frame if frame.shape[:2] == size else Image.fromarray(frame).resize((width, height), Image.BILINEAR)
         except FileNotFoundError:
             raise UserError(f"{path}: no such frame, although the data set lists it") from None
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: unreadable image ({' '.join(str(error).split())})") from None
     return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
@@ -650,6 +651,11 @@ class AllClips(torch.utils.data.Dataset):
         return read_clip([frames[i] for i in self.split(len(frames), self.T)[clip]], self.size), index
 
 
+def _two_clips(batch, world):
+    if batch == world:
+        raise UserError(f"a batch of {batch} leaves each of {world} processes a single clip, BatchNorm needs two: use more --ids or --clips")
+
+
 class PKSampler(torch.utils.data.Sampler):
     """Batches of P distinct identities with K clips each (Hermans et al., 2017).
 
@@ -670,6 +676,7 @@ class PKSampler(torch.utils.data.Sampler):
             raise UserError(f"a batch needs {P} identities, the training set has {len(self.pids)}: use --ids {len(self.pids)} or fewer")
         if P % world:
             raise UserError(f"{P} identities a batch do not divide over {world} processes: use a multiple of {world}")
+        _two_clips(P * K, world)
         self.P, self.K, self.seed, self.rank, self.world = P, K, seed, rank, world
         self.set_epoch(0)
 
@@ -703,6 +710,7 @@ class TrackletSampler(PKSampler):
             raise UserError(f"a batch needs {P * K} tracklets, the training set has {len(pids)}: use fewer --ids or --clips")
         if P * K % world:
             raise UserError(f"{P * K} tracklets a batch do not divide over {world} processes: use a multiple of {world}")
+        _two_clips(P * K, world)
         self.count, self.batch, self.seed, self.rank, self.world = len(pids), P * K, seed, rank, world
         self.set_epoch(0)
 

@@ -56,9 +56,9 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from common import (Stop, all_splits, batch_hard_triplet, catch_signals, command_line, compiled, complexity, complexity_table, energy, evaluate,
-                    figures, first_process_first, gather, load_checkpoint, load_file, number, overlays, parallel, pick_device, quiet, random_states,
-                    rank, replacing, restore, same_flags, save_file, save_rows, set_random_states, stop_asked, watch, world)
+from common import (RandomStates, Stop, all_splits, batch_hard_triplet, catch_signals, command_line, compiled, complexity, complexity_table, energy, evaluate,
+                    figures, first_process_first, gather, load_checkpoint, load_file, number, overlays, own_group, parallel, pick_device, quiet, rank,
+                    replacing, restore, same_flags, save_file, save_rows, stop_asked, watch, world)
 from data import CHUNK, DATA_SETS, SPLIT_SETS, PKSampler, TrainClips, UserError, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -233,11 +233,11 @@ def resnet50(weights, last_stride=1):  # same in every script
         with contextlib.redirect_stderr(sys.stdout):                            # torch.hub reports the download there
             # zero_init_residual: without pretrained weights a deep network starts to learn much sooner; weights overwrite it
             net = torchvision.models.resnet50(weights="IMAGENET1K_V1" if weights == "imagenet" else None, zero_init_residual=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"--weights imagenet: torchvision cannot get its ResNet-50 ({error}); put resnet50-0676ba61.pth into "
                         f"{torch.hub.get_dir()}/checkpoints, name a file, or use --weights none") from None
     if weights not in ("imagenet", "none"):
-        state = {k: v for k, v in load_file(weights).items() if not str(k).startswith("fc.")}
+        state = {str(k): v for k, v in load_file(weights).items() if not str(k).startswith("fc.")}
         try:
             net.load_state_dict({**state, "fc.weight": net.fc.weight, "fc.bias": net.fc.bias})
         except RuntimeError as error:
@@ -433,12 +433,12 @@ def parse_args():  # same in every script
     group.add_argument("--lr", type=number(float, 0), help=f"learning rate ({default('lr')})")
     group.add_argument("--lr-step", type=number(int, 1), metavar="N", help=f"epochs after which it is divided by 10 ({default('lr_step')})")
     group.add_argument("--erase", type=number(float, 0, 1), metavar="P", help=f"probability of random erasing ({default('erase')})")
-    group.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast")
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile, where a compiler is there")
     group.add_argument("--seed", type=number(int, 0), metavar="N", help="of weights, batches and augmentation (default 0)")
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", metavar="N", help="GPU, or cpu (default: the first GPU, else the CPU)")
-    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA[-VARIANT])")
+    group.add_argument("--output", metavar="DIR", help=f"for log.csv, args.json and last.pt (default runs/{Path(__file__).stem}-DATA[-VARIANT][/split-N])")
     group.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on with the run of this last.pt; auto, or no FILE: with that of "
                        "--output, when there is one")
     group.add_argument("--checkpoint-every", type=number(int, 1), metavar="N", help="write last.pt and log.csv after every N epochs (default 1)")
@@ -447,7 +447,7 @@ def parse_args():  # same in every script
     group.add_argument("--figure-tracklets", type=number(int, 1), default=3, metavar="N", help="query tracklets to draw (default 3)")
     group.add_argument("--complexity", nargs="?", const="text", choices=("text", "md"), help="only print parameters and FLOPs of all variants, beside the paper's")
     group.add_argument("--eval-every", type=number(int, 0), metavar="N", help="also evaluate after every N epochs (default 0: at the end only)")
-    group.add_argument("--rerank", action="store_true", default=None, help="k-reciprocal re-ranking in the evaluation")
+    group.add_argument("--rerank", action=argparse.BooleanOptionalAction, help="k-reciprocal re-ranking in the evaluation")
     args = parser.parse_args()
     args.evaluate |= args.figure is not None
     chosen = {key: value for key, value in vars(args).items() if value is not None}
@@ -457,7 +457,7 @@ def parse_args():  # same in every script
         chosen["resume"] = args.resume = f"{folder}/last.pt" if args.evaluate or os.path.exists(f"{folder}/last.pt") else None
     checkpoint, saved = None, {}
     if args.resume:
-        checkpoint = load_checkpoint(args.resume, Path(__file__).name, training=not args.evaluate)
+        checkpoint = load_checkpoint(args.resume, Path(__file__).name, VARIANTS, training=not args.evaluate)
         saved = {key: value for key, value in checkpoint["args"].items() if key not in ("gpu", "workers", "evaluate", "resume", "compile", "figure", "figure_tracklets")}
         same_flags(checkpoint, chosen, args.resume, RECIPE)
         saved["output"] = str(Path(args.resume).parent)
@@ -468,7 +468,8 @@ def parse_args():  # same in every script
         raise UserError("--split all: goes on by itself; --resume and --evaluate take one split")
     recipe = dict(data=data, root="datasets", variant=variant, split="0", chunk=CHUNK.get(data, 0), amp=False, compile=False, seed=0, eval_every=0, rerank=False,
                   checkpoint_every=1,
-                  output=f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS))))
+                  output=f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS)))
+                  + f"/split-{args.split or 0}" * (data in SPLIT_SETS and args.split != "all"))
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint
@@ -510,7 +511,7 @@ def main():  # same in every script
             return build(one, 625, "none"), one.frames, one.height, one.width
         complexity_table(VARIANTS, make, PRINTED, HEADS, args.complexity == "md")
     elif args.split == "all":
-        all_splits(args, run, Path(__file__).name, RECIPE)
+        all_splits(args, run, Path(__file__).name, VARIANTS, RECIPE)
     else:
         run(args, checkpoint)
 
@@ -560,8 +561,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     if not (checkpoint and os.path.realpath(args.resume) == os.path.realpath(last)) and (os.path.exists(last) or os.path.exists(log)):
         raise UserError(f"{output} holds a run already: go on with --resume {last}, or name another --output")
     if checkpoint:
-        restore(args.resume, dict(optimizer=optimizer, scheduler=scheduler), optimizer=checkpoint["optimizer"], scheduler=checkpoint["scheduler"])
-        set_random_states(checkpoint["random"])
+        restore(args.resume, dict(optimizer=optimizer, scheduler=scheduler, random=RandomStates), **{k: checkpoint[k] for k in ("optimizer", "scheduler", "random")})
         steps, totals = checkpoint["progress"]
         print(f"going on after epoch {len(history)}" + f", step {steps} of the next," * bool(steps) + f" of {args.resume}")
 
@@ -570,7 +570,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
             raise UserError(f"epoch {len(history)}: the weights are not finite; {last} is as it was; try a smaller --lr")
         if rank() == 0:
             save_file({"script": Path(__file__).name, "args": vars(args), "num_classes": dataset.num_identities, "history": history, "progress": (steps, totals),
-                       "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_states()}, last)
+                       "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": RandomStates.state_dict()}, last)
             save_rows(history, log)
 
     catch_signals(hint)
@@ -585,7 +585,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     if not checkpoint:
         test("untrained")
     loader = torch.utils.data.DataLoader(TrainClips(dataset.train, SAMPLE, args.frames, size, erase=args.erase), batch_sampler=sampler, num_workers=args.workers,
-                                         pin_memory=device.type == "cuda", persistent_workers=args.workers > 0, generator=torch.Generator())
+                                         worker_init_fn=own_group, pin_memory=device.type == "cuda", persistent_workers=args.workers > 0, generator=torch.Generator())
     network, result = parallel(model, device), None
     for epoch in range(max(len(history), 1), args.epochs + 1):
         if fresh := epoch > len(history):
@@ -603,6 +603,9 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
                   + f"  ({seconds:.0f} s, {(steps - first) * args.ids * args.clips / seconds:.3g} clips/s)", flush=True)
             history.append({**row, "mAP": "", "rank-1": ""})
             steps, totals = 0, {}
+            if asked := stop_asked():                                           # one that came in the last step
+                save()
+                raise Stop(asked)
         if history[-1]["mAP"] == "" and (epoch == args.epochs or args.eval_every and epoch % args.eval_every == 0):
             save()
             result = test(f"after epoch {epoch}")

@@ -96,32 +96,60 @@ def small_root(tmp_path_factory):
     return root
 
 
-def child(command, folder, env, out, err):
-    """What a process of `run` does: the script as __main__, with its own folder, environment and output."""
+def child(command, folder, env, out, err, before):
+    """What a `Forked` process does: the script as __main__, with its own folder, environment and output."""
     for number, file in ((1, out), (2, err)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    sys.stdout.reconfigure(line_buffering=True)
     os.chdir(folder)
     os.environ.update(env)
+    before()
+    os.fsync = lambda file: None                                  # waiting for the disk is not what is tested
+    multiprocessing.set_start_method(None, force=True)            # the loader's workers start as in a fresh interpreter
     sys.argv, sys.path[0] = command, str(ROOT)
     runpy.run_path(command[0], run_name="__main__")
 
 
-@pytest.fixture
-def run(tmp_path):
-    """run(script, *arguments) -> CompletedProcess, in an empty folder; forked from a process that has imported torch already."""
+class Forked:
+    """A script run by a process that is forked from one that has imported torch already; like subprocess.Popen.
+
+    before: called by the process first; a function of a module.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision", "common"])
 
+    def __init__(self, command, folder, out, err, env=None, before=int):
+        command = [str(ROOT / command[0]), *map(str, command[1:])]
+        self.process = self.context.Process(target=child, args=(command, folder, {"CUDA_VISIBLE_DEVICES": "", **(env or {})}, out, err, before))
+        self.process.start()
+        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, seconds=None):
+        self.process.join(seconds)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("the script", seconds)
+        return self.poll()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(script, *arguments) -> CompletedProcess, in an empty folder."""
     def start(*command, env=None):
         with tempfile.TemporaryDirectory() as files:
             out, err = Path(files, "out"), Path(files, "err")
-            process = context.Process(target=child, args=([str(ROOT / command[0]), *map(str, command[1:])], tmp_path, {"CUDA_VISIBLE_DEVICES": "", **(env or {})},
-                                                          out, err))
-            process.start()
-            process.join(240)
-            assert process.exitcode is not None, "did not end"
-            return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
-    return start
+            code = Forked(command, tmp_path, out, err, env).wait(240)
+            return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+    yield start
+    drop_weights(tmp_path)
+
+
+def drop_weights(folder):
+    """pytest keeps the folders of its tests: without the gigabytes."""
+    for path in folder.rglob("last.pt"):
+        path.unlink()
 
 
 @pytest.fixture(scope="session")

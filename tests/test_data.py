@@ -187,11 +187,13 @@ def test_splits_use_every_frame(n):
     consecutive, segments = split_consecutive(n, 4), split_segments(n, 4)
     clips = -(-n // 4)
     assert consecutive.shape == segments.shape == (clips, 4)
-    for split in (consecutive, segments):
-        assert sorted(split.ravel().tolist()) == sorted(i % n for i in range(4 * clips))     # filled by cycling
+    assert sorted(consecutive.ravel().tolist()) == sorted(i % n for i in range(4 * clips))   # filled by cycling
     assert consecutive[0].tolist() == [i % n for i in range(4)]
     assert consecutive[-1].tolist() == [i % n for i in range(4 * clips - 4, 4 * clips)]
-    assert segments[0].tolist() == [part * clips % n for part in range(4)]
+    assert sorted(set(segments.ravel().tolist())) == list(range(n)) and np.bincount(segments.ravel()).max() <= -(-4 * clips // n)
+    assert (np.diff(segments) >= 0).all()
+    for clip in segments:                                                                    # one frame of each part
+        assert all(part * n // 4 <= frame < -(-(part + 1) * n // 4) for part, frame in enumerate(clip))
 
 
 # ------------------------------------------------------------------------------------------------ frames, augmentation
@@ -367,6 +369,9 @@ def test_pk_refuses():
         PKSampler(PIDS, 8, 2)
     with pytest.raises(UserError, match="do not divide over 3 processes"):
         PKSampler(PIDS, 4, 2, world=3)
+    for sampler in (PKSampler, TrackletSampler):
+        with pytest.raises(UserError, match="leaves each of 4 processes a single clip"):
+            sampler(PIDS, 4, 1, world=4)
 
 
 # --------------------------------------------------------------------------------------------------- the synthetic set

@@ -117,7 +117,7 @@ def test_ranked_list_is_the_metrics(monkeypatch, small_root, tmp_path):
     lists = {name: rows for name, rows in sheets.items() if name.endswith("-ranked.png")}
     assert len(lists) == len(dataset.query)
     for t, places in zip(dataset.query, ranks):
-        rows = lists[f"person-{t.pid}-camera-{t.cam}-ranked.png"]
+        rows = lists[f"query-{dataset.query.index(t) + 1}-person-{t.pid}-camera-{t.cam}-ranked.png"]
         assert rows[0][0] == f"query: person {t.pid}, camera {t.cam}"
         right = [int(label.split(".")[0]) - 1 for label, _ in rows[1:] if ". right: " in label]
         assert right == [r for r in places.tolist() if r < 8]

@@ -16,7 +16,7 @@ import torch
 import common
 import processes
 import sinet
-from conftest import ROOT, TINY, Colours, read_log
+from conftest import ROOT, TINY, Colours, Forked, drop_weights, read_log
 from data import UserError
 
 
@@ -27,17 +27,26 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    common._asked = 0
 
 
 @pytest.fixture
 def start(tmp_path, small_root):
-    """start(*flags) -> Popen of the command of `trained`, with other flags, its output in the file tmp_path/out."""
-    def popen(*flags, launcher=(), **options):
-        command = [sys.executable, *launcher, ROOT / "sinet.py", "--root", small_root, "--variant", "base", "--epochs", 2, *TINY, *flags]
-        with open(tmp_path / "out", "w") as out:
-            return subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT,
-                                    env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}, **options)
-    return popen
+    """start(*flags) -> the running command of `trained`, with other flags, its output in the file tmp_path/out."""
+    def popen(*flags, launcher=None, before=int):
+        command, out = ["sinet.py", "--root", small_root, "--variant", "base", "--epochs", 2, *TINY, *flags], tmp_path / "out"
+        out.write_text("")
+        if not launcher:
+            return Forked(command, tmp_path, out, out, before=before)
+        with open(out, "w") as file:
+            return subprocess.Popen([sys.executable, *launcher, ROOT / command[0], *map(str, command[1:])], cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT,
+                                    env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"})
+    yield popen
+    drop_weights(tmp_path)
+
+
+def small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 8, 10 ** 8))
 
 
 def wait_for(process, file, text, seconds=120):
@@ -60,12 +69,11 @@ def same_run(folder, out, reference):
 
 def test_killed_runs_end_as_if_never_stopped(trained, start, tmp_path, request):
     """SIGKILL at random moments, also while last.pt is written; the same command with --resume goes on. `--kills 20` for more."""
-    kills, rng, seconds, moments = request.config.getoption("--kills"), random.Random(), 60, []
+    kills, rng, moments = request.config.getoption("--kills"), random.Random(), []
     while kills > 0 or (tmp_path / "run").exists():
         began, process = time.time(), start("--output", "run", "--resume")
         try:
-            # the moments are drawn after the imports, over the length of the longest run so far
-            process.wait(3 + rng.uniform(0, min(seconds, 8)) if kills > 0 else 240)
+            process.wait(rng.uniform(0, 6) if kills > 0 else 240)                # later parts come after a resume
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -76,7 +84,7 @@ def test_killed_runs_end_as_if_never_stopped(trained, start, tmp_path, request):
             (tmp_path / "run").mkdir(exist_ok=True)
             continue
         out = (tmp_path / "out").read_text()
-        assert process.returncode == 0, out
+        assert process.poll() == 0, out
         same_run(tmp_path / "run", out, trained)
         shutil.rmtree(tmp_path / "run")
     print(*moments, sep="\n")
@@ -88,15 +96,18 @@ def test_a_signal_ends_the_step_and_writes_the_checkpoint(trained, start, tmp_pa
     process, folder = start("--output", "run"), tmp_path / "run"
     wait_for(process, tmp_path / "out", "untrained, all frames")
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "out").read_text()
     assert (tmp_path / "out").read_text().endswith("sinet.py: stopped by SIGINT; the same command with --resume goes on\n")
     state = torch.load(folder / "last.pt", weights_only=True)
     assert state["history"] == [] and 1 <= state["progress"][0] < 3 and not (folder / "log.csv").exists()
-    process = start("--output", "run", "--resume", "auto")
+    process = start("--output", "run", "--resume", "auto", "--workers", 1, before=os.setsid)
     wait_for(process, tmp_path / "out", f"going on after epoch 0, step {state['progress'][0]} of the next, of run/last.pt")
-    process.terminate()
-    assert process.wait(60) == 143 and "Traceback" not in (tmp_path / "out").read_text()
+    while subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).returncode:      # the loader's worker
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGTERM)                                                        # as timeout, torchrun and Slurm do: the worker gets it, too
+    assert process.wait(60) == 143 and (tmp_path / "out").read_text().endswith("sinet.py: stopped by SIGTERM; the same command with --resume goes on\n")
     assert start("--output", "run", "--resume").wait(120) == 0
     same_run(folder, (tmp_path / "out").read_text(), trained)
 
@@ -105,7 +116,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(trained, start, tmp_path):
     """The size of files is limited instead."""
     shutil.copytree(trained[0], tmp_path / "run")
     before = (tmp_path / "run/last.pt").read_bytes()
-    process = start("--resume", "run/last.pt", "--epochs", 3, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 8, 10 ** 8)))
+    process = start("--resume", "run/last.pt", "--epochs", 3, before=small_files)
     assert process.wait(120) == 2
     assert re.search(r"^sinet.py: run/last.pt: cannot be written \(.*\); the previous one is still whole$", (tmp_path / "out").read_text(), re.M)
     assert (tmp_path / "run/last.pt").read_bytes() == before and sorted(p.name for p in (tmp_path / "run").iterdir()) == ["args.json", "last.pt", "log.csv"]
@@ -133,7 +144,9 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
             return Path.touch, (tmp_path / "executed",)
     for change, says in ((dict(args=Code()), "not a readable checkpoint"), (dict(args=3), "not a checkpoint of sinet.py"), (dict(history=None), "not a checkpoint"),
                          (dict(script="strf.py"), "not a checkpoint of sinet.py"), (dict(optimizer={}), "its optimizer does not fit"),
-                         (dict(model={}), "its model does not fit"), (dict(args={"frames": 4}), "not a checkpoint of sinet.py")):
+                         (dict(model={}), "its model does not fit"), (dict(args={"frames": 4}), "not a checkpoint of sinet.py"),
+                         (dict(args={**state["args"], "variant": "old"}), "was trained with --variant old, which sinet.py does not have"),
+                         (dict(random={"torch": 3}), "its random does not fit")):
         torch.save({**state, **change}, tmp_path / "odd.pt")
         refuses(("--resume", "odd.pt", "--epochs", 2, "--output", "new"), f"odd.pt: {says}")
         assert not (tmp_path / "executed").exists()
@@ -171,6 +184,40 @@ def test_log_has_every_epoch_once(small, tmp_path):
     assert saves == [2, 3, 3, 4] and len(read_log(folder)) == 3
     assert "going on after epoch 4 of parts/last.pt" in small(*flags, "--epochs", 7, "--output", "parts", "--resume")
     assert (folder / "log.csv").read_bytes() == log
+
+
+def test_a_signal_in_the_last_step_of_an_epoch(small, tmp_path, monkeypatch):
+    """An epoch of one step: it ends the run, too."""
+    train_epoch = sinet.train_epoch
+
+    def signalled(*inputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_epoch(*inputs)
+    monkeypatch.setattr(sinet, "train_epoch", signalled)
+    with pytest.raises(common.Stop):
+        small("--ids", 6, "--epochs", 3, "--output", "a")
+    assert [row["epoch"] for row in read_log(tmp_path / "a")] == ["1"]
+
+
+def test_a_signal_that_reaches_the_workers(monkeypatch, capsys):
+    """As where every process of a job gets it by name."""
+    def main():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+    common.catch_signals("the same command goes on")
+    with pytest.raises(RuntimeError):
+        common.command_line(main)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        common.command_line(main)
+    assert end.value.code == 143 and "stopped by SIGTERM in a step; the same command goes on, from the last checkpoint\n" in capsys.readouterr().err
+
+
+def test_a_signal_between_two_runs(monkeypatch):
+    """--split all: what comes after the last step of a split ends the next one."""
+    common.catch_signals("")
+    os.kill(os.getpid(), signal.SIGTERM)
+    common.catch_signals("")
+    assert common.stop_asked() == signal.SIGTERM
 
 
 def test_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
@@ -220,10 +267,10 @@ def test_random_states_go_on():
 
     def draw():
         return torch.rand(2).tolist() + np.random.rand(2).tolist() + [random.random()]
-    states = common.random_states()
+    states = common.RandomStates.state_dict()
     first = draw()
     assert draw() != first
-    common.set_random_states(states)
+    common.RandomStates.load_state_dict(states)
     assert draw() == first
 
 
@@ -306,7 +353,8 @@ def test_what_does_not_fit_several_processes(monkeypatch):
     with pytest.raises(UserError, match="--gpu 0: torchrun gives every process its own GPU"):
         common.pick_device("0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")                                                   # every process says it, not only the fourth
     with pytest.raises(UserError, match="4 processes, but 2 GPUs"):
         common.pick_device()
     monkeypatch.delenv("WORLD_SIZE")
