@@ -28,8 +28,9 @@ What the paper leaves open, and the reading taken:
                       after block 6; one IDM: after block 4, three: after blocks 2, 3, 4
     s = 1, 2, 3       for every clip length, hence at least 4 frames
     L_mi              its supplement is not at hand: see mutual_information_loss
-    Table 3           GC block with reduction 16; Non-local (1): the mean over all positions; (inverse): softmax of -affinity
-    epoch             every identity once, K clips of it
+    Table 3           at both IDM places, Non-local with half the channels, GC block with reduction 16; Non-local (1): the mean over
+                      all positions; (inverse): softmax of -affinity. The printed +2.216 GFLOPs of Non-local fit nothing tried
+    epoch             every identity at least once, K clips of it
 """
 import argparse
 import contextlib
@@ -279,6 +280,8 @@ class SINet(nn.Module):
             raise ValueError(f"SINet's SBMs split a clip after 1, 2 and 3 frames: it needs at least 4 frames, not {frames}")
         if sbm and min(height, width) < 33:
             raise ValueError(f"SINet's SBMs need maps of 3x3 at 1/16 of the frame: at least 33x33 pixels, not {height}x{width}")
+        if idms not in range(4):
+            raise ValueError(f"SINet takes 0 to 3 IDMs, not {idms}")
         net = resnet50(weights)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4

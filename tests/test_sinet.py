@@ -379,3 +379,5 @@ def test_network_refuses(arguments, says):
     with pytest.raises(ValueError, match=says):
         SINet(5, *arguments)
     assert SINet(5, *arguments, sbm=False, idms=0)               # the baseline takes any
+    with pytest.raises(ValueError, match="0 to 3 IDMs, not 4"):
+        SINet(5, idms=4)
