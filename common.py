@@ -550,7 +550,7 @@ def load_checkpoint(path, script, variants, training=True):
             or not {"data", "variant"} <= checkpoint["args"].keys():
         raise UserError(f"{path}: not a checkpoint of {script}")
     for key, names in ("data", DATA_SETS), ("variant", variants):
-        if checkpoint["args"][key] not in names:
+        if str(checkpoint["args"][key]) not in names:
             raise UserError(f"{path}: was trained with --{key} {checkpoint['args'][key]}, which {script} does not have")
     if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
         raise UserError(f"{path}: holds the network only: it can be evaluated, but not trained further")

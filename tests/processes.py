@@ -1,4 +1,4 @@
-"""What each of several processes does for test_runs.py: torchrun --nproc_per_node N tests/processes.py DATA OUT
+"""What each of several processes does for test_runs.py; by hand: torchrun --nproc_per_node N tests/processes.py DATA OUT
 
 The first one writes to OUT what `evaluation` gives and, for two processes, the gradients of every script.
 """

@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -146,6 +147,7 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
                          (dict(script="strf.py"), "not a checkpoint of sinet.py"), (dict(optimizer={}), "its optimizer does not fit"),
                          (dict(model={}), "its model does not fit"), (dict(args={"frames": 4}), "not a checkpoint of sinet.py"),
                          (dict(args={**state["args"], "variant": "old"}), "was trained with --variant old, which sinet.py does not have"),
+                         (dict(args={**state["args"], "data": [1]}), "was trained with --data [1], which sinet.py does not have"),
                          (dict(random={"torch": 3}), "its random does not fit")):
         torch.save({**state, **change}, tmp_path / "odd.pt")
         refuses(("--resume", "odd.pt", "--epochs", 2, "--output", "new"), f"odd.pt: {says}")
@@ -297,9 +299,12 @@ def several(small_root, tmp_path_factory):
     finally:
         torch.set_num_threads(threads)
     for count in (2, 3):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), ROOT / "tests/processes.py", small_root,
-                               folder / f"{count}.pt"], capture_output=True, text=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-        assert done.returncode == 0, done.stderr
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}      # what torchrun sets
+        started = [Forked(("tests/processes.py", small_root, folder / f"{count}.pt"), folder, folder / f"out{i}", folder / f"out{i}",
+                          {**group, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(count)]
+        assert [p.wait(240) for p in started] == [0] * count, "".join((folder / f"out{i}").read_text() for i in range(count))
         found[count] = torch.load(folder / f"{count}.pt", weights_only=True)
     return found
 
