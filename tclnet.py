@@ -452,9 +452,13 @@ def parse_args():  # same in every script
     args.evaluate |= args.figure is not None
     chosen = {key: value for key, value in vars(args).items() if value is not None}
     data, variant = chosen.get("data", "synthetic"), chosen.get("variant", next(iter(VARIANTS)))
+
+    def folder():
+        return f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS))) + f"/split-{args.split or 0}" * (
+            data in SPLIT_SETS and args.split != "all")
     if args.resume == "auto":
-        folder = args.output or f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS)))
-        chosen["resume"] = args.resume = f"{folder}/last.pt" if args.evaluate or os.path.exists(f"{folder}/last.pt") else None
+        last = f"{args.output or folder()}/last.pt"
+        chosen["resume"] = args.resume = last if args.evaluate or os.path.exists(last) else None
     checkpoint, saved = None, {}
     if args.resume:
         checkpoint = load_checkpoint(args.resume, Path(__file__).name, VARIANTS, training=not args.evaluate)
@@ -467,9 +471,7 @@ def parse_args():  # same in every script
     if args.split == "all" and (args.resume or args.evaluate):
         raise UserError("--split all: goes on by itself; --resume and --evaluate take one split")
     recipe = dict(data=data, root="datasets", variant=variant, split="0", chunk=CHUNK.get(data, 0), amp=False, compile=False, seed=0, eval_every=0, rerank=False,
-                  checkpoint_every=1,
-                  output=f"runs/{Path(__file__).stem}-{data}" + f"-{variant}" * (variant != next(iter(VARIANTS)))
-                  + f"/split-{args.split or 0}" * (data in SPLIT_SETS and args.split != "all"))
+                  checkpoint_every=1, output=folder())
     row, small = ROW_RECIPE.get(variant, {}), SMALL if data == "synthetic" else {}
     recipe |= RECIPE | small | {key: value for key, value in row.items() if key == "frames" or key not in small}
     return argparse.Namespace(**{**vars(args), **recipe, **saved, **chosen}), checkpoint

@@ -53,7 +53,7 @@ def test_every_script_trains_and_resumes_on_a_data_set(run, tmp_path, script, na
     folder = tmp_path / f"runs/{Path(script).stem}-{name}" / ("split-3" if name == "prid" else "")
     args = json.loads((folder / "args.json").read_text())
     assert args["data"] == name and args["chunk"] == {"duke": 5, "lsvid": 64}.get(name, 0) and args["split"] == ("3" if name == "prid" else "0")
-    done = run(script, "--resume", folder / "last.pt", "--epochs", 2, "--amp", "--workers", 1)
+    done = run(script, "--data", name, *flags, "--resume", "--epochs", 2, "--amp", "--workers", 1)
     assert done.returncode == 0 and re.search(r"^after epoch 2, .*mAP", done.stdout, re.M), done.stderr
     log = read_log(folder)
     assert [row["epoch"] for row in log] == ["1", "2"] and {"loss", *SCRIPTS[script]} < set(log[0])
@@ -72,7 +72,9 @@ def test_all_splits_one_after_another(tmp_path, monkeypatch, capsys, refuses):
                                           *map(str, flags)])
         sinet.main()
         return capsys.readouterr().out
+    start("--epochs", 2, "--split", 6)
     out = start("--epochs", 2)
+    assert out.count("finished before") == 1 and re.search("^split 6: .*finished before", out, re.M)     # the one that ran alone
     results = [float(v) for v in re.findall(r"^split \d: mAP ([\d.]+) ", out, re.M)]
     mean, deviation = map(float, re.search(r"^10 splits: mAP ([\d.]+) \+- ([\d.]+)   rank-1", out, re.M).groups())
     assert len(results) == 10 and abs(mean - statistics.mean(results)) < 0.11 and abs(deviation - statistics.stdev(results)) < 0.11

@@ -105,6 +105,7 @@ def test_a_signal_ends_the_step_and_writes_the_checkpoint(trained, start, tmp_pa
     process = start("--output", "run", "--resume", "auto", "--workers", 1, before=os.setsid)
     wait_for(process, tmp_path / "out", f"going on after epoch 0, step {state['progress'][0]} of the next, of run/last.pt")
     while subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).returncode:      # the loader's worker
+        assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGTERM)                                                        # as timeout, torchrun and Slurm do: the worker gets it, too
