@@ -277,7 +277,7 @@ VARIANTS = {
     "tks-stage23": (dict(tks=(2, 3)), (85.8, 90.3, 2.09, 35.7)),
 }
 COLUMNS = "mAP and rank-1 on MARS, GFLOPs a frame and millions of parameters"
-PRINTED, HEADS = ("GFLOPs a frame", "million parameters"), ("neck", "classifier")# what the figures after rank-1 are; parts that the paper does not count
+PRINTED, HEADS = ("GFLOPs a frame", "million parameters"), ("neck", "classifier")  # what the figures after rank-1 are; parts that the paper does not count
 ROW_RECIPE = {"height-256+128+64": dict(frames=9), "tb-alpha2": dict(frames=9), "tb-alpha4": dict(frames=10)}  # row -> what it changes in the recipe
 
 
@@ -480,7 +480,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)
     if checkpoint:
         history = checkpoint["history"]
-        restore(args.resume, dict(model=model), model=checkpoint["model"])
+        restore(args.resume, checkpoint, model=model)
     if args.compile and not args.figure:
         compiled(model, device)
 
@@ -498,7 +498,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     if not (checkpoint and os.path.realpath(args.resume) == os.path.realpath(last)) and (os.path.exists(last) or os.path.exists(log)):
         raise UserError(f"{output} holds a run already: go on with --resume {last}, or name another --output")
     if checkpoint:
-        restore(args.resume, dict(optimizer=optimizer, scheduler=scheduler, random=RandomStates), **{k: checkpoint[k] for k in ("optimizer", "scheduler", "random")})
+        restore(args.resume, checkpoint, optimizer=optimizer, scheduler=scheduler, random=RandomStates)
         steps, totals = checkpoint["progress"]
         print(f"going on after epoch {len(history)}" + f", step {steps} of the next," * bool(steps) + f" of {args.resume}")
 

@@ -557,11 +557,11 @@ def load_checkpoint(path, script, variants, training=True):
     return checkpoint
 
 
-def restore(path, what, **states):
-    """load_state_dict of each of the objects `what`, {name: object}, with the state of the same name; UserError when one does not fit."""
-    for name, state in states.items():
+def restore(path, checkpoint, **objects):
+    """load_state_dict of each object with the checkpoint's state of the same name; UserError when one does not fit."""
+    for name, target in objects.items():
         try:
-            what[name].load_state_dict(state)
+            target.load_state_dict(checkpoint[name])
         except Exception as error:  # a state of another network raises many kinds
             raise UserError(f"{path}: its {name} does not fit ({' '.join(str(error).split())[:160]} ...)") from None
 

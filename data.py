@@ -544,7 +544,8 @@ def split_whole(n, T):
 def split_segments(n, T):
     """ceil(n/T) clips, each with one frame of each of T equal parts, in order, as in training; every frame used, some of them twice
     where T does not divide n."""
-    return (np.arange(-(-n // T) * T) * n // (-(-n // T) * T)).reshape(T, -1).T
+    places = -(-n // T) * T
+    return (np.arange(places) * n // places).reshape(T, -1).T
 
 
 # ------------------------------------------------------------------------------------------- frames and augmentation

@@ -513,7 +513,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)
     if checkpoint:
         history = checkpoint["history"]
-        restore(args.resume, dict(model=model), model=checkpoint["model"])
+        restore(args.resume, checkpoint, model=model)
     if args.compile and not args.figure:
         compiled(model, device)
 
@@ -531,7 +531,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     if not (checkpoint and os.path.realpath(args.resume) == os.path.realpath(last)) and (os.path.exists(last) or os.path.exists(log)):
         raise UserError(f"{output} holds a run already: go on with --resume {last}, or name another --output")
     if checkpoint:
-        restore(args.resume, dict(optimizer=optimizer, scheduler=scheduler, random=RandomStates), **{k: checkpoint[k] for k in ("optimizer", "scheduler", "random")})
+        restore(args.resume, checkpoint, optimizer=optimizer, scheduler=scheduler, random=RandomStates)
         steps, totals = checkpoint["progress"]
         print(f"going on after epoch {len(history)}" + f", step {steps} of the next," * bool(steps) + f" of {args.resume}")
 

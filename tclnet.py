@@ -341,7 +341,7 @@ VARIANTS = {
     "base+tse+nl": (dict(extra="nl", tsb=()), (82.6, 87.6, 21.619, 32.1)),
 }
 COLUMNS = "mAP and rank-1 on MARS, GFLOPs of 4 frames and millions of parameters"
-PRINTED, HEADS = ("GFLOPs of 4 frames", "million parameters"), ("neck", "classifier")# what the figures after rank-1 are; parts that the paper does not count
+PRINTED, HEADS = ("GFLOPs of 4 frames", "million parameters"), ("neck", "classifier")  # what the figures after rank-1 are; parts that the paper does not count
 ROW_RECIPE = {row: dict(loss="xent") for row in list(VARIANTS)[1:]}              # row -> what it changes in the recipe
 ROW_RECIPE["base+re"]["erase"] = ROW_RECIPE["base+tse+re"]["erase"] = 0.5
 ROW_RECIPE["base+tse-n3"]["frames"] = 6                                         # a multiple of N
@@ -545,7 +545,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, 0.1)
     if checkpoint:
         history = checkpoint["history"]
-        restore(args.resume, dict(model=model), model=checkpoint["model"])
+        restore(args.resume, checkpoint, model=model)
     if args.compile and not args.figure:
         compiled(model, device)
 
@@ -563,7 +563,7 @@ def run(args, checkpoint, hint="the same command with --resume goes on"):  # sam
     if not (checkpoint and os.path.realpath(args.resume) == os.path.realpath(last)) and (os.path.exists(last) or os.path.exists(log)):
         raise UserError(f"{output} holds a run already: go on with --resume {last}, or name another --output")
     if checkpoint:
-        restore(args.resume, dict(optimizer=optimizer, scheduler=scheduler, random=RandomStates), **{k: checkpoint[k] for k in ("optimizer", "scheduler", "random")})
+        restore(args.resume, checkpoint, optimizer=optimizer, scheduler=scheduler, random=RandomStates)
         steps, totals = checkpoint["progress"]
         print(f"going on after epoch {len(history)}" + f", step {steps} of the next," * bool(steps) + f" of {args.resume}")
 

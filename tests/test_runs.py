@@ -202,7 +202,7 @@ def test_a_signal_in_the_last_step_of_an_epoch(small, tmp_path, monkeypatch):
     assert [row["epoch"] for row in read_log(tmp_path / "a")] == ["1"]
 
 
-def test_a_signal_that_reaches_the_workers(monkeypatch, capsys):
+def test_a_signal_that_reaches_the_workers(capsys):
     """As where every process of a job gets it by name."""
     def main():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
@@ -215,7 +215,7 @@ def test_a_signal_that_reaches_the_workers(monkeypatch, capsys):
     assert end.value.code == 143 and "stopped by SIGTERM in a step; the same command goes on, from the last checkpoint\n" in capsys.readouterr().err
 
 
-def test_a_signal_between_two_runs(monkeypatch):
+def test_a_signal_between_two_runs():
     """--split all: what comes after the last step of a split ends the next one."""
     common.catch_signals("")
     os.kill(os.getpid(), signal.SIGTERM)
