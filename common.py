@@ -1,96 +1,76 @@
-"""What the five papers share beside the data: distances, the triplet loss, CMC and mAP, re-ranking, all-frames feature
-extraction, the count of parameters and multiply-adds, several processes, what a long run needs to survive, and pictures.
+"""What the five papers share beside the data: the triplet loss, CMC and mAP, re-ranking, all-frames
+features, parameters and multiply-adds, and what a run needs beside the paper: several processes,
+signals, files, the command line, exact resume and pictures.
 
-Ranking runs in numpy on the CPU, block by block over the queries: a full distance matrix is never needed.
+Ranking runs in numpy on the CPU, block by block over the queries: a full distance matrix is never
+needed.
 """
 import argparse
 import contextlib
 import copy
-import csv
 import datetime
 import io
+import json
 import math
 import os
-import random
 import signal
 import statistics
 import sys
+import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import DATA_SETS, AllClips, UserError, load_dataset, normalize, read_clip
+from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, TrainClips, UserError, load_dataset,
+                  normalize, read_clip)
 
 
-# ---------------------------------------------------------------------------------------------------------- distances
+# ------------------------------------------------------------------------- distances and retrieval
 
 def distance_blocks(a, b, metric="cosine", rows=512):
-    """Yields (slice of a, distances of these rows to all of b), at most `rows` rows at a time; see `distances`."""
-    if metric == "cosine":
-        a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)
-    elif metric == "euclidean":
-        a, b = a.float(), b.float()
-        square = b.square().sum(1)
-    else:
+    """Distances between the rows of a (M, D) and b (N, D), float32, at most `rows` rows at a time:
+    yields (slice of a, (rows, N)). metric: "cosine", 1 - cos in [0, 2], or "euclidean".
+    """
+    if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
+    a, b = a.float(), b.float()
+    if metric == "cosine":
+        a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
     for start in range(0, len(a), rows):
         part = a[start:start + rows]
-        if metric == "cosine":
-            d = 1 - part @ b.T
-        else:
-            d = torch.addmm(square, part, b.T, alpha=-2).add_(part.square().sum(1, keepdim=True)).clamp_(min=0).sqrt_()
+        d = 1 - part @ b.T if metric == "cosine" else torch.cdist(part, b)
         yield slice(start, start + len(part)), d
 
 
-def distances(a, b, metric="cosine"):
-    """Distances between the rows of a (M, D) and b (N, D): (M, N), float32.
+def batch_hard_triplet(x, pids, margin):
+    """Batch-hard triplet loss (Hermans et al., 2017) with the cosine distance, 1 - cos: the mean
+    over anchors of [margin + d(hardest positive) - d(hardest negative)]+.
 
-    metric: "cosine", 1 - cos in [0, 2], or "euclidean". A zero vector has cosine distance 1 to everything.
+    x: embeddings (N, D); pids: (N,). An anchor without a positive or a negative counts nothing.
     """
-    out = torch.empty(len(a), len(b), device=a.device)
-    for rows, d in distance_blocks(a, b, metric):
-        out[rows] = d
-    return out
-
-
-# --------------------------------------------------------------------------------------------------------------- loss
-
-def batch_hard_triplet(x, pids, margin, metric="cosine"):
-    """Batch-hard triplet loss (Hermans et al., 2017): the mean over anchors of [margin + d(hardest positive) -
-    d(hardest negative)]+. An anchor without a positive or without a negative in the batch contributes nothing.
-
-    x: embeddings (N, D); pids: (N,); margin: in units of the metric, "cosine" (1 - cos) or "euclidean".
-    """
-    x = x.float()
-    if metric == "cosine":
-        x = F.normalize(x, dim=1)
-        d = 1 - x @ x.T
-    else:
-        square = x.square().sum(1)
-        d = (square[:, None] + square - 2 * x @ x.T).clamp(min=1e-12).sqrt()
+    x = F.normalize(x.float(), dim=1)
+    d = 1 - x @ x.T
     same = pids[:, None] == pids
     positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    # without a positive the first term is -inf, without a negative the second is inf: the hinge is 0 then
-    hinge = (margin + d.masked_fill(~positive, -math.inf).amax(1) - d.masked_fill(same, math.inf).amin(1)).relu()
+    # without a positive the first is -inf, without a negative the second inf: then the hinge is 0
+    hardest_positive = d.masked_fill(~positive, -math.inf).amax(1)
+    hardest_negative = d.masked_fill(same, math.inf).amin(1)
+    hinge = (margin + hardest_positive - hardest_negative).relu()
     return hinge.sum() / (positive.any(1) & ~same.all(1)).sum().clamp(min=1)
 
-
-# ---------------------------------------------------------------------------------------------------------- retrieval
 
 def match_ranks(d, q_pids, q_cams, g_pids, g_cams):
     """Ranks (0 is the first) of the true matches of each query, as a list of ascending int arrays.
 
-    MARS' protocol: gallery entries of the query's own identity and camera, and junk (pid -1), are taken out of its
-    ranking; equal distances rank in gallery order. A query without a match gets an empty array.
-
+    MARS' protocol: gallery entries of the query's own identity and camera, and junk (pid -1), are
+    taken out of its ranking; equal distances rank in gallery order.
     d: distances (Q, G); the others: identities and cameras, (Q,) and (G,).
     """
     found = []
@@ -98,26 +78,25 @@ def match_ranks(d, q_pids, q_cams, g_pids, g_cams):
         same = g_pids == pid
         junk = same & (g_cams == cam) | (g_pids == -1)
         matches = np.flatnonzero(same & ~junk)
-        kept = row[~junk]
         values = row[matches]
         order = np.argsort(values, kind="stable")
-        matches, values, kept_sorted = matches[order], values[order], np.sort(kept)
-        # a match ranks behind all smaller distances, and behind equal ones that stand before it in the gallery
-        ranks = np.searchsorted(kept_sorted, values, "left")
-        for i in np.flatnonzero(np.searchsorted(kept_sorted, values, "right") - ranks > 1):
-            ranks[i] += np.count_nonzero((row[:matches[i]] == values[i]) & ~junk[:matches[i]])
+        matches, values = matches[order], values[order]
+        ranking = np.sort(row[~junk])
+        # a match ranks behind all smaller distances, and behind equal ones before it in the gallery
+        ranks = np.searchsorted(ranking, values, "left")
+        for i in np.flatnonzero(np.searchsorted(ranking, values, "right") - ranks > 1):
+            before = slice(matches[i])
+            ranks[i] += np.count_nonzero((row[before] == values[i]) & ~junk[before])
         found.append(ranks)
     return found
 
 
 def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
-    """CMC (top,) and mAP, in [0, 1], and the number of queries with a match, over which both are averaged.
+    """CMC (top,) and mAP, in [0, 1], and the number of queries with a match, which are averaged.
 
-    CMC[k - 1] is the share of queries with a match among the first k; the average precision of a query is the mean, over
-    its matches, of the precision at the match (not interpolated). The protocol is the one of `match_ranks`.
-
-    d: distances (Q, G), or an iterable of (slice of queries, distances of these to the gallery).
-    Raises UserError when no query has a match.
+    CMC[k - 1] is the share of queries with a match among the first k; the average precision of a
+    query is the mean, over its matches, of the precision at the match (not interpolated).
+    d: as of `match_ranks`, or an iterable of (slice of queries, distances of these).
     """
     first, precision = [], []
     for rows, block in [(slice(None), d)] if hasattr(d, "shape") else d:
@@ -126,20 +105,21 @@ def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
                 first.append(ranks[0])
                 precision.append(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
     if not first:
-        raise UserError("no query has a match in the gallery: another camera must have seen the same identity")
-    return (np.array(first)[:, None] < np.arange(1, top + 1)).mean(0), float(np.mean(precision)), len(first)
+        raise UserError("no query has a match in the gallery: another camera must have seen the "
+                        "same identity")
+    cmc = (np.array(first)[:, None] < np.arange(1, top + 1)).mean(0)
+    return cmc, float(np.mean(precision)), len(first)
 
 
 def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
-    """k-reciprocal re-ranking (Zhong et al., CVPR 2017): new distances (Q, G), weight * d + (1 - weight) * d_Jaccard.
+    """k-reciprocal re-ranking (Zhong et al., CVPR 2017) of features (Q, D) and (G, D): new
+    distances (Q, G), weight * d + (1 - weight) * d_Jaccard.
 
-    d is the cosine or the squared Euclidean distance, divided by each sample's largest, so that both terms lie in [0, 1].
-    Neighbours are counted without the sample itself, which stands first in its own list. Sets are sparse: memory grows
-    with (Q + G) * k1 beside the result.
-
-    q, g: features (Q, D), (G, D); k1: neighbours of the reciprocal sets; k2: of the query expansion; weight: in [0, 1].
+    d is the cosine or the squared Euclidean distance, divided by each sample's largest, so that
+    both terms lie in [0, 1]. Neighbours are counted without the sample itself, which stands first
+    in its own list. k1: neighbours of the reciprocal sets; k2: of the query expansion.
     """
-    from scipy.sparse import csr_array, vstack
+    from scipy.sparse import csr_array
     x = torch.cat([q, g]).float()
     if metric == "cosine":
         x = F.normalize(x, dim=1)
@@ -147,64 +127,70 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
     k1, k2 = min(k1, n - 1), min(k2, n)
     near, farthest = torch.empty(n, k1 + 1, dtype=torch.long), torch.empty(n)
     for rows, d in distance_blocks(x, x, metric):
-        d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1   # itself first, before its duplicates
-        near[rows], farthest[rows] = d.topk(k1 + 1, largest=False).indices.cpu(), d.amax(1).cpu() ** power
+        d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1   # before its duplicates
+        near[rows] = d.topk(k1 + 1, largest=False).indices.cpu()
+        farthest[rows] = d.amax(1).cpu() ** power
     near, farthest = near.numpy(), farthest.clamp(min=1e-12).numpy()
 
-    def reciprocal(k):                                            # R(p, k): the neighbours that have p as neighbour, too
+    def reciprocal(k):                                  # R(p, k): neighbours with p as neighbour
         lists = near[:, :k + 1]
         mutual = (lists[lists] == np.arange(n)[:, None, None]).any(2)
-        return [row[keep] for row, keep in zip(lists, mutual)]
+        p = np.repeat(np.arange(n), mutual.sum(1))
+        return csr_array((np.ones(len(p), np.float32), (p, lists[mutual])), shape=(n, n))
 
     full, half = reciprocal(k1), reciprocal(round(k1 / 2))
-    V = []
-    for p in tqdm(range(n), desc="re-ranking", leave=False, disable=None):
-        if _asked:
-            raise Stop(_asked)
-        wanted, base = [full[p]], set(full[p].tolist())           # R*(p, k1): add the half sets that mostly agree
-        for candidate in full[p]:
-            extra = half[candidate]
-            if len(base.intersection(extra.tolist())) >= 2 / 3 * len(extra):
-                wanted.append(extra)
-        members = np.unique(np.concatenate(wanted))
-        d = next(distance_blocks(x[p:p + 1], x[members], metric))[1][0].cpu().numpy() ** power / farthest[p]
-        V.append(csr_array((np.exp(-d), members, [0, len(members)]), shape=(1, n)))
-    V = vstack(V).tocsr()
-    if k2 > 1:                                                    # local query expansion
-        V = csr_array((np.full(n * k2, 1 / k2, V.dtype), near[:, :k2].ravel(), np.arange(0, n * k2 + 1, k2)), shape=(n, n)) @ V
+    common = (full @ half.T).multiply(full).tocoo()     # of the neighbours' half sets, in R(p, k1)
+    mostly = common.data >= 2 / 3 * half.sum(1)[common.col]
+    chosen = csr_array((common.data[mostly], (common.row[mostly], common.col[mostly])), (n, n))
+    p, members = (full + chosen @ half).nonzero()       # R*(p, k1): with half sets mostly in it
+    weights = np.empty(len(p), np.float32)
+    for some in np.array_split(np.arange(len(p)), 1 + len(p) // 10 ** 4):
+        a, b = x[p[some]], x[members[some]]
+        d = 1 - (a * b).sum(1) if metric == "cosine" else (a - b).square().sum(1)
+        weights[some] = np.exp(-d.cpu().numpy() / farthest[p[some]])
+    V = csr_array((weights, (p, members)), shape=(n, n))
+    if k2 > 1:                                          # local query expansion
+        p = np.repeat(np.arange(n), k2)
+        V = csr_array((np.full(n * k2, 1 / k2, V.dtype), (p, near[:, :k2].ravel()))) @ V
     columns, total = V[len(q):].tocsc(), V.sum(1)
     out = np.empty((len(q), len(g)), np.float32)
     for rows, d in distance_blocks(x[:len(q)], x[len(q):], metric):
         for p, row in zip(range(rows.start, rows.stop), d.cpu().numpy() ** power):
-            both = np.zeros(len(g), V.dtype)                      # sum of the element-wise minima
-            for column, value in zip(V.indices[V.indptr[p]:V.indptr[p + 1]], V.data[V.indptr[p]:V.indptr[p + 1]]):
+            both = np.zeros(len(g), V.dtype)            # sum of the element-wise minima
+            mine = slice(V.indptr[p], V.indptr[p + 1])
+            for column, value in zip(V.indices[mine], V.data[mine]):
                 span = slice(columns.indptr[column], columns.indptr[column + 1])
                 both[columns.indices[span]] += np.minimum(value, columns.data[span])
-            out[p] = weight * row / farthest[p] + (1 - weight) * (1 - both / (total[p] + total[len(q):] - both))
+            jaccard = 1 - both / (total[p] + total[len(q):] - both)
+            out[p] = weight * row / farthest[p] + (1 - weight) * jaccard
     return out
 
 
 @torch.inference_mode()
 def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
-    """Features of whole tracklets, (N, D), float32: the mean of their clips' embeddings over all frames.
+    """Features of whole tracklets, (N, D), float32: the mean of their clips' embeddings.
 
-    Clips are packed into full batches across tracklets, so that memory does not grow with the length of a tracklet. Several
-    processes take the batches in turn and add up all of them in the same order: each gets the features of a single process.
+    Clips are packed into full batches across tracklets, so that memory does not grow with the
+    length of a tracklet. Several processes take the batches in turn, and each gets the features of
+    a single process. Raises Stop when a signal asks for it.
 
-    model: maps (B, T, 3, H, W) to (B, D) in eval mode; split: (n, T) -> frame indices (clips, T); size: (height, width);
-    batch: clips a forward pass; amp: bfloat16 autocast. Raises Stop when a signal asks for it.
+    model: maps (B, T, 3, H, W) to (B, D) in eval mode; where it has a method `finish`, this takes
+    the means of the tracklets; split: (n, T) -> frame indices (clips, T);
+    size: (height, width); batch: clips a forward pass; amp: bfloat16 autocast.
     """
     device, training = next(model.parameters()).device, model.training
     clips = AllClips(tracklets, split, T, size)
     batches = [range(i, min(i + batch, len(clips))) for i in range(0, len(clips), batch)]
-    rounds = -(-len(batches) // world())                          # in the last one some processes repeat a batch
-    loader = torch.utils.data.DataLoader(clips, batch_sampler=[batches[i % len(batches)] for i in range(rank(), rounds * world(), world())],
-                                         num_workers=workers, worker_init_fn=own_group, pin_memory=device.type == "cuda", generator=torch.Generator())
+    rounds = -(-len(batches) // world())                # in the last one some repeat a batch
+    mine = [batches[i % len(batches)] for i in range(rank(), rounds * world(), world())]
+    loader = torch.utils.data.DataLoader(
+        clips, batch_sampler=mine, num_workers=workers, worker_init_fn=own_group,
+        pin_memory=device.type == "cuda", generator=torch.Generator())
     total, count = None, torch.zeros(len(tracklets), 1, device=device)
-    for buffer in model.buffers() if world() > 1 else ():         # BatchNorm's statistics may differ between processes
+    for buffer in model.buffers() if world() > 1 else ():  # BatchNorm's statistics may differ
         dist.broadcast(buffer, 0)
     model.eval()
-    with tqdm(total=len(clips), desc="features", unit=" clips", leave=False, disable=quiet()) as bar:
+    with tqdm(total=len(clips), desc="features", leave=False, disable=rank() > 0 or None) as bar:
         for step, (frames, _) in enumerate(loader):
             if asked := stop_asked():
                 raise Stop(asked)
@@ -214,66 +200,76 @@ def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
                 total = torch.zeros(len(tracklets), x.shape[1], device=device)
             if world() > 1:
                 x = gather(F.pad(x, (0, 0, 0, batch - len(x))))
-            for part, members in zip(x.split(batch), batches[step * world():(step + 1) * world()]):
-                owner = torch.tensor([clips.clips[i][0] for i in members], device=device)
+            members = batches[step * world():(step + 1) * world()]
+            for part, numbers in zip(x.split(batch), members):
+                owner = torch.tensor([clips.clips[i][0] for i in numbers], device=device)
                 total.index_add_(0, owner, part[:len(owner)])
                 count.index_add_(0, owner, torch.ones(len(owner), 1, device=device))
                 bar.update(len(owner))
     model.train(training)
-    return total / count
+    features = total / count
+    return model.finish(features) if hasattr(model, "finish") else features
 
 
 def test_features(model, dataset, split, T, size, **extraction):
-    """Features of the query and the gallery tracklets, (Q, D) and (G, D), each tracklet seen once; see `extract`."""
+    """Features of the query and the gallery tracklets, (Q, D) and (G, D), each tracklet seen once;
+    the arguments are those of `extract`."""
     tracklets = list({t.frames[0]: t for t in dataset.query + dataset.gallery}.values())
     place = {t.frames[0]: i for i, t in enumerate(tracklets)}
     x = extract(model, tracklets, split, T, size, **extraction)
     if not x.isfinite().all():
-        raise UserError("the network's features are not finite: the weights are damaged or the training diverged")
+        raise UserError("the network's features are not finite: the weights are damaged or the "
+                        "training diverged")
     return [x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery)]
 
 
-def _ranked(q, g, metric, use_rerank):
-    """Distances as `cmc_map` takes them."""
-    return rerank(q, g, metric) if use_rerank else ((rows, d.cpu().numpy()) for rows, d in distance_blocks(q, g, metric))
+def ranked(q, g, metric, use_rerank):
+    """Distances of the queries' features to the gallery's, as `cmc_map` takes them."""
+    if use_rerank:
+        return rerank(q, g, metric)
+    return ((rows, d.cpu().numpy()) for rows, d in distance_blocks(q, g, metric))
 
 
 def test_ids(dataset):
     """(query pids, query cameras, gallery pids, gallery cameras), as `cmc_map` takes them."""
-    return [np.array([getattr(t, key) for t in part]) for part in (dataset.query, dataset.gallery) for key in ("pid", "cam")]
+    return [np.array([getattr(t, key) for t in part])
+            for part in (dataset.query, dataset.gallery) for key in ("pid", "cam")]
 
 
-def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test", **extraction):
-    """All-frames retrieval on the test part of `dataset`; prints mAP and CMC-1/5/10/20 in percent and returns them as
-    {"mAP", "rank-1", "rank-5", "rank-10", "rank-20"} in [0, 100].
+def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
+             **extraction):
+    """All-frames retrieval on the test part of `dataset`: prints mAP and CMC-1/5/10/20 in percent
+    and returns them, {"mAP", "rank-1", "rank-5", "rank-10", "rank-20"}.
 
-    label: what stands before the result; the other arguments are those of `extract` and `distances`.
+    label: stands before the result; the other arguments are those of `extract` and `distances`.
     """
     start = time.time()
     q, g = test_features(model, dataset, split, T, size, **extraction)
-    ranked = [None]
-    if rank() == 0:                                               # the others wait for it
-        ranked = [cmc_map(_ranked(q, g, metric, use_rerank), *test_ids(dataset))]
+    found = [None]
+    if rank() == 0:                                     # the others wait for it
+        found = [cmc_map(ranked(q, g, metric, use_rerank), *test_ids(dataset))]
     if world() > 1:
-        dist.broadcast_object_list(ranked)
-    cmc, mean_ap, matched = ranked[0]
-    result = {"mAP": 100 * mean_ap, **{f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}}
-    skipped = f", {len(q) - matched:,} more have no match and are left out" if matched < len(q) else ""
-    whole = all(split(len(t.frames), T).size >= len(t.frames) for t in dataset.query + dataset.gallery)
+        dist.broadcast_object_list(found)
+    cmc, mean_ap, matched = found[0]
+    result = {"mAP": 100 * mean_ap} | {f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}
+    tested = dataset.query + dataset.gallery
+    whole = all(split(len(t.frames), T).size >= len(t.frames) for t in tested)
     frames = "all frames" if whole else f"whole clips of {T} frames"
-    print(f"{label}, {frames}{', re-ranked' * use_rerank}:  mAP {result['mAP']:.1f}   CMC-1 {result['rank-1']:.1f}  CMC-5 {result['rank-5']:.1f}"
-          f"  CMC-10 {result['rank-10']:.1f}  CMC-20 {result['rank-20']:.1f}   ({matched:,} queries{skipped}, {len(g):,} gallery"
-          f" tracklets, {time.time() - start:.0f} s)", flush=True)
+    places = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
+    skipped = f", {len(q) - matched:,} more have no match and are left out" * (matched < len(q))
+    print(f"{label}, {frames}{', re-ranked' * use_rerank}:  mAP {result['mAP']:.1f}   {places}   "
+          f"({matched:,} queries{skipped}, {len(g):,} gallery tracklets, "
+          f"{time.time() - start:.0f} s)", flush=True)
     return result
 
 
-# --------------------------------------------------------------------------------------------------------- complexity
+# --------------------------------------------------------------------------------------- complexity
 
 def complexity(model, T, height, width):
-    """(parameters, multiply-adds of one clip's inference): (int, int), counted without computing, on the meta device.
+    """(parameters, multiply-adds of one clip's inference), counted without computing.
 
-    Multiply-adds are those of convolutions and matrix products, what the papers call FLOPs. Parameters are all learnable
-    ones, those of training heads included.
+    Multiply-adds are those of convolutions and matrix products, what the papers call FLOPs.
+    Parameters are all learnable ones, those of training heads included.
     """
     shadow = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -281,35 +277,67 @@ def complexity(model, T, height, width):
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
-def complexity_table(variants, make, printed, heads, markdown=False):
-    """Prints parameters and multiply-adds of every variant beside the paper's figures.
+# the figures that a Row may have: the unit, and its value from (parameters, multiply-adds, frames)
+# of the row and of the row "base" of the paper
+COSTS = {
+    "million_parameters": ("million parameters", lambda ours, base: ours[0] / 1e6),
+    "more_megabytes": ("MB of parameters more", lambda ours, base: 4 * (ours[0] - base[0]) / 1e6),
+    "gflops_a_frame": ("GFLOPs a frame", lambda ours, base: ours[1] / 1e9 / ours[2]),
+    "gflops_of_4_frames": ("GFLOPs of 4 frames", lambda ours, base: 4 * ours[1] / 1e9 / ours[2]),
+    "more_gflops": ("GFLOPs more", lambda ours, base: (ours[1] - base[1]) / 1e9),
+}
 
-    variants: {name: (_, figures printed in the paper or None)}; make(name) -> (network, frames, height, width); printed: what the figures
-    from the third on are, of "GFLOPs of 4 frames", "GFLOPs a frame", "million parameters", "MB of parameters"; heads: first names of the parts
-    that the paper does not count.
+
+def complexity_table(rows, recipe, build, counting):
+    """Prints parameters and multiply-adds of every row, in Markdown, and beside the paper's figures
+    ours as the paper counts.
+
+    counting: the paper's conventions, {"base": the row over which it prints increments, "without":
+    first names of the parts whose parameters it leaves out, "per_bn", "per_relu": operations for
+    each element of a BatchNorm and a ReLU, "more": (settings of a row) -> multiply-adds counted
+    beside, "truncate": the COSTS that it cuts, not rounds}; each may be missing.
     """
-    rows = []
-    for name, (_, figures) in variants.items():
+    def cost(name):
+        args, elements = settings(recipe, rows, name, weights="none"), {"per_bn": 0, "per_relu": 0}
         with torch.device("meta"):
-            model, T, height, width = make(name)
-        _, macs = complexity(model, T, height, width)
-        count = sum(p.numel() for key, p in model.named_parameters() if not key.startswith(heads))
-        ours = {"million parameters": count / 1e6, "MB of parameters": 4 * count / 1e6, "GFLOPs of 4 frames": 4 * macs / 1e9 / T, "GFLOPs a frame": macs / 1e9 / T}
-        theirs, notes = dict(zip(printed, (figures or ())[2:])), []
-        for key, figure in theirs.items():
-            off = ours[key] / figure - 1
-            notes.append("yes" if abs(ours[key] - figure) <= 0.5 * 10.0 ** -len(str(figure).partition(".")[2]) + 1e-9 else f"{100 * off:+.1f} %")
-        rows.append([name, f"{T}x{height}x{width}", f"{count:,}", f"{macs / 1e9:.3f}", f"{ours['GFLOPs a frame']:.3f}",
-                     ", ".join(f"{figure} {key}" for key, figure in theirs.items()) or "-", ", ".join(notes) or "-"])
-    head = ["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "printed in the paper", "equal as rounded"]
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    if markdown:
-        print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for row in rows if markdown else [head, *rows]:
-        print("| " + " | ".join(row) + " |" if markdown else "  ".join(cell.ljust(w) if i in (0, 5) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+            model = build(args, 625)
+
+        def count(module, inputs, output):
+            kind = "per_relu" if isinstance(module, torch.nn.ReLU) else "per_bn"
+            elements[kind] += output.numel()
+        for module in model.modules():
+            if isinstance(module, (torch.nn.ReLU, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+                module.register_forward_hook(count)
+        parameters = sum(p.numel() for key, p in model.named_parameters()
+                         if not key.startswith(counting.get("without", ())))
+        _, macs = complexity(model, args.frames, args.height, args.width)
+        more = sum(counting.get(key, 0) * number for key, number in elements.items())
+        more += counting["more"](args) if "more" in counting else 0
+        return args, (parameters, macs), (parameters, macs + more, args.frames)
+    *_, base = cost(counting.get("base", next(iter(rows))))
+    table = [["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "printed in the paper",
+              "ours, counted so", "equal"]]
+    for name in rows:
+        args, (parameters, macs), counted = cost(name)
+        theirs, ours, equal = [], [], []
+        for key, figure in row_of(rows, name).costs.items():
+            unit, value_of = COSTS[key]
+            places, value = len(str(figure).partition(".")[2]), value_of(counted, base)
+            near = math.floor(value * 10 ** places + 1e-9) / 10 ** places \
+                if key in counting.get("truncate", ()) else round(value, places)
+            theirs.append(f"{figure} {unit}")
+            ours.append(f"{near:.{places}f}")
+            equal.append("yes" if ours[-1] == f"{figure:.{places}f}" else
+                         f"{100 * (value / figure - 1):+.2f} %")
+        table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{parameters:,}",
+                      f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}",
+                      *map(", ".join, (theirs, ours, equal))])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in [table[0], ["-" * width for width in widths], *table[1:]]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
-# -------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 # torchrun starts them and sets RANK, LOCAL_RANK and WORLD_SIZE. Without it there is one, of rank 0.
 
 def world():
@@ -322,52 +350,42 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def quiet():
-    """tqdm's `disable`: bars are for the first process, on a terminal."""
-    return True if rank() else None
-
-
 def pick_device(gpu=None):
-    """The device of this process, from --gpu ("0", "1" ..., "cpu" or None: the first GPU, else the CPU); says which it is.
+    """The device of this process, by --gpu ("0" ..., "cpu", or None: the first GPU, else the CPU).
 
-    Under torchrun every process takes a GPU of its own, or with "cpu" or without GPUs the CPU, and joins the process group
-    (NCCL or gloo). Raises UserError for a GPU that is not there.
+    Under torchrun every process takes a GPU of its own, or with "cpu" or without GPUs the CPU, and
+    joins the process group (NCCL or gloo). Raises UserError for a GPU that is not there.
     """
-    count, processes, local = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
+    count, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > 1 and gpu not in (None, "cpu"):
-        raise UserError(f"--gpu {gpu}: torchrun gives every process its own GPU; leave --gpu out, or use CUDA_VISIBLE_DEVICES")
-    if gpu is None:
-        gpu = local if count else "cpu"
-        if gpu != "cpu" and (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > count:
-            raise UserError(f"{here} processes, but {count} GPUs: use --nproc_per_node {count}, or --gpu cpu")
+        raise UserError(f"--gpu {gpu}: torchrun gives every process its own GPU; leave --gpu out, "
+                        "or use CUDA_VISIBLE_DEVICES")
+    if gpu is None and 0 < count < here:
+        raise UserError(f"{here} processes, but {count} GPUs: use --nproc_per_node {count}, or "
+                        "--gpu cpu")
+    gpu = gpu or (os.environ.get("LOCAL_RANK", "0") if count else "cpu")
     if gpu != "cpu" and not (gpu.isascii() and gpu.isdecimal() and int(gpu) < count):
-        raise UserError(f"--gpu {gpu}: " + (f"there are GPUs 0 to {count - 1}" if count else "no GPU is there that torch can use; leave --gpu out"))
+        there = f"there are GPUs 0 to {count - 1}" if count else "no GPU is there"
+        raise UserError(f"--gpu {gpu}: {there}")
     device = torch.device("cpu" if gpu == "cpu" else f"cuda:{int(gpu)}")
     if processes > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # the others wait while the first one ranks or re-ranks; torchrun ends them when one dies
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
-    print(f"device: {device}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "" if count else " (no GPU found)")
-          + (f", {processes} processes" if processes > 1 else ""))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU found"
+    print(f"device: {device}" + f" ({name})" * (device.type == "cuda" or not count)
+          + f", {processes} processes" * (processes > 1))
     return device
 
 
-@contextlib.contextmanager
-def first_process_first():
-    """The block runs in the first process alone, then in the others: for what it draws, downloads or writes."""
-    if rank():
-        dist.barrier()
-    yield
-    if world() > 1 and not rank():
-        dist.barrier()
-
-
 def gather(outputs):
-    """The outputs of all processes, joined along the batch in the order of the processes: every process sees the whole batch.
+    """The outputs of all processes, joined along the batch: every process sees the whole batch.
 
-    Gradients flow into the part of this process only. When every process takes the whole loss, the gradients of all of them
-    add up to that of a single process. outputs: a tensor (b, ...), or tuples, lists and dicts of them.
+    Gradients flow into the part of this process only: when every process takes the whole loss, they
+    add up to that of a single process. outputs: a tensor (b, ...), or lists and dicts of them.
     """
     if world() == 1:
         return outputs
@@ -375,46 +393,19 @@ def gather(outputs):
         return {name: gather(part) for name, part in outputs.items()}
     if isinstance(outputs, (tuple, list)):
         return [gather(part) for part in outputs]
-    parts = [torch.empty_like(outputs, memory_format=torch.contiguous_format) for _ in range(world())]
+    parts = [torch.empty_like(outputs, memory_format=torch.contiguous_format)
+             for _ in range(world())]
     dist.all_gather(parts, outputs.detach().contiguous())
     parts[rank()] = outputs
     return torch.cat(parts)
 
 
-def batch_variance(x, norm):
-    """The variance (D,) by which the BatchNorm `norm` divides x (B, D): of the batch, of all processes' batches where `norm`
-    is a SyncBatchNorm, or the running one in eval mode."""
-    if not norm.training:
-        return norm.running_var
-    if world() == 1 or not isinstance(norm, torch.nn.SyncBatchNorm):
-        return x.var(0, correction=0)
-    mean = all_reduce(x.mean(0)) / world()
-    return all_reduce((x - mean).square().mean(0)) / world()
-
-
-def parallel(model, device):
-    """`model` for training on this process' part of the batch: DistributedDataParallel, or `model` itself in a single process."""
-    if world() == 1:
-        return model
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-
-
-def compiled(model, device):
-    """Compiles `model` in place, when a small function shows that a compiler is there; else says so in one line."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-        model.compile()
-    except Exception as error:  # of many kinds
-        print(f"--compile: goes on without ({' '.join(str(error).split())[:160]})", flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- long runs
-
 class Stop(Exception):
     """SIGINT or SIGTERM asked for the end of a run; the argument is the signal's number."""
 
 
-_asked, _hint = 0, ""
+_HINT = "the same command with --resume goes on"
+_asked = 0
 
 
 def _note(number, _):
@@ -422,155 +413,133 @@ def _note(number, _):
     _asked = _asked or number
 
 
-def catch_signals(hint):
-    """From here on SIGINT and SIGTERM are only noted: `stop_asked` tells. hint: how to go on, for the message at the end."""
-    global _asked, _hint
-    _hint = hint
-    if signal.getsignal(signal.SIGTERM) is not _note:             # else, one may have come since the split before
+def catch_signals():
+    """From here on SIGINT and SIGTERM are only noted, for `stop_asked`."""
+    global _asked
+    if signal.getsignal(signal.SIGTERM) is not _note:   # else one may have come since the last run
         _asked = 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _note)
 
 
 def own_group(_):
-    """worker_init_fn of the loaders: a signal to the group of a run's processes is for the main one, which ends the workers itself."""
+    """worker_init_fn: a signal to the group of a run's processes is not for loaders' workers."""
     os.setpgrp()
 
 
 def stop_asked():
-    """The number of the signal that asked any of the processes to stop, or 0. All of them must call it together."""
+    """The signal that asked any of the processes to stop, or 0; all of them call it together."""
     if world() == 1:
         return _asked
-    asked = torch.tensor(_asked, device=f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu")
+    device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
+    asked = torch.tensor(_asked, device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
     return int(asked)
 
 
 def command_line(main):
-    """Runs a script's main(); what a user can cause ends in one line on stderr and an exit code: 2 for errors, 128 + the signal's number."""
-    name = Path(sys.argv[0]).name
-    if os.environ.get("RANK", "0") != "0":                        # only the first process prints
+    """Runs a script's main(). What a user can cause ends in one line on stderr and an exit code:
+    2 for errors, 128 + the signal's number."""
+    if os.environ.get("RANK", "0") != "0":              # only the first process prints
         sys.stdout = open(os.devnull, "w")
 
     def leave(code, message):
         # before they have found each other, all processes of a machine have the same to say
         if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{name}: " + f"process {rank()}: " * bool(rank()) + message, file=sys.stderr, flush=True)
-        # not by way of the interpreter's end, which can wait for processes that are gone
-        sys.stdout.flush(), os._exit(code) if dist.is_initialized() else sys.exit(code)
+            name = Path(sys.argv[0]).name + f": process {rank()}" * bool(rank())
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        if dist.is_initialized():
+            os._exit(code)                              # the usual end can wait for processes gone
+        sys.exit(code)
+
+    def stopped(number):
+        return f"stopped by {signal.Signals(number).name}"
     try:
         main()
     except UserError as error:
         leave(2, str(error))
     except torch.OutOfMemoryError:
-        leave(2, "out of GPU memory: use fewer --ids or --clips, a smaller --height and --width, or --amp")
+        leave(2, "out of GPU memory: use fewer --ids or --clips, smaller frames, or --amp")
     except Stop as stop:
-        leave(128 + stop.args[0], f"stopped by {signal.Signals(stop.args[0]).name}; {_hint}")
+        leave(128 + stop.args[0], f"{stopped(*stop.args)}; {_HINT}")
     except KeyboardInterrupt:
         leave(130, "interrupted")
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-            leave(2, "out of memory: use fewer --ids, --clips or --frames, or a smaller --height and --width")
-        if _asked and "DataLoader worker" in str(error):          # who sent the signal sent it to every process
-            leave(128 + _asked, f"stopped by {signal.Signals(_asked).name} in a step; {_hint}, from the last checkpoint")
-        gone = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("connection", "gloo", "nccl", "broken pipe", "timed out"))
+        says = str(error).lower()
+        if isinstance(error, MemoryError) or "defaultcpuallocator" in says:
+            leave(2, "out of memory: use fewer --ids, --clips or --frames, or smaller frames")
+        if _asked and "dataloader worker" in says:      # the signal was sent to every process
+            leave(128 + _asked, f"{stopped(_asked)} in a step; {_HINT}, from the last checkpoint")
+        words = ("connection", "gloo", "nccl", "broken pipe", "timed out")
+        gone = isinstance(error, dist.DistError) or any(word in says for word in words)
         if not dist.is_initialized() or not gone:
             raise
-        leave(1, f"another process is gone ({str(error).strip().splitlines()[0][:160]})")
+        leave(1, f"another process is gone ({first_line(error)})")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def number(kind, least, most=2 ** 31):
-    """An argparse type: int or float from `least` to `most`."""
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} of {least} to {most}"
-    return parse
+# -------------------------------------------------------------------------------------------- files
 
-
-def same_flags(checkpoint, flags, path, recipe, but=("weights", "amp", "rerank")):
-    """Raises UserError when one of `flags` would make another network or training than that of the checkpoint at `path`.
-
-    recipe: names of a script's own flags, which are compared too; but: flags that may differ; () for a mean over runs.
-    """
-    saved, keys = checkpoint["args"], {"variant", "data", "split", "chunk", "seed", "amp", "rerank", *recipe} - {"epochs", *but}
-    if flags.get("evaluate") or flags.get("figure"):
-        keys -= {"data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase"}
-    if not but and len(checkpoint["history"]) > flags["epochs"]:
-        raise UserError(f"{path}: was trained for {len(checkpoint['history'])} epochs, more than --epochs {flags['epochs']}")
-    for key in sorted(keys & flags.keys()):
-        if flags[key] != saved.get(key):
-            raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved.get(key)}, not {flags[key]}")
-
-
-def all_splits(args, run, script, variants, recipe):
-    """--split all: run(arguments, checkpoint or None, hint) of the ten splits one after another, with the mean; of these the finished
-    ones are left out and an unfinished one goes on."""
-    with contextlib.redirect_stdout(io.StringIO()):               # what is wrong with a split shows before the first run
-        for split in range(10):
-            load_dataset(args.data, args.root, split, args.chunk)
-    results = []
-    for split in map(str, range(10)):
-        one = argparse.Namespace(**{**vars(args), "split": split, "output": f"{args.output}/split-{split}"})
-        last, checkpoint = f"{one.output}/last.pt", None
-        if os.path.exists(last):
-            one.resume, checkpoint = last, load_checkpoint(last, script, variants)
-            same_flags(checkpoint, vars(one), last, recipe, but=())
-        history = checkpoint["history"] if checkpoint else []
-        done = len(history) == args.epochs and history[-1]["mAP"] != ""
-        results.append(history[-1] if done else run(one, checkpoint, "the same command goes on"))
-        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}" + " (finished before)" * done, flush=True)
-    mean = {key: (statistics.mean(values), statistics.stdev(values)) for key in ("mAP", "rank-1") for values in [[r[key] for r in results]]}
-    print("10 splits: " + "   ".join(f"{key} {m:.1f} +- {s:.1f}" for key, (m, s) in mean.items()))
+def first_line(error):
+    """What an exception says, in one line of at most 160 characters."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def load_file(path):
-    """A dict that torch.save wrote, on the CPU; raises UserError for anything else."""
+    """A dict that torch.save wrote, on the CPU; raises UserError for anything else, and names the
+    entry whose checksum does not fit: torch.load itself does not compare them."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
+    if damaged:
+        raise UserError(f"{path}: is damaged, the checksum of its entry {damaged} does not fit: "
+                        "use another copy")
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     return state
 
 
-def load_checkpoint(path, script, variants, training=True):
-    """A checkpoint of `script` ("sinet.py"), as a run writes it; variants: those that it has; training: it must hold what going on
-    takes, not only the network."""
+def load_checkpoint(path, script, rows, training=True):
+    """A checkpoint of `script` ("sinet.py"), as a run writes it; rows: the variants that it has;
+    training: it must hold what going on takes, not only the network."""
     checkpoint = load_file(path)
     wanted = {"args": dict, "num_classes": int, "history": list, "model": dict}
-    if checkpoint.get("script") != script or not all(isinstance(checkpoint.get(key), kind) for key, kind in wanted.items()) \
+    whole = all(isinstance(checkpoint.get(key), kind) for key, kind in wanted.items())
+    if checkpoint.get("script") != script or not whole \
             or not {"data", "variant"} <= checkpoint["args"].keys():
         raise UserError(f"{path}: not a checkpoint of {script}")
-    for key, names in ("data", DATA_SETS), ("variant", variants):
+    for key, names in ("data", DATA_SETS), ("variant", rows):
         if str(checkpoint["args"][key]) not in names:
-            raise UserError(f"{path}: was trained with --{key} {checkpoint['args'][key]}, which {script} does not have")
+            raise UserError(f"{path}: was trained with --{key} {checkpoint['args'][key]}, which "
+                            f"{script} does not have")
     if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
-        raise UserError(f"{path}: holds the network only: it can be evaluated, but not trained further")
+        raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further")
     return checkpoint
 
 
 def restore(path, checkpoint, **objects):
-    """load_state_dict of each object with the checkpoint's state of the same name; UserError when one does not fit."""
+    """load_state_dict of each object with the checkpoint's state of the same name; UserError when
+    one does not fit."""
     for name, target in objects.items():
         try:
             target.load_state_dict(checkpoint[name])
         except Exception as error:  # a state of another network raises many kinds
-            raise UserError(f"{path}: its {name} does not fit ({' '.join(str(error).split())[:160]} ...)") from None
+            raise UserError(f"{path}: its {name} does not fit ({first_line(error)} ...)") from None
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write, beside `path`, that takes its place when it is whole and on disk; raises UserError when that fails."""
+    """A file to write, beside `path`, that takes its place when it is whole and on disk; makes its
+    folder. Raises UserError when that fails."""
     aside = Path(f"{path}.tmp")
     try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             yield file
             file.flush()
@@ -579,65 +548,475 @@ def replacing(path):
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]})"
-                        + ("; the previous one is still whole" if os.path.exists(path) else "")) from None
-
-
-def save_file(state, path):
-    """torch.save that leaves the previous file in place until the new one is whole."""
-    with replacing(path) as file:
-        torch.save(state, file)
+        whole = "; the previous one is still whole" if os.path.exists(path) else ""
+        raise UserError(f"{path}: cannot be written ({first_line(error)}){whole}") from None
 
 
 def save_rows(rows, path):
     """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
-    if not rows:
-        return
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    if rows:
+        lines = [",".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
+        with replacing(path) as file:
+            file.write("\r\n".join([*lines, ""]).encode())
 
+
+# --------------------------------------------------------------------------------- the command line
+
+class Row:
+    """A row of a paper's table: the settings of the recipe that it names, and what is printed.
+
+    mars, duke, lsvid, ilids, prid: (mAP, rank-1) in percent as printed, None for one that is not;
+    those of COSTS: its parameters or FLOPs as printed; all others: settings.
+    """
+
+    def __init__(self, **given):
+        self.figures = {name: given.pop(name) for name in DATA_SETS if name in given}
+        self.costs = {name: given.pop(name) for name in COSTS if name in given}
+        self.settings = given
+
+
+def row_of(rows, name):
+    """The row of this name; where the script has a name in its place, the row of that name."""
+    return rows[rows[name]] if isinstance(rows[name], str) else rows[name]
+
+
+# what the small run says of these goes before what a row says: a row's schedule is made for MARS
+SCHEDULE = ("epochs", "ids", "clips", "lr", "lr_step")
+
+
+def settings(recipe, rows, name, small=False, **others):
+    """The recipe with what the row `name` changes, the paper's or that of the small run, and with
+    `others` changed."""
+    values = {key: entry[1 if small else 0] for key, entry in recipe.items()}
+    for key, value in row_of(rows, name).settings.items():
+        if not (small and key in SCHEDULE):
+            values[key] = value
+    return argparse.Namespace(**{"variant": name, "resume": None, **values, **others})
+
+
+LEAST = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
+         "checkpoint_every": 1, "figure_tracklets": 1}
+MOST = {"erase": 1}
+AUTO = "auto"                                           # of --resume: the run in --output, if any
+FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, choices])
+    "variant": (None, "row of the paper's tables, see below (the first)"),
+    "data": ("synthetic", "data set; synthetic has the small run's recipe", tuple(DATA_SETS)),
+    "root": ("datasets", "folder that holds the data sets, ROOT/mars ..., or the set itself"),
+    "split": ("0", "of ilids and prid; all: one after another, with the mean",
+              (*map(str, range(10)), "all")),
+    "chunk": (None, "cut training tracklets into pieces of so many frames, 0: do not ("
+              + "".join(f"{name} {frames}, " for name, frames in CHUNK.items()) + "others 0)"),
+    "workers": (None, "loader processes (up to 8 with a GPU, else 0)"),
+    "gpu": (None, "number of the GPU, or cpu (the first GPU, else the CPU)"),
+    "amp": (False, "bfloat16 autocast"),
+    "compile": (False, "torch.compile, where a compiler is there"),
+    "seed": (0, "of weights, batches and augmentation"),
+    "output": (None, "folder for log.csv, args.json, last.pt (runs/SCRIPT-DATA[-VARIANT])"),
+    "resume": (None, "go on with the run of this last.pt; auto, or no RESUME: of --output's"),
+    "checkpoint_every": (1, "write last.pt and log.csv after every N epochs"),
+    "eval_every": (0, "also evaluate after every N epochs; 0: at the end only"),
+    "rerank": (False, "k-reciprocal re-ranking in the evaluation"),
+    "evaluate": (False, "only evaluate, with --resume or as initialised"),
+    "figure": (None, "only draw what the network does, into this folder"),
+    "figure_tracklets": (3, "query tracklets to draw"),
+    "complexity": (False, "only print parameters and FLOPs of all variants"),
+}
+# what a checkpoint does not say, and what may differ from it when a run goes on or is evaluated
+HERE = {"evaluate", "figure", "figure_tracklets", "complexity", "gpu", "workers", "resume",
+        "compile", "output", "root", "split"}
+GOING_ON = {*HERE, "epochs", "checkpoint_every", "eval_every"} - {"split"}
+EVALUATED = {*GOING_ON, "data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase",
+             "weights", "amp", "rerank"}
+
+
+def typed(key, value):
+    """A setting as it is typed."""
+    if isinstance(value, bool):
+        key, value = key if value else f"no_{key}", ()
+    values = value if isinstance(value, tuple) else [value]
+    return " ".join(["--" + key.replace("_", "-"), *map(str, values)])
+
+
+def add_flag(group, key, default, meaning, choices=None):
+    """A flag of the kind of its default: int, float, str, bool, a tuple of one kind, or None."""
+    one = (default or [None])[0] if isinstance(default, tuple) else default
+    options = {"choices": choices}
+    if not choices or key == "variant":
+        options["metavar"] = key.upper()
+    if isinstance(one, bool):
+        options = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(one, (int, float)) or key in ("chunk", "workers"):
+        kind, least, most = type(one or 0), LEAST.get(key, 0), MOST.get(key, 2 ** 31)
+
+        def number(text):
+            if not least <= kind(text) <= most:
+                raise ValueError
+            return kind(text)
+        number.__name__ = f"{kind.__name__} of {least} to {most}"
+        options["type"] = number
+    if isinstance(default, tuple):
+        options["nargs"] = "*"
+    if key == "resume":
+        options.update(nargs="?", const=AUTO)
+    group.add_argument(typed(key, ()), help=meaning.replace("%", "%%"), **options)
+
+
+def describe(rows):
+    """The rows of a script for --help: their figures as printed, and what they set."""
+    for name, row in rows.items():
+        if isinstance(row, str):
+            yield f"  {name}: the same as {row}"
+            continue
+        figures = [f"{data} {mean_ap or '-'} / {first}" for data, (mean_ap, first)
+                   in row.figures.items()]
+        figures += [f"{figure} {COSTS[cost][0]}" for cost, figure in row.costs.items()]
+        yield f"  {name}: " + (", ".join(figures) or "no figure")
+        yield "      " + " ".join(typed(*setting) for setting in row.settings.items())
+
+
+def parse_args(recipe, rows, text, script):
+    """The command line of a script -> its arguments, with the checkpoint of --resume or None as
+    `checkpoint` and the figures that the paper prints for the row and the data set as `printed`.
+
+    What the user leaves out comes from the checkpoint, then from the row, then from the recipe.
+    recipe, rows: those of the script; text: its docstring; script: its path.
+    """
+    first, script = next(iter(rows)), Path(script)
+    parser = argparse.ArgumentParser(
+        description=text.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--flag value ...]",
+        epilog="variants, with mAP / rank-1 as printed in the paper, and what they set:\n"
+               + "\n".join(describe(rows)))
+
+    def refuse(message):
+        raise UserError(f"{message} (--help lists the flags)")
+    parser.error = refuse
+    group = parser.add_argument_group("recipe", "(the paper's value; that of the small run)")
+    for key, (paper, small, meaning, *choices) in recipe.items():
+        values = [" ".join(map(str, v)) if isinstance(v, tuple) else f"{v}" for v in (paper, small)]
+        values = values[0] + f"; small run {values[1]}" * (small != paper)
+        add_flag(group, key, paper, f"{meaning} ({values})", *choices)
+    group = parser.add_argument_group("run")
+    for key, (default, meaning, *choices) in FLAGS.items():
+        known = default is not None and default is not False
+        choices = [rows] if key == "variant" else choices
+        add_flag(group, key, default, meaning + f" ({default})" * known, *choices)
+    chosen = {key: tuple(value) if isinstance(value, list) else value
+              for key, value in vars(parser.parse_args()).items()}
+    run = {key: default for key, (default, *_) in FLAGS.items()} | chosen
+    run["evaluate"] |= run["figure"] is not None
+    data, variant = run["data"], run["variant"] or first
+    folder = f"runs/{script.stem}-{data}" + f"-{variant}" * (variant != first)
+    if data in SPLIT_SETS and run["split"] != "all":
+        folder += f"/split-{run['split']}"
+    output, checkpoint, saved = run["output"] or folder, None, {}
+    if run["resume"] == AUTO:
+        last = f"{output}/last.pt"
+        run["resume"] = last if run["evaluate"] or os.path.exists(last) else None
+    if run["resume"] is not None and run["split"] != "all":
+        checkpoint = load_checkpoint(run["resume"], script.name, rows, not run["evaluate"])
+        saved = {k: v for k, v in checkpoint["args"].items() if k not in HERE - {"root", "split"}}
+        but = EVALUATED if run["evaluate"] else GOING_ON | {"weights", "amp", "rerank"}
+        same_flags(checkpoint, chosen, run["resume"], but)
+        output = run["output"] or str(Path(run["resume"]).parent)
+        data, variant = chosen.get("data", saved["data"]), saved["variant"]
+    if "split" in chosen and data not in SPLIT_SETS:
+        raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
+    if run["split"] == "all" and run["evaluate"]:
+        raise UserError("--split all: is for training, --evaluate and --figure take one split")
+    row = vars(settings(recipe, rows, variant, small=data == "synthetic"))
+    always = {"variant": variant, "output": output, "resume": run["resume"],
+              "evaluate": run["evaluate"], "script": script.name, "checkpoint": checkpoint,
+              "printed": row_of(rows, variant).figures.get(data)}
+    run["chunk"] = CHUNK.get(data, 0)
+    return argparse.Namespace(**{**run, **row, **saved, **chosen, **always})
+
+
+def same_flags(checkpoint, flags, path, but):
+    """Raises UserError when one of `flags`, those in `but` left out, is not the checkpoint's."""
+    saved = checkpoint["args"]
+    for key in sorted(flags.keys() & saved.keys() - but):
+        if flags[key] != saved[key]:
+            raise UserError(f"{path}: was trained with {typed(key, saved[key])}, not "
+                            f"{typed(key, flags[key])}")
+
+
+def all_splits(train, args, rows):
+    """--split all: train(arguments) of the ten splits one after another, with the mean; finished
+    ones are left out, and an unfinished one goes on."""
+    with contextlib.redirect_stdout(io.StringIO()):     # what is wrong shows before the first run
+        for split in range(10):
+            load_dataset(args.data, args.root, split, args.chunk)
+    results = []
+    for split in map(str, range(10)):
+        changes = {"split": split, "output": f"{args.output}/split-{split}", "resume": None}
+        one, done = argparse.Namespace(**{**vars(args), **changes}), False
+        last = f"{one.output}/last.pt"
+        if os.path.exists(last):
+            one.resume, one.checkpoint = last, load_checkpoint(last, args.script, rows)
+            same_flags(one.checkpoint, vars(one), last, GOING_ON)
+            history = one.checkpoint["history"]
+            if len(history) > args.epochs:
+                raise UserError(f"{last}: has {len(history)} epochs, --epochs says {args.epochs}")
+            done = len(history) == args.epochs and history[-1]["mAP"] != ""
+        results.append(history[-1] if done else train(one))
+        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}"
+              + " (finished before)" * done, flush=True)
+    figures = []
+    for key in ("mAP", "rank-1"):
+        values = [result[key] for result in results]
+        figures.append(f"{key} {statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}")
+    print("10 splits: " + "   ".join(figures))
+
+
+# ----------------------------------------------------------------------------------- a training run
 
 class RandomStates:
-    """The states of torch's, numpy's and Python's global random generators; those of GPUs that are not there are left out."""
+    """torch's random generators, of the GPUs that are there, too."""
 
-    @staticmethod
-    def state_dict():
-        kind, keys, *rest = np.random.get_state()
-        return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "numpy": (kind, keys.tolist(), *rest), "python": random.getstate()}
+    def state_dict(self):
+        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
 
-    @staticmethod
-    def load_state_dict(states):
-        torch.set_rng_state(states["torch"])
-        for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+    def load_state_dict(self, states):
+        torch.set_rng_state(states[0])
+        for i, state in enumerate(states[1:][:torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, i)
-        np.random.set_state(states["numpy"])
-        random.setstate(states["python"])
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
-# Drawn with Pillow alone. A sheet is rows of (label, images).
+class Run:
+    """What a training run needs beside the paper: device and processes, a folder with last.pt and
+    log.csv, exact resume, signals, and what stands on the terminal. args: from `parse_args`.
 
-_INK, _PALE = (25, 25, 25), (225, 225, 225)
-_LINES = [(31, 90, 180), (220, 90, 20), (30, 140, 60), (190, 40, 50), (120, 80, 180), (120, 80, 60), (200, 90, 170), (90, 90, 90)]
-_HEAT = np.array([(20, 20, 90), (30, 90, 200), (40, 190, 200), (150, 220, 90), (250, 220, 50), (245, 120, 30), (180, 10, 20)], np.float32)   # low to high
+    A checkpoint holds the rows of the trained epochs (`history`), and the step of the present one
+    with the sums of its losses (`steps`, `totals`).
+    """
 
+    def __init__(self, args):
+        self.printed = vars(args).pop("printed", None)
+        self.checkpoint = vars(args).pop("checkpoint", None)
+        self.args, self.device = args, pick_device(args.gpu)
+        if args.workers is None:
+            cuda = self.device.type == "cuda"
+            args.workers = min(8, (os.cpu_count() or 1) // world()) if cuda else 0
+        torch.manual_seed(args.seed)
+        self.size, self.batch = (args.height, args.width), args.ids * args.clips
+        self.extraction = dict(batch=self.batch, workers=args.workers, amp=args.amp)
+        self.last, self.log_file = Path(args.output) / "last.pt", Path(args.output) / "log.csv"
+        self.history, self.steps, self.totals, self.states = [], 0, {}, {}
+        if self.checkpoint:
+            self.history = self.checkpoint["history"]
+            self.num_identities = self.checkpoint["num_classes"]
+
+    @contextlib.contextmanager
+    def setting_up(self):
+        """The block runs in the first process alone, then in the others, because it draws and
+        downloads what is missing. What a network or torchvision refuses becomes one line."""
+        weights, hub = self.args.weights, Path(torch.hub.get_dir(), "checkpoints")
+        file = hub / "resnet50-0676ba61.pth" if weights == "imagenet" else Path(weights)
+        if rank():
+            dist.barrier()
+        if not self.args.resume and weights != "none" and (weights != "imagenet" or file.exists()):
+            load_file(file)                             # for its checksums
+        try:
+            with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports the download there
+                yield
+        except ValueError as error:
+            raise UserError(f"{error}; see --frames, --height, --width and the recipe") from None
+        except (OSError, RuntimeError) as error:
+            if self.args.resume or weights == "none":
+                raise
+            raise UserError(
+                f"--weights imagenet: torchvision cannot get its ResNet-50 ({first_line(error)}); "
+                f"put {file.name} into {hub}, name a file, or use --weights none"
+                if weights == "imagenet" else f"{weights}: not the weights of torchvision's "
+                f"ResNet-50 ({first_line(error)}); a run's checkpoint goes to --resume") from None
+        if world() > 1 and not rank():
+            dist.barrier()
+
+    def num_classes(self, dataset):
+        """Identities of the classifier: the data set's, or in an evaluation the checkpoint's."""
+        if not self.checkpoint:
+            self.num_identities = dataset.num_identities
+        elif not self.args.evaluate and self.num_identities != dataset.num_identities:
+            raise UserError(f"{self.args.resume}: was trained on {self.num_identities} identities, "
+                            f"{self.args.data} has {dataset.num_identities}")
+        return self.num_identities
+
+    def prepare(self, model):
+        """The network on the device, in channels_last, compiled with --compile, and with the
+        weights of --resume."""
+        args = self.args
+        parameters, macs = complexity(model, args.frames, *self.size)
+        print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) "
+              f"a clip of {args.frames} frames of {args.height}x{args.width}")
+        if world() > 1 and self.device.type == "cuda":
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        for layer in model.to(self.device).modules():
+            if isinstance(layer, torch.nn.Conv2d):      # 5-dimensional weights cannot be
+                layer.to(memory_format=torch.channels_last)
+        if self.checkpoint:
+            restore(args.resume, self.checkpoint, model=model)
+        if args.compile and not args.figure:
+            try:                                        # a small function shows whether it works
+                torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
+                model.compile()
+            except Exception as error:  # of many kinds
+                print(f"--compile: goes on without ({first_line(error)})", flush=True)
+        return model
+
+    def loader(self, tracklets, sampler, sample):
+        """Batches of augmented training clips (uint8, on the CPU) and their identities; sampler,
+        sample: see PKSampler, TrainClips."""
+        args, workers = self.args, self.args.workers
+        batches = sampler([t.pid for t in tracklets], args.ids, args.clips, args.seed, rank(),
+                          world())
+        clips = TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase)
+        return torch.utils.data.DataLoader(
+            clips, batch_sampler=batches, num_workers=workers, worker_init_fn=own_group,
+            pin_memory=self.device.type == "cuda", persistent_workers=workers > 0,
+            generator=torch.Generator())
+
+    def start(self, **states):
+        """Begins to train, or goes on with --resume: states are what a checkpoint keeps, model,
+        optimizer and scheduler. Signals are obeyed after a step from here on."""
+        args, folder = self.args, self.last.parent
+        going_on = self.checkpoint and os.path.realpath(args.resume) == os.path.realpath(self.last)
+        if not going_on and (self.last.exists() or self.log_file.exists()):
+            raise UserError(f"{folder} holds a run already: go on with --resume {self.last}, or "
+                            "name another --output")
+        self.states = states = {**states, "random": RandomStates()}
+        if self.checkpoint:
+            restore(args.resume, self.checkpoint, **states)
+            self.steps, self.totals = self.checkpoint["progress"]
+            step = f", step {self.steps} of the next," * bool(self.steps)
+            print(f"going on after epoch {len(self.history)}{step} of {args.resume}")
+        catch_signals()
+        if rank() == 0:
+            with replacing(folder / "args.json") as file:
+                file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+            if self.checkpoint:                         # a kill may have left an older log
+                save_rows(self.history, self.log_file)
+        self.is_new = not self.checkpoint
+        self.checkpoint = None                          # its memory
+
+    def parallel(self, model):
+        """The network for training on this process' part of the batch."""
+        if world() == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def epochs(self):
+        """The epochs to train, from 1; the last one of a checkpoint again when it is complete, for
+        what comes behind its batches."""
+        return range(max(1, len(self.history) + bool(self.steps)), self.args.epochs + 1)
+
+    def batches(self, loader, epoch):
+        """The batches of an epoch, on the device, from the step on that was reached; none when it
+        was trained before. A signal ends the run after a step, with a checkpoint."""
+        if epoch <= len(self.history):
+            return
+        sampler, start, first = loader.batch_sampler, time.time(), self.steps
+        sampler.set_epoch(epoch, self.steps)
+        bar = tqdm(total=len(loader) * self.batch, desc=f"epoch {epoch}/{self.args.epochs}",
+                   unit=" clips", leave=False, disable=rank() > 0 or None)
+        with bar:
+            for clips, pids in loader:
+                yield (clips.to(self.device, non_blocking=True),
+                       pids.to(self.device, non_blocking=True))
+                means = {name: total / self.steps for name, total in self.totals.items()}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
+                bar.update(len(pids))
+                if stop_asked():
+                    break
+        sampler.set_epoch(epoch)
+        if self.steps == len(sampler):
+            lr = self.states["optimizer"].param_groups[0]["lr"]
+            row = {"epoch": epoch, "lr": lr, **means}
+            speed = (self.steps - first) * self.batch / (time.time() - start)
+            says = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch")
+            print(f"epoch {epoch}/{self.args.epochs}: {says}  ({time.time() - start:.0f} s, "
+                  f"{speed:.3g} clips/s)", flush=True)
+            self.history.append({**row, "mAP": "", "rank-1": ""})
+            self.steps, self.totals = 0, {}
+        asked = stop_asked()
+        if asked or self.test_is_due(epoch) or epoch % self.args.checkpoint_every == 0:
+            self.save()
+        if asked:
+            raise Stop(asked)
+
+    def backward(self, loss):
+        """Gradients of the whole batch's loss; DistributedDataParallel takes their mean."""
+        (loss * world()).backward()
+
+    def log(self, parts):
+        """Counts a step and adds up the parts of its loss; UserError when one is not finite."""
+        self.steps += 1
+        values = {name: part.item() for name, part in parts.items()}
+        values = {"loss": sum(values.values()), **values}
+        if not math.isfinite(values["loss"]):
+            says = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            good = f"the last good checkpoint is {self.last}" if self.last.exists() \
+                else "there is no checkpoint yet"
+            raise UserError(f"epoch {len(self.history) + 1}, step {self.steps}: the loss is not "
+                            f"finite ({says}); {good}; try a smaller --lr")
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def save(self):
+        """Writes last.pt and log.csv; refuses weights that are not finite."""
+        if not all(p.isfinite().all() for p in self.states["model"].parameters()):
+            raise UserError(f"epoch {len(self.history) + bool(self.steps)}: the weights are not "
+                            f"finite; {self.last} is as it was; try a smaller --lr")
+        if rank() == 0:
+            states = {name: target.state_dict() for name, target in self.states.items()}
+            with replacing(self.last) as file:
+                torch.save({"script": self.args.script, "args": vars(self.args),
+                            "num_classes": self.num_identities, "history": self.history,
+                            "progress": (self.steps, self.totals), **states}, file)
+            save_rows(self.history, self.log_file)
+
+    def test_is_due(self, epoch):
+        """After the last epoch and every --eval-every epochs, when it was not tested before."""
+        every = self.args.eval_every
+        due = epoch == self.args.epochs or every and epoch % every == 0
+        return due and self.history[-1]["mAP"] == ""
+
+    def test(self, model, dataset, split, metric):
+        """`evaluate` of the test part; the result of an epoch goes into its row of the log."""
+        label = f"after epoch {len(self.history)}" if self.history else "untrained"
+        result = evaluate(model, dataset, split, self.args.frames, self.size, metric,
+                          self.args.rerank, label, **self.extraction)
+        if self.states and self.history:
+            self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
+            self.save()
+        return result
+
+    def finish(self):
+        """Prints the last epoch's result beside the paper's figures of the row, and returns it."""
+        args, result = self.args, self.history[-1]
+        figures = ", ".join(f"{name} {value}" for name, value in
+                            zip(("mAP", "rank-1"), self.printed or ()) if value is not None)
+        says = f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
+        if result["mAP"] != "":
+            print(f"{args.variant} on {args.data}, epoch {len(self.history)}: mAP "
+                  f"{result['mAP']:.1f}, rank-1 {result['rank-1']:.1f}; {says}", flush=True)
+        return result
+
+
+# ----------------------------------------------------------------------------------------- pictures
+# A sheet is rows of (label, panels); a panel is a function that draws into a matplotlib Axes.
 
 def watch(model, clips, *modules):
-    """Runs the network on clips and returns what each of the modules saw and put out: for each a list of its calls, (inputs, output)."""
+    """Runs the network on clips; of each module a list of its calls, (inputs, output)."""
     calls = [[] for _ in modules]
-    hooks = [m.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append((inputs, output))) for m, seen in zip(modules, calls)]
     training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(clips)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for module, seen in zip(modules, calls):
+            hook = module.register_forward_hook(lambda _, *call, seen=seen: seen.append(call))
+            hooks.enter_context(hook)
+        model.eval()(clips)
+    model.train(training)
     return calls
 
 
@@ -646,196 +1025,128 @@ def energy(x):
     return x.float().square().mean(-3).sqrt()
 
 
-def _tile(frame, height):
-    """A frame (3, H, W), uint8, as an image of this height."""
-    image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
-    return image.resize((round(height * image.width / image.height), height), Image.BICUBIC)
+def photo(image, **look):
+    """A panel: an image (3, H, W), uint8; look: of the rectangle around it, as of a Patch."""
+    def panel(ax):
+        ax.imshow(image.permute(1, 2, 0).cpu().numpy())
+        ax.axvspan(*ax.get_xlim(), fill=False, clip_on=False, **look)
+        ax.set_axis_off()
+    return panel
 
 
-def overlays(frames, maps, low=None, high=None, height=120):
-    """Maps (n, h, w) in colour over grey frames (n, 3, H, W), uint8: n images and a scale, blue `low` to red `high` (default: the maps'
-    smallest and largest value). A map of NaN leaves its frame as it is; one of zeros and ones keeps its edges."""
-    def coloured(m):
-        m = m * (len(_HEAT) - 1)
-        part = np.minimum(m.astype(int), len(_HEAT) - 2)
-        return _HEAT[part] + (m - part)[..., None] * (_HEAT[part + 1] - _HEAT[part])
-    known, images = maps[maps.isfinite()].float(), []
-    low, high = (float(known.min()) if low is None else low), (float(known.max()) if high is None else high)
-    for frame, m in zip(frames, maps.float().cpu()):
-        image = _tile(frame, height)
-        if m.isfinite().all():
-            m = ((m - low) / max(high - low, 1e-12)).clamp(0, 1).numpy()
-            m = np.asarray(Image.fromarray(m).resize(image.size, Image.NEAREST if ((m == 0) | (m == 1)).all() else Image.BILINEAR))
-            image = Image.fromarray((0.55 * coloured(m) + 0.45 * np.asarray(image.convert("L"), np.float32)[..., None]).astype(np.uint8))
-        images.append(image)
-    scale = Image.new("RGB", (64, height), "white")
-    scale.paste(Image.fromarray(np.repeat(coloured(np.linspace(1, 0, height - 12, dtype=np.float32))[:, None], 10, 1).astype(np.uint8)), (2, 6))
-    for y, value, anchor in ((6, high, "lt"), (height - 6, low, "lb")):
-        ImageDraw.Draw(scale).text((16, y), f"{value:.2g}", _INK, ImageFont.load_default(11), anchor)
-    return [*images, scale]
+def overlays(frames, maps, low=None, high=None):
+    """Maps (n, h, w) over grey frames (n, 3, H, W), uint8: n panels, and one of the colours,
+    matplotlib's "coolwarm" from blue for `low` to red for `high` (default: the smallest and the
+    largest value of all maps). A frame whose map is NaN stays as it is, but hatched."""
+    from matplotlib import cm, colors
+    maps = np.ma.masked_invalid(maps.float().cpu().numpy())
+    colours = cm.ScalarMappable(colors.Normalize(low, high), "coolwarm")
+    colours.norm.autoscale_None(maps)
+    colours.norm.vmax = max(colours.norm.vmax, colours.norm.vmin + 1e-6)  # of equal values
+    cells = torch.from_numpy(colours.cmap(colours.norm(maps), bytes=True)).permute(0, 3, 1, 2)
+    cells = F.interpolate(cells[:, :3].float(), frames.shape[2:])  # the nearest
+    mixed = (0.6 * cells + 0.4 * frames.cpu().float().mean(1, keepdim=True)).byte()
+    panels = [photo(frame, hatch="//", color="white") if m.mask.all() else photo(image)
+              for frame, m, image in zip(frames, maps, mixed)]
+
+    def scale(ax):
+        ax.set_box_aspect(12)
+        ax.figure.colorbar(colours, ax, format="%.3g")
+    return [*panels, scale]
 
 
-def bars(values, names=None, height=120):
-    """A bar chart of numbers, with their names below."""
-    values = [float(v) for v in values]
-    step = 58 if names else 4
-    image = Image.new("RGB", (60 + step * len(values), height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
-    low, high = min(0.0, *values), max(0.0, *values) or 1e-12
-    top, bottom = 18, height - (20 if names else 8)
-
-    def y(v):
-        return bottom - (bottom - top) * (v - low) / max(high - low, 1e-12)
-    for i, v in enumerate(values):
-        x = 46 + step * i
-        draw.rectangle([x, min(y(v), y(0)), x + 0.7 * step, max(y(v), y(0))], _LINES[0])
+def bars(values, names=None, line=False):
+    """A panel: numbers as bars or as a line, with their names or 1, 2, 3 and so on below."""
+    def panel(ax):
+        places = range(1, len(values) + 1)
+        draw = ax.plot if line else ax.bar
+        draw(places, [float(value) for value in values])
+        ax.locator_params("x", integer=True)
         if names:
-            draw.text((x + 0.35 * step, min(y(v), y(0)) - 1), f"{v:.3g}", _INK, font, "mb")
-            draw.text((x + 0.35 * step, bottom + 4), str(names[i]), _INK, font, "mt")
-    draw.line([44, y(0), image.width, y(0)], _INK)
-    if not names:
-        for v in {low, high}:
-            draw.text((42, y(v)), f"{v:.3g}", _INK, font, "rm")
-    return image
+            ax.set_xticks(places, names)
+        ax.set_box_aspect(0.4)
+    return panel
 
 
-def _wrap(text, font, width):
-    lines = [""]
-    for word in text.split():
-        if font.getlength(f"{lines[-1]} {word}") > width and lines[-1]:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
-
-
-def sheet(title, rows, path, label_width=200):
-    """Draws rows of (label, images) below a title and writes the PNG file."""
-    font, bold, gap = ImageFont.load_default(13), ImageFont.load_default(16), 6
-    labels = [_wrap(label, font, label_width - 12) for label, _ in rows]
-    heights = [max([im.height for im in images] + [17 * (label.count("\n") + 1)]) for label, (_, images) in zip(labels, rows)]
-    width = label_width + max(sum(im.width + gap for im in images) for _, images in rows) + gap
-    title = _wrap(title, bold, width - 16)
-    top = 14 + 20 * (title.count("\n") + 1)
-    image = Image.new("RGB", (width, top + sum(heights) + gap * len(rows) + gap), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((8, 8), title, _INK, bold)
-    for label, (_, images), height in zip(labels, rows, heights):
-        draw.text((8, top), label, _INK, font)
-        x = label_width
-        for im in images:
-            image.paste(im, (x, top))
-            x += im.width + gap
-        top += height + gap
-    _write(image, path)
-
-
-def _write(image, path):
+def sheet(title, rows, path, height=1.2):
+    """Draws rows of (label, panels of this height in inches) below a title, as a PNG file."""
+    from matplotlib.figure import Figure
+    figure = Figure((1, 1))  # one inch: positions are inches, and the picture grows beyond it
+    figure.text(0, 0.2, textwrap.fill(title, 56, break_on_hyphens=False), size="large")
+    for n, (label, panels) in enumerate(rows):
+        top = -n * (height + 0.25)
+        figure.text(0, top, textwrap.fill(label, 28), va="top")
+        x = 2.3
+        for panel in panels:
+            ax = figure.add_axes((x, top - height, 9, height), anchor="W")
+            ax.yaxis.tick_right()
+            panel(ax)
+            x = ax.get_tightbbox().x1 / figure.dpi + 0.1
     with replacing(path) as file:
-        image.quantize(255, kmeans=1, dither=Image.Dither.FLOYDSTEINBERG).save(file, "PNG", optimize=True)
+        figure.savefig(file, format="png", bbox_inches="tight")
     print(f"wrote {path}", flush=True)
 
 
-def _ticks(low, high):
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12)))
-    step = next(step * f for f in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 7)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def plot(lines, title, xlabel, ylabel, path, size=(640, 400), limits=None, points=False, labels=(), rising=False):
-    """Curves {name: (xs, ys)}, with axes and a legend, as a PNG file; points: dots and no legend; labels: (x, y, text) to write;
-    limits: of y; rising: the legend stands at the bottom."""
-    image = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")                # drawn twice as large, for smooth lines
-    draw, small, bold = ImageDraw.Draw(image), ImageFont.load_default(24), ImageFont.load_default(30)
-    xs, ys = (np.concatenate([np.asarray(line[i], float) for line in lines.values()]) for i in (0, 1))
-    x0, x1, (y0, y1) = xs.min(), xs.max(), limits or (ys.min(), ys.max())
-    x0, x1, y0, y1 = x0 - 0.02 * (x1 - x0 or 1), x1 + 0.02 * (x1 - x0 or 1), y0 - 0.03 * (y1 - y0 or 1), y1 + 0.03 * (y1 - y0 or 1)
-    left, right, top, bottom = 110, image.width - 30, 110, image.height - 90
-
-    def at(x, y):
-        return left + (right - left) * (x - x0) / (x1 - x0), bottom - (bottom - top) * (y - y0) / (y1 - y0)
-    for v in _ticks(x0, x1):
-        draw.line([at(v, y0), at(v, y1)], _PALE, 2)
-        draw.text((at(v, 0)[0], bottom + 10), f"{v:g}", _INK, small, "mt")
-    for v in _ticks(y0, y1):
-        draw.line([at(x0, v), at(x1, v)], _PALE, 2)
-        draw.text((left - 10, at(0, v)[1]), f"{v:.4g}", _INK, small, "rm")
-    draw.rectangle([left, top, right, bottom], outline=_INK, width=2)
-    draw.text((20, 16), title, _INK, bold)
-    draw.text(((left + right) / 2, image.height - 14), xlabel, _INK, small, "mb")
-    draw.text((20, top - 14), ylabel, _INK, small, "lb")
-    for i, (name, (x, y)) in enumerate(lines.items()):
-        colour, dots = _LINES[i % len(_LINES)], [at(*p) for p in zip(x, y)]
-        if not points:
-            draw.line(dots, colour, 5, "curve")
-            row = (bottom - 32 * len(lines) if rising else top + 30) + 32 * i
-            draw.line([right - 330, row, right - 290, row], colour, 5)
-            draw.text((right - 280, row), name, _INK, small, "lm")
-        for a, b in dots:
-            draw.ellipse([a - 7, b - 7, a + 7, b + 7], colour)
-    for x, y, text in labels:
-        draw.text(at(x, y), text, _INK, small, "mm", stroke_width=4, stroke_fill="white")
-    _write(image.reduce(2), path)
-
-
-def figures(model, dataset, picture, args, split, size, metric, history, **extraction):
-    """--figure: writes what a network does into the folder args.figure: for args.figure_tracklets queries the paper's own picture and the
-    ranked list, then the CMC curve, the training curves of `history` (rows of log.csv) and the embedding.
-
-    picture: (model, clips (1, T, 3, H, W), normalised, frames (T, 3, H, W), uint8) -> (title, rows of `sheet`); the others: see `evaluate`.
-    """
-    folder, T, device = Path(args.figure), args.frames, next(model.parameters()).device
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--figure {folder}: cannot be written ({error.strerror})") from None
-    q, g = test_features(model, dataset, split, T, size, **extraction)
+def figures(run, model, dataset, split, metric, picture):
+    """--figure: of some queries the script's `picture` and the ranked list, then three charts.
+    picture: (model, clips (1, T, 3, H, W), frames (T, 3, H, W), uint8) -> (title, rows)."""
+    args = run.args
+    size = (args.height, args.width)
+    folder = Path(args.figure)
+    q, g = test_features(model, dataset, split, args.frames, size, **run.extraction)
     if rank():
         return
-    ids, state = test_ids(dataset), (f"after epoch {len(history)}" if history else "untrained") + ", re-ranked" * args.rerank
-    d = _ranked(q, g, metric, args.rerank)
-    cmc, mean_ap, _ = cmc_map(d, *ids)
-    q_pids, q_cams, g_pids, g_cams = ids
-    matched = [i for i in range(len(q)) if ((g_pids == q_pids[i]) & (g_cams != q_cams[i])).any()]
-    chosen = [matched[j] for j in np.linspace(0, len(matched) - 1, min(args.figure_tracklets, len(matched))).round().astype(int)]
-    for i, d in zip(chosen, d[chosen] if args.rerank else distances(q[chosen], g, metric).cpu().numpy()):
-        t, name = dataset.query[i], f"query-{i + 1}-person-{q_pids[i]}-camera-{q_cams[i]}"
-        frames = read_clip([t.frames[k] for k in split(len(t.frames), T)[0]], size)
-        title, rows = picture(model, normalize(frames[None].to(device)), frames)
-        sheet(f"{title}; {args.variant}, {state}; person {q_pids[i]}, camera {q_cams[i]}",
-              [(f"{T} frames of the clip", [_tile(f, 120) for f in frames]), *rows], folder / f"{name}.png")
-        # the metric's ranking: without the query's own identity under its own camera
-        order = [j for j in np.argsort(d, kind="stable") if not (g_pids[j] == q_pids[i] and g_cams[j] == q_cams[i])][:8]
+    q_pids, q_cams, g_pids, g_cams = ids = test_ids(dataset)
+    d = rerank(q, g, metric) if args.rerank else \
+        next(distance_blocks(q, g, metric, len(q)))[1].cpu().numpy()
+    state = f"{args.variant} on {args.data}, epoch {len(run.history)}" + ", re-ranked" * args.rerank
 
-        def strip(t, colour):
-            shown = [_tile(f, 110) for f in read_clip([t.frames[k] for k in np.linspace(0, len(t.frames) - 1, 6).astype(int)], size)]
-            image = Image.new("RGB", (sum(im.width for im in shown) + 12, 122), colour)
-            for k, im in enumerate(shown):
-                image.paste(im, (6 + k * im.width, 6))
-            return image
-        rows = [(f"query: person {q_pids[i]}, camera {q_cams[i]}", [strip(t, (60, 60, 60))])]
-        for place, j in enumerate(order, 1):
-            right = g_pids[j] == q_pids[i]
-            who = f"person {g_pids[j]}" if g_pids[j] else "distractor"
-            rows.append((f"{place}. {'right' if right else 'wrong'}: {who}, camera {g_cams[j]}, distance {d[j]:.3f}",
-                         [strip(dataset.gallery[j], (30, 160, 60) if right else (210, 40, 40))]))
-        sheet(f"Ranked list; {args.variant}, {state}", rows, folder / f"{name}-ranked.png")
-    places = np.arange(1, len(cmc) + 1)
-    plot({f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}": (places, 100 * cmc)}, f"CMC on {args.data}; {args.variant}, {state}", "rank",
-         "queries with a match so far, %", folder / "cmc.png", limits=(0, 100), rising=True)
-    if len(history) > 1:
-        losses = [key for key in history[0] if key not in ("epoch", "lr", "mAP", "rank-1")]
-        plot({key: ([row["epoch"] for row in history], [row[key] for row in history]) for key in losses}, f"Training on {args.data}; {args.variant}", "epoch",
-             "loss and its parts, means of the epoch", folder / "training.png")
-    x = torch.cat([q, g]).float().cpu()
-    x = torch.nn.functional.normalize(x, dim=1) if metric == "cosine" else x
-    x, pids = x - x.mean(0), np.concatenate([q_pids, g_pids])
-    ways = {"pca": ("PCA", (x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T).numpy())}
-    try:
-        from sklearn.manifold import TSNE
-        ways["t-sne"] = ("t-SNE", TSNE(perplexity=min(30, len(x) / 4), random_state=0).fit_transform(x.numpy()))
-    except ImportError:
-        print("t-SNE is left out: scikit-learn is not installed (pip install scikit-learn)")
-    people = [p for p in sorted(set(pids)) if p > 0][:24]
-    for name, (way, xy) in ways.items():
-        plot({p: xy[pids == p].T for p in people}, f"{way} of the test tracklets' features; {args.variant}, {state}", "number: identity, at the mean of its tracklets", "",
-             folder / f"{name}.png", (640, 480), points=True, labels=[(*xy[pids == p].mean(0), str(p)) for p in people])
+    def strip(label, tracklet, colour):
+        places = np.linspace(0, len(tracklet.frames) - 1, 6).astype(int)
+        frames = read_clip([tracklet.frames[k] for k in places], size)
+        panel = photo(torch.cat([*frames], 2), color=colour, linewidth=6)
+        who = f"person {tracklet.pid}" if tracklet.pid else "distractor"
+        return f"{label}: {who}, camera {tracklet.cam}", [panel]
+
+    matched = [i for i, ranks in enumerate(match_ranks(d, *ids)) if len(ranks)]
+    step = max(1, len(matched) // args.figure_tracklets)
+    for i in matched[::step][:args.figure_tracklets]:
+        query = dataset.query[i]
+        name = f"query-{i + 1}-person-{query.pid}-camera-{query.cam}"
+        clip = split(len(query.frames), args.frames)[0]
+        frames = read_clip([query.frames[k] for k in clip], size)
+        title, rows = picture(model, normalize(frames[None].to(run.device)), frames)
+        rows = [(f"person {query.pid}, camera {query.cam}", [*map(photo, frames)]), *rows]
+        sheet(f"{title}; {state}", rows, folder / f"{name}.png")
+
+        rows = [strip("query", query, "black")]
+        same = g_pids == query.pid
+        junk = same & (g_cams == query.cam) | (g_pids == -1)  # as in match_ranks
+        order = [j for j in np.argsort(d[i], kind="stable") if not junk[j]]
+        for place, j in enumerate(order[:8], 1):
+            verdict, colour = ("right", "green") if same[j] else ("wrong", "red")
+            label = f"{place}. {verdict}, distance {d[i, j]:.3f}"
+            rows.append(strip(label, dataset.gallery[j], colour))
+        sheet(f"Ranked list; {state}", rows, folder / f"{name}-ranked.png")
+
+    cmc, mean_ap, _ = cmc_map(d, *ids)
+    label = f"% of queries matched up to a rank: rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
+    sheet(f"CMC; {state}", [(label, [bars(100 * cmc, line=True)])], folder / "cmc.png", height=3)
+    if len(run.history) > 1:
+        parts = [key for key in run.history[0] if key not in ("epoch", "lr", "mAP", "rank-1")]
+        rows = [(key, [bars([row[key] for row in run.history], line=True)]) for key in parts]
+        sheet(f"Training of {args.variant} on {args.data}, by epoch", rows, folder / "training.png")
+
+    def pca(ax):
+        x = torch.cat([q, g]).float().cpu()
+        x = F.normalize(x) if metric == "cosine" else x
+        x = (x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T).numpy()
+        pids = np.concatenate([q_pids, g_pids])
+        cams = np.concatenate([q_cams, g_cams])
+        for k, pid in enumerate(np.unique(q_pids)[:10]):
+            ax.plot(*x[:len(q)][q_pids == pid].T, f"C{k}o", fillstyle="none", ms=15, label=pid)
+            for point, cam in zip(x[pids == pid], cams[pids == pid]):
+                ax.plot(*point, color=f"C{k}", marker=f"${cam}$", ms=7)
+        ax.set(box_aspect=0.8, xticks=[], yticks=[])
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="person")
+    sheet(f"PCA; {state}", [("number: camera; ring: query", [pca])], folder / "pca.png", height=4)

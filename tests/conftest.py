@@ -1,4 +1,6 @@
-"""Shared by the tests: a small synthetic data set and a short training, once each, ways to run a script, and small helpers."""
+"""Shared by the tests: a small synthetic data set and a short training, once each, ways to run a
+script, and small helpers."""
+
 import csv
 import importlib
 import multiprocessing
@@ -54,11 +56,11 @@ def wake(model):
 
 def parameters(model):
     """Their number without those of the training heads: neck, classifier, projection."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("neck", "classifier", "projection")))
-
-
-def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning")
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if not name.startswith(("neck", "classifier", "projection"))
+    )
 
 
 def pytest_addoption(parser):
@@ -92,37 +94,50 @@ def read_log(folder):
 def small_root(tmp_path_factory):
     """A --root whose synthetic/ has 6 + 4 identities under 2 cameras."""
     root = tmp_path_factory.mktemp("root")
-    draw_synthetic(root / "synthetic", identities=6, test_identities=4, cameras=2, frames=(3, 9), size=(64, 32))
+    draw_synthetic(
+        root / "synthetic", identities=6, test_identities=4, cameras=2, frames=(3, 9), size=(64, 32)
+    )
     return root
 
 
 def child(command, folder, env, out, err, before):
-    """What a `Forked` process does: the script as __main__, with its own folder, environment and output."""
+    """What a `Forked` process does: the script as __main__, with its own folder, environment and
+    output."""
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     sys.stdout.reconfigure(line_buffering=True)
     os.chdir(folder)
     os.environ.update(env)
     before()
-    os.fsync = lambda file: None                                  # waiting for the disk is not what is tested
-    multiprocessing.set_start_method(None, force=True)            # the loader's workers start as in a fresh interpreter
+    os.fsync = lambda file: None  # waiting for the disk is not what is tested
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # the loader's workers start as in a fresh interpreter
     sys.argv, sys.path[0] = command, str(ROOT)
     runpy.run_path(command[0], run_name="__main__")
 
 
 class Forked:
-    """A script run by a process that is forked from one that has imported torch already; like subprocess.Popen.
+    """A script run by a process that is forked from one that has imported torch; like Popen.
 
     before: called by the process first; a function of a module.
     """
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision", "common"])
 
     def __init__(self, command, folder, out, err, env=None, before=int):
         command = [str(ROOT / command[0]), *map(str, command[1:])]
-        self.process = self.context.Process(target=child, args=(command, folder, {"CUDA_VISIBLE_DEVICES": "", **(env or {})}, out, err, before))
+        self.process = self.context.Process(
+            target=child,
+            args=(command, folder, {"CUDA_VISIBLE_DEVICES": "", **(env or {})}, out, err, before),
+        )
         self.process.start()
-        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+        self.pid, self.kill, self.terminate = (
+            self.process.pid,
+            self.process.kill,
+            self.process.terminate,
+        )
 
     def poll(self):
         return self.process.exitcode
@@ -137,11 +152,13 @@ class Forked:
 @pytest.fixture
 def run(tmp_path):
     """run(script, *arguments) -> CompletedProcess, in an empty folder."""
+
     def start(*command, env=None):
         with tempfile.TemporaryDirectory() as files:
             out, err = Path(files, "out"), Path(files, "err")
             code = Forked(command, tmp_path, out, err, env).wait(240)
             return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
     yield start
     drop_weights(tmp_path)
 
@@ -156,15 +173,36 @@ def drop_weights(folder):
 def trained(small_root, tmp_path_factory):
     """Two epochs of the baseline on the small set: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
-    command = [sys.executable, ROOT / "sinet.py", "--root", small_root, "--variant", "base", "--epochs", "2", *map(str, TINY), "--output", folder / "run"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    command = [
+        sys.executable,
+        ROOT / "sinet.py",
+        "--root",
+        small_root,
+        "--variant",
+        "base",
+        "--epochs",
+        "2",
+        *map(str, TINY),
+        "--output",
+        folder / "run",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 0, done.stderr
     return folder / "run", done.stdout
 
 
 @pytest.fixture
 def refuses(tmp_path, monkeypatch):
-    """The same without a process: refuses(arguments, texts...) runs main() and reads the UserError that becomes the line."""
+    """The same without a process: refuses(arguments, texts...) runs main() and reads the UserError
+    that becomes the line."""
+
     def call(arguments, *says, script="sinet.py"):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.chdir(tmp_path)
@@ -174,4 +212,5 @@ def refuses(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
         for text in says:
             assert text in str(error.value)
+
     return call

@@ -1,7 +1,11 @@
-"""What each of several processes does for test_runs.py; by hand: torchrun --nproc_per_node N tests/processes.py DATA OUT
+"""What each of several processes does for test_runs.py; by hand:
 
-The first one writes to OUT what `evaluation` gives and, for two processes, the gradients of every script.
+    torchrun --nproc_per_node N tests/processes.py DATA OUT
+
+The first one writes to OUT what `evaluation` gives and, for two processes, the gradients of every
+script.
 """
+
 import os
 import sys
 from pathlib import Path
@@ -11,14 +15,15 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bicnet_tks, m3d, sinet, strf, tclnet  # noqa: E401
-from common import evaluate, extract, gather, parallel, pick_device, rank, world
+from common import Run, evaluate, extract, gather, parse_args, pick_device, rank, world
 from data import load_dataset
 
 PIDS = torch.tensor([0, 0, 1, 1])
 
 
 def evaluation(root):
-    """The result of an all-frames evaluation, and the features. BatchNorm's statistics differ, as after a training on CPUs."""
+    """The result of an all-frames evaluation, and the features. BatchNorm's statistics differ, as
+    after a training on CPUs."""
     dataset = load_dataset("synthetic", root)
     torch.manual_seed(0)
     model = sinet.SINet(6, 4, 48, 40)
@@ -26,17 +31,22 @@ def evaluation(root):
         if name.endswith("running_mean"):
             buffer += rank()
     options = dict(split=sinet.SPLIT, T=4, size=(48, 40), batch=3)
-    return {"result": evaluate(model, dataset, **options), "features": extract(model, dataset.gallery, **options)}
+    return {
+        "result": evaluate(model, dataset, **options),
+        "features": extract(model, dataset.gallery, **options),
+    }
 
 
 def gradients(script):
-    """{name: (alone, together)}: of the gradient of the whole batch up to 1,000 numbers, its norm and its sum; once in the first
-    process alone, once with each process on its identities. BatchNorm in eval mode, float64, nothing zero-initialised."""
-    width = 32 if script in (m3d, strf) else 64                   # 3D convolutions in float64 are slow
-    sys.argv = [script.__name__ + ".py", "--height", "64", "--width", str(width), "--frames", "4", "--gpu", "cpu"]
-    args, _ = script.parse_args()
+    """{name: (alone, together)}: of the whole batch's gradient up to 1,000 numbers, its norm and
+    its sum; once in the first process alone, once with each process on its identities. BatchNorm in
+    eval mode, float64, nothing zero-initialised."""
+    width = 32 if script in (m3d, strf) else 64  # 3D convolutions in float64 are slow
+    flags = f"--height 64 --width {width} --frames 4 --gpu cpu --output nowhere"
+    sys.argv = [script.__name__ + ".py", *flags.split()]
+    run = Run(parse_args(script.RECIPE, script.ROWS, script.__doc__, script.__file__))
     torch.manual_seed(0)
-    model = script.build(args, 2, "none").double().train()
+    model = script.build(run.args, 2).double().train()
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
@@ -48,19 +58,22 @@ def gradients(script):
     clips = torch.randn(4, 4, 3, 64, width, dtype=torch.float64)
 
     def summary():
-        return [torch.cat([p.grad.flatten()[:1000], p.grad.norm()[None], p.grad.sum()[None]]) for p in model.parameters()]
+        return [
+            torch.cat([p.grad.flatten()[:1000], p.grad.norm()[None], p.grad.sum()[None]])
+            for p in model.parameters()
+        ]
+
     alone = []
     if rank() == 0:
-        torch.set_num_threads(2)                                  # the other process waits
-        script.objective(model(clips), PIDS, args)[0].backward()
+        torch.set_num_threads(2)  # the other process waits
+        sum(script.losses(model(clips), PIDS, run.args).values()).backward()
         alone = summary()
         model.zero_grad()
         torch.set_num_threads(1)
     torch.distributed.barrier()
-    network, mine = parallel(model, torch.device("cpu")), PIDS % world() == rank()
+    network, mine = run.parallel(model), PIDS % world() == rank()
     outputs, pids = gather(network(clips[mine])), gather(PIDS[mine])
-    loss, _ = script.objective(outputs, pids, args)
-    (loss * world()).backward()
+    run.backward(sum(script.losses(outputs, pids, run.args).values()))
     return {name: pair for (name, _), *pair in zip(model.named_parameters(), alone, summary())}
 
 
@@ -70,8 +83,12 @@ if __name__ == "__main__":
     state = evaluation(sys.argv[1])
     out, to_float = sys.argv[2], torch.Tensor.float
     if world() == 2:
-        torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else to_float(x)    # the losses, too, in float64
-        state |= {script.__name__: gradients(script) for script in (bicnet_tks, m3d, sinet, strf, tclnet)}
+        torch.Tensor.float = lambda x: (
+            x if x.dtype == torch.float64 else to_float(x)
+        )  # the losses, too, in float64
+        state |= {
+            script.__name__: gradients(script) for script in (bicnet_tks, m3d, sinet, strf, tclnet)
+        }
     if rank() == 0:
         torch.save(state, out)
     torch.distributed.barrier()

@@ -1,4 +1,8 @@
-"""BiCnet-TKS' modules against slow float64 versions of the paper's equations, its invariants, and its complexity."""
+"""BiCnet-TKS' modules against slow float64 versions of the paper's equations, its invariants, its
+rows and its complexity."""
+
+import copy
+import functools
 import math
 import re
 
@@ -8,30 +12,59 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import bicnet_tks
-from bicnet_tks import ROW_RECIPE, VARIANTS, BiCnet, CrossScalePath, DiverseAttentionsOperation, TemporalKernelSelection, divergence_loss
-from common import batch_hard_triplet, complexity
+from bicnet_tks import (
+    COUNTING,
+    RECIPE,
+    ROWS,
+    BiCnet,
+    BranchBatchNorm,
+    CrossScalePath,
+    DiverseAttentionsOperation,
+    TemporalKernelSelection,
+    build,
+    divergence_loss,
+    losses,
+)
+from common import batch_hard_triplet, complexity, row_of, settings
 from conftest import check_gradients, close, maps, parameters, randomize, wake
 
 SIZES = pytest.mark.parametrize("C, H, W", [(8, 4, 6), (16, 8, 4)])
+DIFFERENT = [name for name, row in ROWS.items() if not isinstance(row, str)]
 
 
-# ------------------------------------------------------------------------------------- the equations, slowly, with loops
+def network(row="bicnet-tks", num_classes=3, **changes):
+    """The network of a row as the script builds it, of small frames unless said."""
+    changes = {"height": 64, "width": 32, "weights": "none", **changes}
+    return build(settings(RECIPE, ROWS, row, **changes), num_classes)
 
-def slow_csp(csp, big, small, alpha):                             # Eq. 2; big (B, M, C, H, W), small (B, alpha M, C, H/2, W/2)
-    (B, M, C, H, W), w = big.shape, csp.conv.weight[:, :, 0, 0]   # (alpha C, C)
+
+def meta(row="bicnet-tks", **changes):
+    """The same of the paper's size, without memory."""
+    with torch.device("meta"):
+        return network(row, 625, **{"height": 256, "width": 128, **changes})
+
+
+# ------------------------------------------------------------- the equations, slowly, with loops
+
+
+def slow_csp(csp, big, small, alpha):
+    """Eq. 2; big (B, M, C, H, W), small (B, alpha M, C, H/2, W/2)."""
+    (B, M, C, H, W), w = big.shape, csp.conv.weight[:, :, 0, 0]  # (alpha C, C)
     out = small.clone()
     for b in range(B):
         for m in range(M):
             for i in range(H // 2):
                 for j in range(W // 2):
-                    pooled = torch.stack([max(big[b, m, c, 2 * i + y, 2 * j + x] for y in (0, 1) for x in (0, 1)) for c in range(C)])
+                    window = big[b, m, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+                    pooled = torch.stack([max(window[c].flatten()) for c in range(C)])
                     mixed = w @ pooled
-                    for a in range(alpha):                        # big frame m feeds the small frames alpha m ... alpha m + alpha - 1
-                        out[b, alpha * m + a, :, i, j] += mixed[a * C:(a + 1) * C]
+                    for a in range(alpha):  # big frame m feeds alpha m ... alpha m + alpha - 1
+                        out[b, alpha * m + a, :, i, j] += mixed[a * C : (a + 1) * C]
     return out
 
 
-def slow_bn(bn, o):                                               # over the batch; o (B, C)
+def slow_bn(bn, o):
+    """Over the batch; o (B, C)."""
     mean, var = o.mean(0), ((o - o.mean(0)) ** 2).mean(0)
     return (o - mean) / (var + bn.eps).sqrt() * bn.weight + bn.bias
 
@@ -41,28 +74,35 @@ def softmax(values):
     return torch.stack([v / sum(e) for v in e])
 
 
-def slow_dao(dao, x):                                             # Eq. 3; x (B, M, C, H, W)
+def slow_dao(dao, x):
+    """Eq. 3; x (B, M, C, H, W)."""
     B, M, C, H, W = x.shape
-    a, attended = torch.zeros(B, M, H * W, dtype=x.dtype), torch.zeros(B, M, C, dtype=x.dtype)
+    a = torch.zeros(B, M, H * W, dtype=x.dtype)
+    attended = torch.zeros(B, M, C, dtype=x.dtype)
     for b in range(B):
         for k in range(M):
+            pixels = [x[b, k, :, p // W, p % W] for p in range(H * W)]
             if k == 0:
-                scores = [sum(x[b, 0, c, p // W, p % W] for c in range(C)) / C for p in range(H * W)]
+                scores = [sum(pixel[c] for c in range(C)) / C for pixel in pixels]
             else:
                 conv, _, fc = dao.attention[k - 1]
-                compressed = torch.stack([conv.weight[0, :, 0, 0] @ x[b, k, :, p // W, p % W] for p in range(H * W)])
+                compressed = torch.stack([conv.weight[0, :, 0, 0] @ pixel for pixel in pixels])
                 scores = list(fc.weight @ compressed)
             a[b, k] = softmax(scores)
-            attended[b, k] = sum(a[b, k, p] * x[b, k, :, p // W, p % W] for p in range(H * W))
+            attended[b, k] = sum(a[b, k, p] * pixels[p] for p in range(H * W))
     return x + slow_bn(dao.bn, attended.flatten(0, 1)).view(B, M, C, 1, 1), a.view(B, M, H, W)
 
 
-def slow_divergence(a):                                           # Eq. 4-5; a (M, H, W)
-    M = len(a)
-    return -1 / (M - 1) * sum(1 / k * sum(1 - (a[k] * a[l]).sum() for l in range(k)) for k in range(1, M))
+def slow_divergence(a):
+    """Eq. 4-5; a (M, H, W)."""
+    M, total = len(a), 0
+    for k in range(1, M):
+        total = total + sum(1 - (a[k] * a[n]).sum() for n in range(k)) / k
+    return -total / (M - 1)
 
 
-def slow_tks(tks, maps, kernels, grid, selected):                 # Eq. 6-8
+def slow_tks(tks, maps, kernels, grid, select=True, bottleneck=True, excite_bn=True):
+    """Eq. 6-8."""
     (h, w), C, K = grid, maps[0].shape[2], len(kernels)
     B, frames = maps[0].shape[0], [m[:, t] for m in maps for t in range(m.shape[1])]
     T = len(frames)
@@ -71,52 +111,59 @@ def slow_tks(tks, maps, kernels, grid, selected):                 # Eq. 6-8
         H, W = f.shape[2] // h, f.shape[3] // w
         for i in range(h):
             for j in range(w):
-                x[:, t, :, i, j] = f[:, :, i * H:(i + 1) * H, j * W:(j + 1) * W].mean((2, 3))
+                x[:, t, :, i, j] = f[:, :, i * H : (i + 1) * H, j * W : (j + 1) * W].mean((2, 3))
     y = torch.zeros(K, B, T, C, h, w, dtype=x.dtype)
     for n, (path, k) in enumerate(zip(tks.paths, kernels)):
         dilation = (k - 1) // 2
         for t in range(T):
             for tap in (-1, 0, 1):
-                if 0 <= t + tap * dilation < T:
-                    y[n, :, t] += torch.einsum("oc,bchw->bohw", path.weight[:, :, tap + 1], x[:, t + tap * dilation])
-    if selected:
-        u = y.sum(0).mean((1, 3, 4))                              # Eq. 6: (B, C)
-        s = slow_bn(tks.squeeze[1], u @ tks.squeeze[0].weight.T).clamp(min=0)
-        e = [torch.exp(s @ W_i.T) for W_i in tks.weights.weight.chunk(K)]
-        g = [e_i / sum(e) for e_i in e]                           # Eq. 7
+                if 0 <= t + tap * dilation < T:  # zeros before and behind the clip
+                    tapped = x[:, t + tap * dilation]
+                    y[n, :, t] += torch.einsum("oc,bchw->bohw", path.weight[:, :, tap + 1], tapped)
+    if select and K > 1:
+        u = y.sum(0).mean((1, 3, 4))  # Eq. 6: (B, C)
+        if bottleneck:
+            u = slow_bn(tks.squeeze[1], u @ tks.squeeze[0].weight.T).clamp(min=0)
+        e = [torch.exp(u @ w_i.T) for w_i in tks.w.weight.chunk(K)]
+        g = [e_i / sum(e) for e_i in e]  # Eq. 7
     else:
         g = [torch.full((B, C), 1 / K, dtype=x.dtype)] * K
-    z = sum(g_i[:, None, :, None, None] * y_i for g_i, y_i in zip(g, y))       # Eq. 8
-    z = slow_bn(tks.bn, z.movedim(2, 4).reshape(-1, C)).view(B, T, h, w, C).movedim(4, 2)
+    z = sum(g_i[:, None, :, None, None] * y_i for g_i, y_i in zip(g, y))  # Eq. 8
+    if excite_bn:
+        z = slow_bn(tks.bn, z.movedim(2, 4).reshape(-1, C)).view(B, T, h, w, C).movedim(4, 2)
     out, t = [], 0
     for m in maps:
-        up = F.interpolate(z[:, t:t + m.shape[1]].flatten(0, 1), m.shape[3:], mode="nearest").view_as(m)
-        out, t = [*out, m + up], t + m.shape[1]
+        z_m = z[:, t : t + m.shape[1]].flatten(0, 1)
+        out.append(m + F.interpolate(z_m, m.shape[3:], mode="nearest").view_as(m))
+        t += m.shape[1]
     return out
 
 
-# --------------------------------------------------------------------------------------------------- fast against slow
+# --------------------------------------------------------------------------- fast against slow
+
 
 @SIZES
 @pytest.mark.parametrize("M, alpha", [(1, 1), (2, 3), (3, 2)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_csp(C, H, W, M, alpha, layout):
-    csp, big, small = randomize(CrossScalePath(C, alpha)), maps(M, C, H, W), maps(alpha * M, C, H // 2, W // 2)
-    fast = csp(*(x.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, x.shape[:2]) for x in (big, small)))
-    close(fast, slow_csp(csp, big, small, alpha))
+    csp = randomize(CrossScalePath(C, alpha))
+    branches = maps(M, C, H, W), maps(alpha * M, C, H // 2, W // 2)
+    fast = csp(*(x.flatten(0, 1).contiguous(memory_format=layout).view_as(x) for x in branches))
+    close(fast, slow_csp(csp, *branches, alpha))
 
 
 @SIZES
 @pytest.mark.parametrize("M", [1, 2, 6])
 def test_dao(C, H, W, M):
     dao, x = randomize(DiverseAttentionsOperation(C, M, H, W)), maps(M, C, H, W, B=3)
-    (out, a), (slow, slow_a) = dao(x), slow_dao(dao, x)
+    out, a = dao(x)
+    slow, slow_a = slow_dao(dao, x)
     close(out, slow)
     close(a, slow_a)
-    close(a.sum((2, 3)), torch.ones(3, M, dtype=a.dtype))         # attention maps sum to one
+    close(a.sum((2, 3)), torch.ones(3, M, dtype=a.dtype))  # attention maps sum to one
     assert len(dao.attention) == M - 1
     start = DiverseAttentionsOperation(C, M, H, W)
-    assert torch.equal(start(x.float())[0], x.float())            # starts as identity
+    assert torch.equal(start(x.float())[0], x.float())  # starts as identity
     with pytest.raises(ValueError, match="DAO was built for"):
         dao(x[..., :-1])
 
@@ -126,211 +173,556 @@ def test_divergence_loss(M):
     a = torch.rand(3, M, 4, 5, dtype=torch.float64)
     close(divergence_loss(a), sum(slow_divergence(clip) for clip in a) / 3)
     disjoint = torch.eye(20, dtype=torch.float64)[:M].view(1, M, 4, 5)
-    assert divergence_loss(disjoint) + 1 == 0                     # 0 up to the constant -1 of Eq. 4
+    assert divergence_loss(disjoint) + 1 == 0  # 0 up to the constant -1 of Eq. 4
     same = disjoint[:, :1].expand(-1, M, -1, -1)
-    assert divergence_loss(same) == 0 and divergence_loss(torch.full((1, M, 4, 5), 1 / 20)).item() == pytest.approx(1 / 20 - 1)
-    assert divergence_loss(a[:, :1]) == 0                         # one frame: no pair
+    assert divergence_loss(same) == 0
+    even = torch.full((1, M, 4, 5), 1 / 20, dtype=torch.float64)
+    assert divergence_loss(even).item() == pytest.approx(1 / 20 - 1, rel=1e-12)
+    assert divergence_loss(a[:, :1]) == 0  # one frame: no pair
 
 
-KERNELS = pytest.mark.parametrize("kernels, selected", [((3,), False), ((3, 5), True), ((5, 7), False), ((3, 5, 7), True)])
+def test_the_divergence_loss_reaches_a_1():
+    """It has no parameters: the gradient goes on into the maps of the first frame, and into those
+    of the others."""
+    dao, d = randomize(DiverseAttentionsOperation(8, 3, 4, 2)), maps(3, 8, 4, 2).requires_grad_()
+    divergence_loss(dao(d)[1]).backward()
+    assert (d.grad.abs().sum((0, 2, 3, 4)) > 0).all()
+
+
+KERNELS = pytest.mark.parametrize(
+    "kernels, select",
+    [((3,), False), ((3,), True), ((3, 5), True), ((5, 7), False), ((3, 5, 7), True)],
+)
+PRINTED = pytest.mark.parametrize(
+    "forms",
+    [
+        {},
+        dict(bottleneck=False),  # Eq. 7 as printed
+        dict(excite_bn=False),  # E_t = U(Z_t) + F_t as printed
+        dict(bottleneck=False, excite_bn=False),
+    ],
+)
 
 
 @SIZES
 @KERNELS
+@PRINTED
 @pytest.mark.parametrize("grid", [(4, 2), (2, 1)])
-def test_tks(C, H, W, kernels, selected, grid):
-    tks = randomize(TemporalKernelSelection(C, kernels, grid, reduction=4, select=selected))
+def test_tks(C, H, W, kernels, select, grid, forms):
+    tks = TemporalKernelSelection(C, kernels, grid, reduction=4, select=select, **forms)
+    for p in randomize(tks).parameters():
+        p.data *= 0.3  # W_i u of C x C stays below the largest exponent
     branches = maps(2, C, 2 * H, 2 * W, B=3), maps(6, C, H, W, B=3)
-    for fast, slow in zip(tks(*branches), slow_tks(tks, branches, kernels, grid, selected), strict=True):
-        close(fast, slow)
-    close(tks(branches[1])[0], slow_tks(tks, branches[1:], kernels, grid, selected)[0])        # of a single branch
+    slow = slow_tks(tks, branches, kernels, grid, select, **forms)
+    for fast, expected in zip(tks(*branches), slow, strict=True):
+        close(fast, expected)
+    (alone,) = slow_tks(tks, branches[1:], kernels, grid, select, **forms)
+    close(tks(branches[1])[0], alone)  # of a single branch
 
 
-def test_tks_selection_weights():
-    tks = randomize(TemporalKernelSelection(8, (3, 5, 7), reduction=4))
+@PRINTED
+def test_tks_selection_weights(forms):
+    tks = randomize(TemporalKernelSelection(8, (3, 5, 7), reduction=4, **forms))
     y = torch.randn(3, 3, 8, 24, dtype=torch.float64)
-    g = tks.select(y)
+    g = tks.selection_weights(y)
     assert g.shape == (3, 3, 8) and (g > 0).all()
-    close(g.sum(1), torch.ones(3, 8, dtype=g.dtype))              # one over the paths, for every clip and channel
-    tk = TemporalKernelSelection(8, (3, 5, 7), reduction=4, select=False)
-    assert tk.weights is None and (tk.select(y) == 1 / 3).all()
-    assert TemporalKernelSelection(8, (5,)).weights is None       # one path: nothing to select
+    close(g.sum(1), torch.ones(3, 8, dtype=g.dtype))  # over the paths, for each clip and channel
+    tk = TemporalKernelSelection(8, (3, 5, 7), reduction=4, select=False, **forms)
+    assert tk.w is None and (tk.selection_weights(y) == 1 / 3).all()
+    assert TemporalKernelSelection(8, (5,), reduction=4, **forms).w is None  # nothing to select
+
+
+def test_tks_as_printed_has_w_i_of_c_x_c():
+    def names(**forms):
+        tks = TemporalKernelSelection(8, (3, 5), reduction=4, **forms)
+        return {name for name, _ in tks.named_parameters() if "paths" not in name}
+
+    squeeze = {"squeeze.0.weight", "squeeze.1.weight", "squeeze.1.bias"}
+    assert names() == {*squeeze, "w.weight", "bn.weight", "bn.bias"}
+    assert names(bottleneck=False) == {"w.weight", "bn.weight", "bn.bias"}
+    assert names(excite_bn=False) == {*squeeze, "w.weight"}
+    assert names(bottleneck=False, excite_bn=False) == {"w.weight"}
+    assert TemporalKernelSelection(8, (3, 5), bottleneck=False, reduction=4).w.weight.shape == (
+        16,
+        8,
+    )
 
 
 def test_tks_properties():
-    x = maps(8, 16, 8, 4).float()
-    tks = TemporalKernelSelection(16, reduction=2)
-    assert torch.equal(tks(x)[0], x)                              # starts as identity
+    x = maps(8, 16, 8, 4)
+    tks = TemporalKernelSelection(16, reduction=2).double()
+    assert torch.equal(tks(x)[0], x)  # starts as identity
+    assert not torch.equal(TemporalKernelSelection(16, excite_bn=False).double()(x)[0], x)
     wake(tks).eval()
-    reach = (tks(x)[0] - tks(torch.cat([x[:, :4], x[:, 4:5] + 1, x[:, 5:]], 1))[0]).abs().amax((0, 2, 3, 4))
-    assert (reach > 0).all()                                      # selection looks at the whole clip
-    nn.init.zeros_(tks.weights.weight)                            # without it a frame sees 2 frames to each side: kernel 5
-    reach = (tks(x)[0] - tks(torch.cat([x[:, :4], x[:, 4:5] + 1, x[:, 5:]], 1))[0]).abs().amax((0, 2, 3, 4))
-    assert [i for i in range(8) if reach[i] > 1e-6] == [2, 3, 4, 5, 6]
-    for kernels in ((4,), (3, 1)):
-        with pytest.raises(ValueError, match="odd kernels"):
-            TemporalKernelSelection(16, kernels)
+    changed = torch.cat([x[:, :4], x[:, 4:5] + 1, x[:, 5:]], 1)
+    reach = (tks(x)[0] - tks(changed)[0]).abs().amax((0, 2, 3, 4))
+    assert (reach > 0).all()  # selection looks at the whole clip
+    nn.init.zeros_(tks.w.weight)  # without it a frame sees 2 frames to each side: kernel 5
+    reach = (tks(x)[0] - tks(changed)[0]).abs().amax((0, 2, 3, 4))
+    assert [i for i in range(8) if reach[i] > 1e-9] == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        *((dict(kernels=kernels), "odd kernels") for kernels in ((4,), (3, 1), ())),
+        *((dict(grid=grid), "a grid of h and w >= 1") for grid in ((4,), (0, 2), (), (1, 1, 1))),
+        *((dict(reduction=r), f"a reduction of 1 to 16, not .* and {r}$") for r in (0, 17)),
+    ],
+)
+def test_tks_refuses(options, says):
+    with pytest.raises(ValueError, match=says):
+        TemporalKernelSelection(16, **options)
+
+
+def test_tks_refuses_other_maps():
     with pytest.raises(ValueError, match="4x2 equal regions, which 6x4 does not allow"):
-        tks(torch.zeros(1, 2, 16, 6, 4))
+        TemporalKernelSelection(16)(torch.zeros(1, 2, 16, 6, 4))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_constant_input_stays_finite(value, dtype):
-    big, small = (torch.full((2, M, 16, 8 // s, 4 // s), value, dtype=dtype, requires_grad=True) for M, s in ((2, 1), (4, 2)))
-    csp, tks, dao = (wake(m).to(dtype) for m in (CrossScalePath(16, 2), TemporalKernelSelection(16, grid=(2, 1)), DiverseAttentionsOperation(16, 4, 4, 2)))
+    big = torch.full((2, 2, 16, 8, 4), value, dtype=dtype, requires_grad=True)
+    small = torch.full((2, 4, 16, 4, 2), value, dtype=dtype, requires_grad=True)
+    csp = CrossScalePath(16, 2).to(dtype)
+    tks = wake(TemporalKernelSelection(16, grid=(2, 1))).to(dtype)
+    dao = wake(DiverseAttentionsOperation(16, 4, 4, 2)).to(dtype)
     y, a = dao(tks(big, csp(big, small))[1])
     (y.float().sum() + divergence_loss(a.float())).backward()
-    assert y.isfinite().all() and big.grad.isfinite().all() and small.grad.isfinite().all() and y.dtype == dtype
+    assert y.isfinite().all() and y.dtype == dtype
+    assert big.grad.isfinite().all() and small.grad.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------ objective and network
+# ---------------------------------------------------------------------------------- the losses
 
-def test_objective():
+
+def test_losses():
     embedding, logits, pids = torch.randn(4, 6), torch.randn(4, 3), torch.tensor([0, 0, 2, 2])
     attention = [torch.rand(4, 2, 3, 3), torch.rand(4, 6, 2, 2)]
-    args = type("Args", (), dict(margin=0.5, divergence=0.01))
-    loss, parts = bicnet_tks.objective((embedding, logits, attention), pids, args)
-    base = F.cross_entropy(logits, pids) + batch_hard_triplet(embedding, pids, 0.5)
-    torch.testing.assert_close(loss, base + 0.01 * (divergence_loss(attention[0]) + divergence_loss(attention[1])) / 2)
-    torch.testing.assert_close(bicnet_tks.objective((embedding, logits, []), pids, args)[0], base)
+    args = settings(RECIPE, ROWS, "bicnet-tks")
+    assert (args.margin, args.divergence) == (0.5, 0.01)
+    parts = losses((embedding, logits, attention), pids, args)
+    assert list(parts) == ["xent", "triplet", "div"]
+    assert torch.equal(parts["xent"], F.cross_entropy(logits, pids))
+    assert torch.equal(parts["triplet"], batch_hard_triplet(embedding, pids, 0.5))
+    mean = (divergence_loss(attention[0]) + divergence_loss(attention[1])) / 2
+    assert torch.equal(parts["div"], 0.01 * mean)
+    alone = losses((embedding, logits, []), pids, args)
+    assert list(alone) == ["xent", "triplet"]
 
 
-def meta(variant):
-    with torch.device("meta"):
-        return BiCnet(625, ROW_RECIPE.get(variant, {}).get("frames", 8), **VARIANTS[variant][0])
+# -------------------------------------------------------------------- branches' own statistics
 
 
-# Convolutions of CSP: 3 C^2 for C = 256, 512, 1024. DAO: 1024 + (16 8)^2 for one frame, 5 (1024 + (8 4)^2) for five, two BNs.
-# TKS: 3 C^2 for each path, selection C C/16 (1 + K) and BN, BN.
-TRUNK, CSP, DAO = 23_508_032, 4_128_768, 27_648 + 2 * 2 * 1024
-TKS = {(C, K): 3 * C * C * K + (C * (C // 16) * (1 + K) + 2 * (C // 16) if K > 1 else 0) + 2 * C for C in (256, 512, 1024, 2048) for K in (1, 2, 3)}
-BICNET = TRUNK + CSP + DAO
-EXPECTED = {row: TRUNK for row in VARIANTS if row.startswith(("base", "height", "tb-alpha"))} | {"tb": TRUNK}
-EXPECTED |= {"tb+csp": TRUNK + CSP, "tb+csp+ao": BICNET, "tb+csp+dao": BICNET, "bicnet-tk": BICNET + 3 * 512 * 512 * 2 + 1024}
-EXPECTED |= {row: BICNET + TKS[512, 2] for row in ("bicnet-tks", "tks-stage2", "tks-k35", "tks-k37", "tks-k57")}
-EXPECTED |= {row: BICNET + TKS[512, 1] for row in ("tks-k3", "tks-k5", "tks-k7")} | {"tks-k357": BICNET + TKS[512, 3]}
-EXPECTED |= {"tks-stage1": BICNET + TKS[256, 2], "tks-stage3": BICNET + TKS[1024, 2], "tks-stage4": BICNET + TKS[2048, 2],
-             "tks-stage23": BICNET + TKS[512, 2] + TKS[1024, 2]}
+def test_a_branch_has_its_own_averages_and_shares_the_weights():
+    bn = nn.BatchNorm2d(3).double()
+    nn.init.uniform_(bn.running_mean)
+    own, before = BranchBatchNorm(bn, 2), bn.running_mean.clone()
+    x = 1 + torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)  # of each branch
+    for i in (0, 1):
+        own.branch = i
+        assert torch.equal(own(x[i]), copy.deepcopy(bn)(x[i]))  # by its own batch, as without it
+    for i in (0, 1):  # each average saw its own branch alone
+        rows = x[i].movedim(1, 3).reshape(-1, 3)
+        close(own.of[i].running_mean, 0.9 * before + 0.1 * rows.mean(0))
+        close(own.of[i].running_var, 0.9 + 0.1 * rows.var(0))
+    own.eval()
+    for i in (0, 1):
+        own.branch = i
+        rows = x[i].movedim(1, 3)
+        slow = (rows - own.of[i].running_mean) / (own.of[i].running_var + bn.eps).sqrt()
+        close(own(x[i]), slow.movedim(3, 1))
+    assert {id(p) for p in own.parameters()} == {id(bn.weight), id(bn.bias)}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_parameters(variant):
-    """Next to the printed figures, which are truncated to 0.1 million; some rows are printed 0.1 lower."""
-    assert set(EXPECTED) == set(VARIANTS)
-    count, printed = parameters(meta(variant)), VARIANTS[variant][1][3]
-    assert count == EXPECTED[variant]
-    lower = variant in ("tks-k3", "tks-k5", "tks-k7", "bicnet-tk", "tks-stage4")
-    assert round(math.floor(count / 1e5) / 10 - printed, 1) == (0.1 if lower else 0)
+def test_own_statistics():
+    """In training nothing changes but the averages; in a test each branch is normalised by its
+    own, as the slow version does: a network for each branch."""
+    flags = dict(csp=False, dao=False, tks=(), num_classes=3, height=64, width=32)
+    torch.manual_seed(1)
+    shared = network("tb", **flags).double()
+    torch.manual_seed(1)
+    own = network("tb", **flags, own_statistics=True).double()
+    assert len(list(own.parameters())) == len(list(shared.parameters()))
+    assert sum(isinstance(m, BranchBatchNorm) for m in own.modules()) == len(own.norms) == 53
+    clips = torch.randn(2, 8, 3, 64, 32, dtype=torch.float64)
+    for mine, theirs in zip(own(clips)[:2], shared(clips)[:2]):
+        close(mine, theirs)
+    own.eval()
+    halves = F.interpolate(clips[:, 2:].flatten(0, 1), (32, 16), mode="bilinear", antialias=True)
+    features = []
+    for i, frames in enumerate((clips[:, :2], halves.unflatten(0, (2, 6)))):
+        state = {
+            name.replace(f"of.{i}.", ""): value
+            for name, value in own.state_dict().items()
+            if f"of.{1 - i}." not in name
+        }
+        size = dict(frames=frames.shape[1], height=frames.shape[3], width=frames.shape[4])
+        base = network("base-b", **size).double().eval()
+        base.load_state_dict(state)
+        features.append(base(frames))
+    close(own(clips), (features[0] + features[1]) / 2)  # the neck is affine in eval mode
+    for norm in own.norms:
+        norm.of[0], norm.of[1] = norm.of[1], norm.of[0]
+    assert (own(clips) - (features[0] + features[1]) / 2).abs().max() > 1e-3
 
 
-def test_parameters_without_batchnorm_and_dao():
-    """The integers that the printed figures were derived from; BN and DAO are told apart."""
-    def count(row):
-        model = meta(row)
-        added = sum(p.numel() for m in [*model.modules()] if isinstance(m, TemporalKernelSelection) for bn in m.modules()
-                    if isinstance(bn, nn.BatchNorm1d) for p in bn.parameters())
-        return parameters(model) - added - DAO * bool(model.dao)
-    assert count("tb+csp") == 27_636_800 and count("bicnet-tks") == 29_258_816 and count("bicnet-tk") == 29_209_664
-    assert count("tks-k3") == 28_423_232 and count("tks-k357") == 30_061_632 and count("tks-stage1") == 28_042_304
-    assert count("tks-stage3") == 34_124_864 and count("tks-stage4") == 53_589_056 and count("tks-stage23") == 35_746_880
-    assert sum(p.numel() for p in meta("tb+csp+dao").dao.parameters()) == 27_648 + 4_096
+def test_a_network_with_own_statistics_can_be_kept_copied_and_synchronised():
+    own = network(own_statistics=True)
+    for p in own.buffers():
+        if p.is_floating_point():
+            nn.init.uniform_(p, 0.5, 1.5)
+    other = network(own_statistics=True)
+    state = own.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    other.load_state_dict(state)
+    clips = torch.randn(1, 8, 3, 64, 32)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(own))
+    for model in (own, other, synchronised):
+        weights = {bn.weight for norm in model.norms for bn in norm.of}
+        assert len(model.norms) == len(weights) == 53
+        assert all(norm in [*model.modules()] for norm in model.norms[:3])
+    with torch.no_grad():
+        assert torch.equal(own.eval()(clips), other.eval()(clips))
 
 
-def test_multiply_adds():
-    """Of a frame, convolutions only, small frames resized at the input; the paper prints 1.02, 4.08, 0.25, 1.81 and 1.89."""
-    macs = {row: complexity(meta(row), frames := ROW_RECIPE.get(row, {}).get("frames", 8), 256, 128)[1] / frames / 1e9 for row in VARIANTS}
-    assert [round(macs[row], 3) for row in ("base-s", "base-b", "height-64", "tb", "tb+csp")] == [1.013, 4.053, 0.253, 1.773, 1.849]
-    assert macs["height-256+128+64"] == pytest.approx((macs["base-b"] + macs["base-s"] + macs["height-64"]) / 3, rel=1e-9)
-    for alpha in (1, 2, 3, 4):
-        assert macs[f"tb-alpha{alpha}"] == pytest.approx((macs["base-b"] + alpha * macs["base-s"]) / (1 + alpha), rel=1e-9)
-    csp = sum(3 * C * C * (64 // s) * (32 // s) // 4 for C, s in ((256, 1), (512, 2), (1024, 4))) * 2 / 8  # pooled big frames, 2 of 8
-    assert macs["tb+csp"] - macs["tb"] == pytest.approx(csp / 1e9, rel=1e-6)
-    attention = (2 * (1024 * 128 + 128 ** 2) - 1024 * 128 - 128 ** 2 + 5 * (1024 * 32 + 32 ** 2) + (2 * 128 + 6 * 32) * 1024) / 8
-    assert macs["tb+csp+dao"] * 1e9 - macs["tb+csp"] * 1e9 == pytest.approx(attention, abs=1)      # DAO: scores, and sums of A * D
-    path = 3 * 512 * 512 * 8 / 1e9                                # 4 x 2 regions
-    assert macs["bicnet-tks"] - macs["tb+csp+dao"] == pytest.approx(2 * path, rel=0.01)
-    for more, less in (("tks-k357", "tks-k35"), ("tks-k35", "tks-k3")):
-        assert macs[more] - macs[less] == pytest.approx(path, rel=0.02)
-    for row, (_, figures) in VARIANTS.items():                    # printed: a full-size stem and the work of BN on top
-        if not row.startswith(("tks", "bicnet")):
-            assert -0.015 < figures[2] - macs[row] < 0.05, row
-    with torch.device("meta"):                                    # the printed +0.05 a path fits regions of 4 x 2 pixels, an 8 x 8 grid
-        eight = [complexity(BiCnet(625, tks=(2,), kernels=kernels, grid=(8, 8)), 8, 256, 128)[1] / 8e9 for kernels in ((3,), (3, 5), (3, 5, 7))]
-    assert [round(value, 2) for value in eight] == [1.9, 1.95, 2.0]
+# --------------------------------------------------------------------------------- the network
 
 
-@pytest.mark.parametrize("N, H, W, pool", [(8, 64, 32, "avg"), (4, 128, 96, "max")])
-def test_network(N, H, W, pool):
-    model, clips = wake(BiCnet(5, N, H, W, pool=pool)).to(memory_format=torch.channels_last), torch.randn(4, N, 3, H, W)
+@pytest.mark.parametrize(
+    "N, H, W, changes",
+    [
+        (8, 64, 32, {}),
+        (4, 64, 96, dict(pool="max")),
+        (8, 64, 32, dict(own_statistics=True)),
+        (4, 64, 32, dict(bottleneck=False, excite_bn=False, csp_stages=(1, 2, 3, 4))),
+    ],
+)
+def test_network(N, H, W, changes):
+    model = network(num_classes=5, frames=N, height=H, width=W, **changes)
+    model = wake(model).double().to(memory_format=torch.channels_last)
+    clips = torch.randn(4, N, 3, H, W, dtype=torch.float64)
     embedding, logits, attention = model(clips)
     assert embedding.shape == (4, 2048) and logits.shape == (4, 5)
-    assert [a.shape for a in attention] == [(4, N // 4, H // 16, W // 16), (4, N * 3 // 4, H // 32, W // 32)]
-    args = type("Args", (), dict(margin=0.5, divergence=0.01))
-    check_gradients(model, bicnet_tks.objective((embedding, logits, attention), torch.tensor([0, 0, 1, 1]), args)[0])
+    big, small = (4, N // 4, H // 16, W // 16), (4, N * 3 // 4, H // 32, W // 32)
+    assert [a.shape for a in attention] == [big, small]
+    args = settings(RECIPE, ROWS, "bicnet-tks")
+    parts = losses((embedding, logits, attention), torch.tensor([0, 0, 1, 1]), args)
+    check_gradients(model, sum(parts.values()))
     model.eval()
     with torch.no_grad():
         out = model(clips)
         assert out.shape == (4, 2048)
-        torch.testing.assert_close(model(clips[1:2]), out[1:2], atol=1e-3, rtol=1e-3)          # clips do not mix
+        close(model(clips[1:2]), out[1:2])  # clips do not mix
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_runs(variant):
-    N = ROW_RECIPE.get(variant, {}).get("frames", 8)
-    model = BiCnet(3, N, 128, 64, **VARIANTS[variant][0])
-    embedding, logits, attention = model(torch.randn(2, N, 3, 128, 64))
+@pytest.mark.parametrize("row", DIFFERENT)
+def test_every_row_runs(row):
+    args = settings(RECIPE, ROWS, row)
+    model = network(row, height=128, width=64)
+    embedding, logits, attention = model(torch.randn(2, args.frames, 3, 128, 64))
     assert embedding.isfinite().all() and logits.shape == (2, 3)
-    assert len(attention) == (2 if model.dao and variant != "tb+csp+ao" else 0)
+    assert len(attention) == (2 if args.dao and row != "tb+csp+ao" else 0)
+    assert ("div" in losses((embedding, logits, attention), torch.tensor([0, 1]), args)) == bool(
+        attention
+    )
+
+
+@pytest.mark.parametrize(
+    "row, changes",
+    [
+        ("base-b", dict(tks=(1, 2, 3, 4), kernels=(7,), dao=True)),
+        ("base-s", dict(tks=(2,), grid=(2, 1), select=False)),
+        ("height-256+128+64", dict(dao=True, tks=(2,), grid=(1, 1), own_statistics=True)),
+        ("tb-alpha4", dict(csp=True, dao=True, reduction=4)),
+        ("tb", dict(csp=True, csp_stages=(2,), tks=(1,), bottleneck=False)),
+        ("tks-k357", dict(excite_bn=False, csp=False, divergence=0.0)),
+        ("bicnet-tk", dict(csp_stages=(1, 2, 3, 4), own_statistics=True)),
+    ],
+)
+def test_settings_combine(row, changes):
+    args = settings(RECIPE, ROWS, row, **changes)
+    model = network(row, **changes)
+    outputs = model(torch.randn(2, args.frames, 3, 64, 32))
+    loss = sum(losses(outputs, torch.tensor([0, 1]), args).values())
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
 
 
 def test_where_the_modules_stand():
-    def places(variant):
-        model = meta(variant)
+    def places(row, **changes):
+        model = meta(row, **changes)
         return list(model.csp), list(model.tks), len(model.dao)
-    assert places("bicnet-tks") == (["layer1", "layer2", "layer3"], ["layer2"], 2)
-    assert places("tb") == ([], [], 0) and places("tks-stage23")[1] == ["layer2", "layer3"] and places("tb+csp") == (["layer1", "layer2", "layer3"], [], 0)
+
+    three = ["layer1", "layer2", "layer3"]
+    assert places("bicnet-tks") == (three, ["layer2"], 2)
+    assert places("tb") == ([], [], 0)
+    assert places("tb+csp") == (three, [], 0)
+    assert places("tks-stage23")[1] == ["layer2", "layer3"]
+    assert places("bicnet-tks", csp_stages=(1, 2, 3, 4))[0] == [*three, "layer4"]
 
 
 def test_branches():
-    """Eq. 1: the first N / (1 + alpha) frames are seen at full size, the others at half of it, by the same network."""
-    model, base = (BiCnet(3, **VARIANTS[row][0]).eval() for row in ("tb", "base-b"))
+    """Eq. 1: the first N / (1 + alpha) frames are seen at full size, the others at half of it, by
+    the same network."""
+    model, base = network("tb").double().eval(), network("base-b").double().eval()
     base.load_state_dict(model.state_dict())
-    clips = torch.randn(1, 8, 3, 64, 32)
+    clips = torch.randn(1, 8, 3, 64, 32, dtype=torch.float64)
     f_d = base(clips[:, :2].repeat(1, 4, 1, 1, 1))
-    halves = F.interpolate(clips[:, 2:].flatten(0, 1), (32, 16), mode="bilinear", antialias=True)[None]
-    small = BiCnet(3, 6, 32, 16, **VARIANTS["base-b"][0]).eval()
+    halves = F.interpolate(clips[:, 2:].flatten(0, 1), (32, 16), mode="bilinear", antialias=True)
+    small = network("base-b", frames=6, height=32, width=16).double().eval()
     small.load_state_dict(model.state_dict())
-    f_c = small(halves)
-    torch.testing.assert_close(model(clips), (f_d + f_c) / 2, atol=1e-4, rtol=1e-3)            # BN is affine in eval mode
+    f_c = small(halves[None])
+    close(model(clips), (f_d + f_c) / 2)  # BN is affine in eval mode
 
 
-def test_variants_start_as_two_branches_with_csp():
+def test_rows_start_as_two_branches_with_csp():
     """TKS and DAO start as identity."""
-    full, csp = BiCnet(3, 8, 64, 32).eval(), BiCnet(3, 8, 64, 32, **VARIANTS["tb+csp"][0]).eval()
+    full, csp = network().double().eval(), network("tb+csp").double().eval()
     csp.load_state_dict(full.state_dict(), strict=False)
-    clips = torch.randn(1, 8, 3, 64, 32)
-    torch.testing.assert_close(full(clips), csp(clips))
+    clips = torch.randn(1, 8, 3, 64, 32, dtype=torch.float64)
+    close(full(clips), csp(clips))
 
 
-@pytest.mark.parametrize("arguments, options, says", [
-    ((6, 256, 128), {}, r"1:3: a clip needs 4, 8, 12 \.\.\. frames, not 6"),
-    ((8, 256, 128), dict(shares=(1, 2), csp=False), r"1:2: a clip needs 3, 6, 9 \.\.\. frames, not 8"),
-    ((8, 100, 128), {}, r"heights of 64, 128, 192 \.\.\. and widths of 32, 64, 96 \.\.\. pixels, not 100x128"),
-    ((8, 64, 32), dict(tks=(3,)), r"heights of 128, 256, 384 \.\.\. and widths of 64, 128, 192"),
-    ((8, 192, 96), dict(tks=(4,)), r"heights of 128, 256, 384"),
-    *(((12, 256, 128), dict(shares=shares), f"CSP joins two branches .* not {':'.join(map(str, shares))}") for shares in ((1,), (0, 1), (2, 3), (1, 1, 1))),
-])
-def test_network_refuses(arguments, options, says):
-    with pytest.raises(ValueError, match=says):
-        BiCnet(5, *arguments, **options)
+JOINS = "CSP joins two branches .* not "
+
+
+@pytest.mark.parametrize(
+    "size, options, says",
+    [
+        ((6, 256, 128), {}, r"1:3: a clip needs 4, 8, 12 \.\.\. frames, not 6"),
+        (
+            (8, 256, 128),
+            dict(shares=(1, 2), csp=False),
+            r"1:2: a clip needs 3, 6, 9 \.\.\. frames, not 8",
+        ),
+        (
+            (8, 100, 128),
+            {},
+            r"heights of 64, 128, 192 \.\.\. and widths of 32, 64, 96 \.\.\. pixels, not 100x128",
+        ),
+        (
+            (8, 64, 32),
+            dict(tks=(3,)),
+            r"heights of 128, 256, 384 \.\.\. and widths of 64, 128, 192",
+        ),
+        ((8, 192, 96), dict(tks=(4,)), r"heights of 128, 256, 384"),
+        *(
+            ((12, 256, 128), dict(shares=shares), JOINS + ":".join(map(str, shares)))
+            for shares in ((1,), (0, 1), (1, 0), (2, 3), (1, 1, 1))
+        ),
+        ((8, 256, 128), dict(shares=()), r"shares of \(\) leave no frames"),
+        ((8, 256, 128), dict(shares=(0, 0), csp=False), r"shares of \(0, 0\) leave no frames"),
+        (
+            (8, 256, 128),
+            dict(tks=(5,)),
+            r"TKS stands behind different stages of 1 to 4, not \(5,\)",
+        ),
+        ((8, 256, 128), dict(tks=(0,)), "TKS stands behind different stages"),
+        ((8, 256, 128), dict(tks=(2, 2)), "TKS stands behind different stages"),
+        ((8, 256, 128), dict(csp_stages=(4, 5)), "CSP stands behind different stages"),
+        ((8, 256, 128), dict(grid=(4,)), r"a grid is h and w, .* not \(4,\)"),
+        ((8, 256, 128), dict(grid=(4, 0)), r"a grid is h and w, .* not \(4, 0\)"),
+        ((8, 256, 128), dict(kernels=(3, 4)), r"odd kernels of at least 3 frames, not \(3, 4\)"),
+        ((8, 256, 128), dict(kernels=()), r"odd kernels of at least 3 frames, not \(\)"),
+        ((8, 256, 128), dict(reduction=0), "a reduction of 1 to 512, not .* and 0"),
+    ],
+)
+def test_network_refuses(size, options, says):
+    with pytest.raises(ValueError, match=says), torch.device("meta"):
+        BiCnet(5, *size, **options)
 
 
 @pytest.mark.parametrize("tks", [(), (1,), (2,), (3,), (4,), (2, 3)])
-@pytest.mark.parametrize("csp", [True, False])
-def test_the_sizes_that_are_said_to_fit_fit(tks, csp):
+@pytest.mark.parametrize("csp_stages", [(), (1,), (1, 2, 3), (4,)])
+def test_the_sizes_that_are_said_to_fit_fit(tks, csp_stages):
     with pytest.raises(ValueError) as error:
-        BiCnet(3, 4, 1, 1, tks=tks, csp=csp)
-    H, W = map(int, re.search(r"heights of (\d+), .* widths of (\d+), ", str(error.value)).groups())
-    model = BiCnet(3, 4, H, W, tks=tks, csp=csp).eval()
-    assert model(torch.randn(1, 4, 3, H, W)).isfinite().all()
+        BiCnet(3, 4, 1, 1, tks=tks, csp_stages=csp_stages)
+    H, W = re.search(r"heights of (\d+), .* widths of (\d+), ", str(error.value)).groups()
+    with torch.device("meta"):
+        model = BiCnet(3, 4, int(H), int(W), tks=tks, csp_stages=csp_stages).eval()
+        assert model(torch.empty(1, 4, 3, int(H), int(W))).shape == (1, 2048)
+
+
+# ------------------------------------------------------------------------- rows and complexity
+
+
+def test_the_rows_name_what_their_tables_vary():
+    tables = {"tb-alpha": "shares", "height-": "shares", "tks-k": "kernels", "tks-stage": "tks"}
+    for name in ROWS:
+        for start, setting in tables.items():
+            if name.startswith(start):
+                assert setting in row_of(ROWS, name).settings or ROWS[name] == "bicnet-tks", name
+    for name in ("bicnet-tks", "base-s", "base-b", "tb", "tb+csp", "tb+csp+ao", "bicnet-tk"):
+        assert {"shares", "csp", "dao", "tks"} <= row_of(ROWS, name).settings.keys(), name
+    for name in ROWS:  # Table 1 is the only one beyond MARS
+        figures = row_of(ROWS, name).figures
+        assert set(figures) == (
+            {"mars", "duke", "lsvid"} if row_of(ROWS, name) is ROWS["bicnet-tks"] else {"mars"}
+        )
+    assert ROWS["bicnet-tks"].figures["duke"] == (96.1, 96.3)
+    assert ROWS["bicnet-tks"].figures["lsvid"] == (75.1, 84.6)
+    same = {name: row for name, row in ROWS.items() if isinstance(row, str)}
+    assert same == {
+        "height-256": "base-b",
+        "height-128": "base-s",
+        "tb-alpha0": "base-b",
+        "tb-alpha3": "tb",
+        "tb-alpha-inf": "base-s",
+        "tks-k35": "bicnet-tks",
+        "tks-stage2": "bicnet-tks",
+    }
+
+
+# Convolutions of CSP: 3 C^2 for C = 256, 512, 1024. DAO: 1024 + (16 8)^2 for one frame,
+# 5 (1024 + (8 4)^2) for five, two BNs. TKS: 3 C^2 for each path, selection C C/16 (1 + K) and BN,
+# BN.
+TRUNK, CSP, DAO = 23_508_032, 4_128_768, 27_648 + 2 * 2 * 1024
+BICNET = TRUNK + CSP + DAO
+
+
+def tks_parameters(C, K):
+    selection = C * (C // 16) * (1 + K) + 2 * (C // 16) if K > 1 else 0
+    return 3 * C * C * K + selection + 2 * C
+
+
+EXPECTED = {
+    **{row: TRUNK for row in ROWS if row.startswith(("base", "height", "tb-alpha"))},
+    "tb": TRUNK,
+    "tb+csp": TRUNK + CSP,
+    "tb+csp+ao": BICNET,
+    "tb+csp+dao": BICNET,
+    "bicnet-tk": BICNET + 3 * 512 * 512 * 2 + 1024,
+    **{
+        row: BICNET + tks_parameters(512, 2)
+        for row in ("bicnet-tks", "tks-stage2", "tks-k35", "tks-k37", "tks-k57")
+    },
+    **{row: BICNET + tks_parameters(512, 1) for row in ("tks-k3", "tks-k5", "tks-k7")},
+    "tks-k357": BICNET + tks_parameters(512, 3),
+    "tks-stage1": BICNET + tks_parameters(256, 2),
+    "tks-stage3": BICNET + tks_parameters(1024, 2),
+    "tks-stage4": BICNET + tks_parameters(2048, 2),
+    "tks-stage23": BICNET + tks_parameters(512, 2) + tks_parameters(1024, 2),
+}
+LOWER = ("tks-k3", "tks-k5", "tks-k7", "bicnet-tk", "tks-stage4")  # printed 0.1 million lower
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_parameters(row):
+    """Next to the printed figures, which are truncated to 0.1 million."""
+    assert set(EXPECTED) == set(ROWS)
+    count, printed = parameters(meta(row)), row_of(ROWS, row).costs["million_parameters"]
+    assert count == EXPECTED[row]
+    assert round(math.floor(count / 1e5) / 10 - printed, 1) == (0.1 if row in LOWER else 0)
+
+
+def test_parameters_without_batchnorm_and_dao():
+    """The integers that the printed figures were derived from; BN and DAO are told apart."""
+
+    def count(row):
+        model, added = meta(row), 0
+        for tks in model.tks.values():
+            for bn in tks.modules():
+                if isinstance(bn, nn.BatchNorm1d):
+                    added += sum(p.numel() for p in bn.parameters())
+        return parameters(model) - added - DAO * bool(model.dao)
+
+    expected = {
+        "tb+csp": 27_636_800,
+        "bicnet-tks": 29_258_816,
+        "bicnet-tk": 29_209_664,
+        "tks-k3": 28_423_232,
+        "tks-k357": 30_061_632,
+        "tks-stage1": 28_042_304,
+        "tks-stage3": 34_124_864,
+        "tks-stage4": 53_589_056,
+        "tks-stage23": 35_746_880,
+    }
+    assert {row: count(row) for row in expected} == expected
+    assert sum(p.numel() for p in meta("tb+csp+dao").dao.parameters()) == 27_648 + 4_096
+
+
+def test_parameters_of_the_printed_forms():
+    """What the docstring says of them, and a pair of averages adds no parameter."""
+    printed = meta("tks-stage4", bottleneck=False)
+    w = 2 * 2048**2
+    assert parameters(printed) == BICNET + 2 * 3 * 2048**2 + w + 2 * 2048 == 61_227_072
+    assert parameters(meta("tb+csp", csp_stages=(1, 2, 3, 4))) == TRUNK + CSP + 3 * 2048**2
+    assert 3 * 2048**2 == 12_582_912
+    assert parameters(meta(excite_bn=False)) == EXPECTED["bicnet-tks"] - 2 * 512
+    assert parameters(meta(own_statistics=True)) == EXPECTED["bicnet-tks"]
+
+
+@functools.cache
+def macs_a_frame(row, **changes):
+    """In units of 1e9, of the convolutions and matrix products, as computed."""
+    args = settings(RECIPE, ROWS, row)
+    model = meta(row, **changes)
+    return complexity(model, args.frames, 256, 128)[1] / args.frames / 1e9
+
+
+def test_multiply_adds():
+    """Of a frame, small frames resized at the input; printed are 1.02, 4.08, 0.25, 1.81, 1.89."""
+    macs = {row: macs_a_frame(row) for row in DIFFERENT}
+    computed = [round(macs[row], 3) for row in ("base-s", "base-b", "height-64", "tb", "tb+csp")]
+    assert computed == [1.013, 4.053, 0.253, 1.773, 1.849]
+    base, half = macs["base-b"], macs["base-s"]
+    three = (base + half + macs["height-64"]) / 3
+    assert macs["height-256+128+64"] == pytest.approx(three, rel=1e-9)
+    for alpha, row in enumerate(("tb-alpha1", "tb-alpha2", "tb", "tb-alpha4"), 1):
+        assert macs[row] == pytest.approx((base + alpha * half) / (1 + alpha), rel=1e-9)
+    csp = 0
+    for C, s in ((256, 1), (512, 2), (1024, 4)):  # pooled big frames, 2 of 8
+        csp += 3 * C * C * (64 // s) * (32 // s) // 4 * 2 / 8
+    assert macs["tb+csp"] - macs["tb"] == pytest.approx(csp / 1e9, rel=1e-6)
+    scores = 1024 * 128 + 128**2 + 5 * (1024 * 32 + 32**2)
+    products = (2 * 128 + 6 * 32) * 1024  # sums of A * D
+    dao = (macs["tb+csp+dao"] - macs["tb+csp"]) * 1e9
+    assert dao == pytest.approx((scores + products) / 8, abs=1)
+    path = 3 * 512 * 512 * 8 / 1e9  # 4 x 2 regions
+    assert macs["bicnet-tks"] - macs["tb+csp+dao"] == pytest.approx(2 * path, rel=0.01)
+    for more, less in (("tks-k357", "bicnet-tks"), ("bicnet-tks", "tks-k3")):
+        assert macs[more] - macs[less] == pytest.approx(path, rel=0.02)
+    for row, figure in printed_gflops().items():  # a full-size stem and the work of BN on top
+        if not row.startswith(("tks", "bicnet")):
+            assert -0.015 < figure - macs[row] < 0.05, row
+    kernels = ((3,), (3, 5), (3, 5, 7))
+    eight = [macs_a_frame("bicnet-tks", kernels=k, grid=(8, 8)) for k in kernels]
+    assert [round(value, 2) for value in eight] == [1.9, 1.95, 2.0]  # printed: + 0.05 a path
+
+
+def printed_gflops():
+    return {row: row_of(ROWS, row).costs["gflops_a_frame"] for row in DIFFERENT}
+
+
+def pixel_regions(args):
+    """What TKS on regions of 4 x 2 pixels of the big maps costs more a frame than on 4 x 2."""
+    channels, positions = {1: 256, 2: 512, 3: 1024, 4: 2048}, {1: 256, 2: 64, 3: 16, 4: 16}
+    more = 0
+    for stage in args.tks:  # of the convolutions, and of Eq. 8
+        more += (3 * channels[stage] ** 2 + channels[stage]) * (positions[stage] - 8)
+    return len(args.kernels) * more / 1e9
+
+
+def test_counting():
+    """What COUNTING's comment says: how many of the printed figures are met by its conventions."""
+    assert set(COUNTING) == {"without", "truncate", "more"} and len(DIFFERENT) == 24
+    assert set(COUNTING["truncate"]) == set(ROWS["tb"].costs)  # all figures are cut
+    more = macs_a_frame("bicnet-tks", grid=(8, 8)) - macs_a_frame("bicnet-tks")
+    assert more == pytest.approx(pixel_regions(settings(RECIPE, ROWS, "bicnet-tks")), rel=1e-9)
+    met = {"regions": set(), "pixels": set()}
+    for row, figure in printed_gflops().items():
+        args = settings(RECIPE, ROWS, row)
+        counted = macs_a_frame(row) + COUNTING["more"](args) / args.frames / 1e9
+        for name, more in (("regions", 0), ("pixels", pixel_regions(args))):
+            if math.floor(100 * (counted + more) + 1e-9) == round(100 * figure):
+                met[name].add(row)
+    assert met["regions"] == {"tb", "tb+csp", "tb+csp+ao", "tb+csp+dao", "height-64"}
+    tks = {row for row in DIFFERENT if row.startswith("tks")}
+    assert met["pixels"] == met["regions"] | tks | {"bicnet-tks"} and len(met["pixels"]) == 16
+    assert sum(row in LOWER for row in DIFFERENT) == 24 - 19
+    stem = 64 * 3 * 49 * 128 * 64
+    assert COUNTING["more"](settings(RECIPE, ROWS, "tb")) == 6 * stem * 3 // 4
+    assert COUNTING["more"](settings(RECIPE, ROWS, "base-s")) == 0  # no big frames beside them
+    assert bicnet_tks.full_size_stem(settings(RECIPE, ROWS, "base-b")) == 0

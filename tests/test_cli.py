@@ -1,4 +1,5 @@
 """The scripts as a user runs them: real processes on real files."""
+
 import importlib
 import json
 import math
@@ -14,14 +15,20 @@ import pytest
 import torch
 import torchvision
 
+import common
+import sinet
 import test_sets
 from conftest import TINY, Colours, read_log
 from data import DATA_SETS
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"sinet.py": ("xent", "triplet", "mi"), "tclnet.py": ("xent", "triplet"), "bicnet_tks.py": ("xent", "triplet", "div"),
-           "m3d.py": ("xent-spatial", "xent-temporal"), "strf.py": ("xent", "triplet")}          # parts of the loss
-
+SCRIPTS = {
+    "sinet.py": ("xent", "triplet", "mi"),
+    "tclnet.py": ("xent", "triplet"),
+    "bicnet_tks.py": ("xent", "triplet", "div"),
+    "m3d.py": ("xent-spatial", "xent-temporal"),
+    "strf.py": ("xent", "triplet"),
+}  # parts of the loss
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -32,64 +39,185 @@ def test_help(script, monkeypatch, capsys):
         module.main()
     out = capsys.readouterr().out
     assert end.value.code in (0, None)
-    for flag in ("--data", "--root", "--split", "--chunk", "--gpu", "--weights", "--variant", "--epochs", "--ids", "--clips", "--frames", "--height", "--width",
-                 "--lr", "--pool", "--workers", "--amp", "--compile", "--seed", "--eval-every", "--checkpoint-every", "--evaluate", "--resume", "--rerank", "--output"):
-        assert f"  {flag}" in out
-    assert ", synthetic" in out and "as printed in the paper" in out
-    for row, (_, printed) in module.VARIANTS.items():
-        line, = re.findall(rf"^  {re.escape(row)} .*$", out, re.M)
-        assert not printed or "  ".join(map(str, printed)) in line
+    flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every"
+    flags += " evaluate resume rerank output figure complexity"
+    for flag in [*flags.split(), *(key.replace("_", "-") for key in module.RECIPE)]:
+        assert f"\n  --{flag}" in out, flag
+    assert max(map(len, out.splitlines())) < 250 and "as printed in the paper" in out
+    words = " ".join(out.split())
+    for key, (paper, small, meaning, *_) in module.RECIPE.items():
+        shown = " ".join(map(str, paper)) if isinstance(paper, tuple) else str(paper)
+        assert " ".join(meaning.split()) in words and f"({shown}" in words, key
+    for name, row in module.ROWS.items():
+        (line,) = re.findall(rf"^  {re.escape(name)}: (.*)$", out, re.M)
+        if isinstance(row, str):
+            assert line == f"the same as {row}"
+            continue
+        for data, (mean_ap, first) in row.figures.items():
+            assert f"{data} {mean_ap or '-'} / {first}" in line
 
 
-@pytest.mark.parametrize("script, name, flags", [("tclnet.py", "duke", ("--chunk", 5)), ("m3d.py", "lsvid", ()), ("bicnet_tks.py", "folder", ()),
-                                                 ("strf.py", "prid", ("--split", 3))])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_recipes_and_rows_are_whole(script):
+    """Every entry has both values, a meaning with its source and one kind; rows set what there is,
+    aliases name rows, and what a row sets are the values that its network and losses get."""
+    module = importlib.import_module(Path(script).stem)
+    for key, (paper, small, meaning, *choices) in module.RECIPE.items():
+        assert paper is None or type(paper) is type(small), key
+        assert "(" in meaning or "Table" in meaning, key
+        given = {*paper, *small} if isinstance(paper, tuple) else {paper, small}
+        assert not choices or given <= set(choices[0]), key
+    for name, row in module.ROWS.items():
+        if isinstance(row, str):
+            assert isinstance(module.ROWS[row], common.Row)
+            continue
+        assert row.settings.keys() <= module.RECIPE.keys(), name
+        args = common.settings(module.RECIPE, module.ROWS, name)
+        for key, value in row.settings.items():
+            assert type(value) is type(module.RECIPE[key][0]), (name, key)
+            assert getattr(args, key) == value
+        small = common.settings(module.RECIPE, module.ROWS, name, small=True)
+        for key in common.SCHEDULE:
+            assert getattr(small, key) == module.RECIPE[key][1]
+        assert all(len(figures) == 2 for figures in row.figures.values())
+
+
+def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
+    def parsed(*flags):
+        monkeypatch.setattr(sys, "argv", ["sinet.py", *flags])
+        return common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py")
+
+    args = parsed("--data", "mars", "--variant", "base+sbm", "--k", "5", "--beta", "3")
+    assert (args.idms, args.sbm, args.k, args.beta) == (0, True, 5, 3.0)
+    assert (args.epochs, args.lr, args.height) == (160, 3e-4, 256) and args.printed == (85.7, 90.2)
+    args = parsed("--variant", "base+sbm", "--no-sbm", "--positions", "1", "--splits", "2")
+    assert (args.sbm, args.positions, args.splits) == (False, (1,), (2,))
+    assert (args.epochs, args.lr, args.height) == (8, 5e-4, 128) and args.printed is None
+
+
+@pytest.mark.parametrize(
+    "script, name, flags",
+    [
+        ("tclnet.py", "duke", ("--chunk", 5)),
+        ("m3d.py", "lsvid", ()),
+        ("bicnet_tks.py", "folder", ()),
+        ("strf.py", "prid", ("--split", 3)),
+    ],
+)
 def test_every_script_trains_and_resumes_on_a_data_set(run, tmp_path, script, name, flags):
-    """sinet.py is tried in detail below; the others share its loop, which tests/test_same.py holds equal."""
+    """sinet.py is tried in detail below; the others share its loop, which tests/test_same.py holds
+    equal."""
     test_sets.WRITE[name](tmp_path / "sets")
-    # not narrower: torch's bfloat16 convolution with stride 2 reads beyond maps of width 2 on some CPUs (torch 2.15)
-    done = run(script, "--data", name, "--root", tmp_path / "sets", "--weights", "none", "--height", 64, "--width", 64, "--ids", 2, "--clips", 2, "--frames", 4,
-               "--epochs", 1, *flags)
-    assert done.returncode == 0 and re.search(r"^after epoch 1, .*mAP", done.stdout, re.M), done.stderr
+    # not narrower: torch's bfloat16 convolution with stride 2 reads beyond maps of width 2 on some
+    # CPUs (torch 2.15)
+    done = run(
+        script,
+        "--data",
+        name,
+        "--root",
+        tmp_path / "sets",
+        "--weights",
+        "none",
+        "--height",
+        64,
+        "--width",
+        64,
+        "--ids",
+        2,
+        "--clips",
+        2,
+        "--frames",
+        4,
+        "--epochs",
+        1,
+        *flags,
+    )
+    assert done.returncode == 0 and re.search(
+        r"^after epoch 1, .*mAP", done.stdout, re.M
+    ), done.stderr
     folder = tmp_path / f"runs/{Path(script).stem}-{name}" / ("split-3" if name == "prid" else "")
     args = json.loads((folder / "args.json").read_text())
-    assert args["data"] == name and args["chunk"] == {"duke": 5, "lsvid": 64}.get(name, 0) and args["split"] == ("3" if name == "prid" else "0")
+    assert (
+        args["data"] == name
+        and args["chunk"] == {"duke": 5, "lsvid": 64}.get(name, 0)
+        and args["split"] == ("3" if name == "prid" else "0")
+    )
     done = run(script, "--data", name, *flags, "--resume", "--epochs", 2, "--amp", "--workers", 1)
-    assert done.returncode == 0 and re.search(r"^after epoch 2, .*mAP", done.stdout, re.M), done.stderr
+    assert done.returncode == 0 and re.search(
+        r"^after epoch 2, .*mAP", done.stdout, re.M
+    ), done.stderr
     log = read_log(folder)
     assert [row["epoch"] for row in log] == ["1", "2"] and {"loss", *SCRIPTS[script]} < set(log[0])
     assert all(math.isfinite(float(row["loss"])) for row in log) and log[1]["mAP"]
 
 
 def test_all_splits_one_after_another(tmp_path, monkeypatch, capsys, refuses):
-    """Each is printed, with mean and deviation; after a restart the finished ones are not run again, an unfinished one goes on."""
-    import sinet
+    """Each is printed, with mean and deviation; after a restart the finished ones are not run
+    again, an unfinished one goes on."""
     test_sets.write_ilids(tmp_path)
-    monkeypatch.setattr(sinet, "build", lambda args, num_classes, weights: Colours(num_classes))
+    monkeypatch.setattr(sinet, "build", lambda args, num_classes: Colours(num_classes))
     monkeypatch.chdir(tmp_path)
 
     def start(*flags):
-        monkeypatch.setattr(sys, "argv", ["sinet.py", "--data", "ilids", "--root", str(tmp_path), "--gpu", "cpu", *map(str, TINY), "--frames", "4", "--split", "all",
-                                          *map(str, flags)])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "sinet.py",
+                "--data",
+                "ilids",
+                "--root",
+                str(tmp_path),
+                "--gpu",
+                "cpu",
+                *map(str, TINY),
+                "--frames",
+                "4",
+                "--split",
+                "all",
+                *map(str, flags),
+            ],
+        )
         sinet.main()
         return capsys.readouterr().out
+
     start("--epochs", 2, "--split", 6)
     out = start("--epochs", 2)
-    assert out.count("finished before") == 1 and re.search("^split 6: .*finished before", out, re.M)     # the one that ran alone
+    assert out.count("finished before") == 1 and re.search(
+        "^split 6: .*finished before", out, re.M
+    )  # the one that ran alone
     results = [float(v) for v in re.findall(r"^split \d: mAP ([\d.]+) ", out, re.M)]
-    mean, deviation = map(float, re.search(r"^10 splits: mAP ([\d.]+) \+- ([\d.]+)   rank-1", out, re.M).groups())
-    assert len(results) == 10 and abs(mean - statistics.mean(results)) < 0.11 and abs(deviation - statistics.stdev(results)) < 0.11
+    mean, deviation = map(
+        float, re.search(r"^10 splits: mAP ([\d.]+) \+- ([\d.]+)   rank-1", out, re.M).groups()
+    )
+    assert (
+        len(results) == 10
+        and abs(mean - statistics.mean(results)) < 0.11
+        and abs(deviation - statistics.stdev(results)) < 0.11
+    )
     folder = tmp_path / "runs/sinet-ilids"
     shutil.rmtree(folder / "split-4")
     state = torch.load(folder / "split-7/last.pt", weights_only=True)
     torch.save({**state, "history": state["history"][:1]}, folder / "split-7/last.pt")
     again = start("--epochs", 2)
-    assert again.count("finished before") == 8 and again.count("epoch 1/2:") == 1 and again.count("epoch 2/2:") == 2
-    assert "going on after epoch 1 of runs/sinet-ilids/split-7/last.pt" in again and again.count("\nsplit ") == 10 - again.startswith("split")
+    assert (
+        again.count("finished before") == 8
+        and again.count("epoch 1/2:") == 1
+        and again.count("epoch 2/2:") == 2
+    )
+    assert "going on after epoch 1 of runs/sinet-ilids/split-7/last.pt" in again and again.count(
+        "\nsplit "
+    ) == 10 - again.startswith("split")
     assert start("--epochs", 3).count("going on after epoch 2") == 10
     command = ("--data", "ilids", "--root", tmp_path, *TINY, "--split", "all", "--epochs", 3)
-    for flags, says in ((("--lr", 1), "with --lr 0.0003, not 1.0"), (("--weights", "none"), "with --weights imagenet, not none"), (("--amp",), "with --amp False, not True"),
-                        (("--rerank",), "with --rerank False, not True"), (("--epochs", 1), "for 3 epochs, more than --epochs 1")):
-        refuses((*command, *flags), f"split-0/last.pt: was trained {says}")     # a mean of different settings would say nothing
+    for flags, says in (
+        (("--lr", 1), "was trained with --lr 0.0003, not --lr 1.0"),
+        (("--weights", "none"), "was trained with --weights imagenet, not --weights none"),
+        (("--amp",), "was trained with --no-amp, not --amp"),
+        (("--rerank",), "was trained with --no-rerank, not --rerank"),
+        (("--epochs", 1), "has 3 epochs, --epochs says 1"),
+    ):  # a mean of different settings would say nothing
+        refuses((*command, *flags), f"split-0/last.pt: {says}")
     torch.save({"script": "sinet.py"}, folder / "split-2/last.pt")
     refuses(command, "split-2/last.pt: not a checkpoint of sinet.py")
     shutil.rmtree(tmp_path / "ilids/i-LIDS-VID/sequences/cam1/person003")
@@ -101,12 +229,29 @@ def test_m3d_starts_from_a_2d_stream(run, refuses, small_root, tmp_path):
     common = ("--root", small_root, "--height", 64, "--width", 32, "--ids", 3, "--frames", 4)
     done = run("m3d.py", *common, "--variant", "2d", "--epochs", 1, "--output", "2d")
     assert done.returncode == 0, done.stderr
-    done = run("m3d.py", *common, "--variant", "m3d", "--init-2d", "2d/last.pt", "--epochs", 1, "--output", "m3d")
+    done = run(
+        "m3d.py",
+        *common,
+        "--variant",
+        "m3d",
+        "--init-2d",
+        "2d/last.pt",
+        "--epochs",
+        1,
+        "--output",
+        "m3d",
+    )
     assert done.returncode == 0 and "mAP" in done.stdout, done.stderr
     assert run("m3d.py", "--resume", "m3d/last.pt", "--evaluate").returncode == 0
-    refuses((*common, "--init-2d", "m3d/last.pt"), "m3d/last.pt: holds no 2D stream", script="m3d.py")
+    refuses(
+        (*common, "--init-2d", "m3d/last.pt"), "m3d/last.pt: holds no 2D stream", script="m3d.py"
+    )
     refuses((*common, "--init-2d", "none.pt"), "none.pt: no such file", script="m3d.py")
-    refuses((*common, "--stream", "spatial", "--init-2d", "2d/last.pt"), "--init-2d: is for the temporal stream", script="m3d.py")
+    refuses(
+        (*common, "--stream", "spatial", "--init-2d", "2d/last.pt"),
+        "init_2d is for the temporal stream",
+        script="m3d.py",
+    )
 
 
 def test_a_run_prints_and_writes(trained):
@@ -115,28 +260,75 @@ def test_a_run_prints_and_writes(trained):
     assert re.search(r"base: [\d,]+ parameters, \d+\.\d+ GFLOPs", out)
     results = re.findall(r"^(.*), all frames:  mAP ([\d.]+)   CMC-1 ([\d.]+)", out, re.M)
     assert [label for label, *_ in results] == ["untrained", "after epoch 2"]
-    assert out.strip().splitlines()[-1].startswith("after epoch 2")          # the last epoch's result ends the output
+    last, end = out.strip().splitlines()[-2:]  # the last epoch's result ends the output
+    assert last.startswith("after epoch 2")
+    mean_ap, first = results[1][1:]
+    assert end == (
+        f"base on synthetic, epoch 2: mAP {mean_ap}, rank-1 {first}; the paper prints no figure"
+    )
     log = read_log(folder)
-    assert [row["epoch"] for row in log] == ["1", "2"] and log[0]["mAP"] == "" and f"{float(log[1]['mAP']):.1f}" == results[1][1]
-    assert {"lr", "loss", "xent", "triplet", "mi"} < set(log[0]) and re.search(r"^epoch 2/2: .* clips/s\)$", out, re.M)
+    assert (
+        [row["epoch"] for row in log] == ["1", "2"]
+        and log[0]["mAP"] == ""
+        and f"{float(log[1]['mAP']):.1f}" == results[1][1]
+    )
+    assert {"lr", "loss", "xent", "triplet"} < set(log[0]) and re.search(
+        r"^epoch 2/2: .* clips/s\)$", out, re.M
+    )
     args = json.loads((folder / "args.json").read_text())
-    assert args["variant"] == "base" and args["height"] == 48 and args["lr"] == 5e-4 and args["weights"] == "none"
+    assert (
+        args["variant"] == "base"
+        and args["height"] == 48
+        and args["lr"] == 5e-4
+        and args["weights"] == "none"
+    )
     state = torch.load(folder / "last.pt", weights_only=True)
-    assert {"model", "optimizer", "scheduler", "random", "args"} < set(state) and len(state["history"]) == 2
+    assert {"model", "optimizer", "scheduler", "random", "args"} < set(state) and len(
+        state["history"]
+    ) == 2
     assert sorted(p.name for p in folder.iterdir()) == ["args.json", "last.pt", "log.csv"]
 
 
 def test_evaluate_repeats_the_result_and_reranks(trained, run):
     folder, out = trained
     done = run("sinet.py", "--evaluate", "--resume", folder / "last.pt")
-    assert done.returncode == 0 and out.strip().splitlines()[-1].split("(")[0] in done.stdout
-    assert "epoch 1/" not in done.stdout and sorted(p.name for p in folder.iterdir()) == ["args.json", "last.pt", "log.csv"]
-    done = run("sinet.py", "--evaluate", "--resume", folder / "last.pt", "--rerank", "--workers", 1, "--amp")
-    assert done.returncode == 0 and "after epoch 2, all frames, re-ranked:  mAP" in done.stdout, done.stderr
+    assert done.returncode == 0 and out.strip().splitlines()[-2].split("(")[0] in done.stdout
+    assert "epoch 1/" not in done.stdout and sorted(p.name for p in folder.iterdir()) == [
+        "args.json",
+        "last.pt",
+        "log.csv",
+    ]
+    done = run(
+        "sinet.py",
+        "--evaluate",
+        "--resume",
+        folder / "last.pt",
+        "--rerank",
+        "--workers",
+        1,
+        "--amp",
+    )
+    assert (
+        done.returncode == 0 and "after epoch 2, all frames, re-ranked:  mAP" in done.stdout
+    ), done.stderr
 
 
 def test_sinet_trains_with_amp_and_workers(run, small_root, tmp_path):
-    done = run("sinet.py", "--root", small_root, *TINY, "--epochs", 1, "--amp", "--workers", 2, "--pool", "avg", "--seed", 3)
+    done = run(
+        "sinet.py",
+        "--root",
+        small_root,
+        *TINY,
+        "--epochs",
+        1,
+        "--amp",
+        "--workers",
+        2,
+        "--pool",
+        "avg",
+        "--seed",
+        3,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all frames") == 2 and "after epoch 1, all frames" in done.stdout
     assert all(row["mAP"] for row in read_log(tmp_path / "runs/sinet-synthetic"))
@@ -149,71 +341,131 @@ def test_backbone_weights_from_a_file(run, small_root, tmp_path):
     assert done.returncode == 0 and "untrained, all frames" in done.stdout, done.stderr
     state["conv1.weight"] = state["conv1.weight"][:, :1]
     torch.save(state, tmp_path / "odd.pth")
-    fails(run("sinet.py", "--evaluate", "--root", small_root, *TINY, "--weights", "odd.pth"), "odd.pth: not the weights of torchvision's ResNet-50")
+    fails(
+        run("sinet.py", "--evaluate", "--root", small_root, *TINY, "--weights", "odd.pth"),
+        "odd.pth: not the weights of torchvision's ResNet-50",
+    )
 
 
 def fails(done, *says):
     """One line on stderr, exit code 2, no traceback."""
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr
+    assert (
+        done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
+    ), done.stderr
     for text in says:
         assert text in done.stderr
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (("--data", "mars", "--root", "nowhere"), ["nowhere/mars: missing bbox_train", "expected nowhere/mars/{bbox_train"]),
-    (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
-    (("--bogus",), ["--bogus", "--help"]),
-    (("--weights", "imagenet"), ["cannot get its ResNet-50", "resnet50-0676ba61.pth", "--weights none"]),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (
+            ("--data", "mars", "--root", "nowhere"),
+            ["nowhere/mars: missing bbox_train", "expected nowhere/mars/{bbox_train"],
+        ),
+        (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
+        (("--bogus",), ["--bogus", "--help"]),
+        (
+            ("--weights", "imagenet"),
+            ["cannot get its ResNet-50", "resnet50-0676ba61.pth", "--weights none"],
+        ),
+    ],
+)
 def test_errors_are_one_line(run, small_root, tmp_path, arguments, says):
     root = () if "--root" in arguments else ("--root", small_root)
-    # no download: the proxy of every protocol is a closed port of this machine, and the cache of weights is empty
-    env = {**{f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https", "HTTP", "HTTPS")}, "TORCH_HOME": str(tmp_path / "cache")}
+    # no download: the proxy of every protocol is a closed port of this machine, and the cache of
+    # weights is empty
+    env = {
+        **{f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https", "HTTP", "HTTPS")},
+        "TORCH_HOME": str(tmp_path / "cache"),
+    }
     fails(run("sinet.py", *root, *arguments, env=env), *says)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (("--frames", "3"), ["at least 4 frames, not 3", "--frames"]),
-    (("--height", "32"), ["at least 33x33 pixels, not 32x64", "--height"]),
-    (("--ids", "7"), ["a batch needs 7 identities, the training set has 6"]),
-    (("--epochs", "0"), ["--epochs", "int of 1 to"]),
-    (("--lr", "nan"), ["--lr", "float of 0 to"]),
-    (("--seed", "1" + 30 * "0"), ["--seed", "int of 0 to"]),
-    (("--erase", "1.5"), ["--erase", "float of 0 to 1"]),
-    (("--variant", "sinett"), ["--variant", "'sinett'"]),
-    (("--data", "marz"), ["--data", "'marz'"]),
-    (("--weights", "nothing.pth"), ["nothing.pth: no such file"]),
-    (("--resume", "nothing.pt"), ["nothing.pt: no such file"]),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("--frames", "3"), ["at least 4 frames, not 3", "--frames"]),
+        (("--height", "32"), ["at least 33x33 pixels, not 32x64", "--height"]),
+        (("--ids", "7"), ["a batch needs 7 identities, the training set has 6"]),
+        (("--epochs", "0"), ["--epochs", "int of 1 to"]),
+        (("--lr", "nan"), ["--lr", "float of 0 to"]),
+        (("--seed", "1" + 30 * "0"), ["--seed", "int of 0 to"]),
+        (("--erase", "1.5"), ["--erase", "float of 0 to 1"]),
+        (("--variant", "sinett"), ["--variant", "'sinett'"]),
+        (("--data", "marz"), ["--data", "'marz'"]),
+        (("--weights", "nothing.pth"), ["nothing.pth: no such file"]),
+        (("--resume", "nothing.pt"), ["nothing.pt: no such file"]),
+    ],
+)
 def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
     refuses(("--root", small_root, *arguments), *says)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script, arguments, says", [
-    ("tclnet.py", ("--frames", 3), ["2 learners take clips of 2, 4, 6 ... frames, not 3", "--frames"]),
-    ("tclnet.py", ("--height", 16), ["1 erased block(s) of 1x4 can cover the whole 1x4 map of 16x64 frames"]),
-    ("tclnet.py", ("--loss", "tri"), ["--loss", "'tri'"]),
-    ("bicnet_tks.py", ("--frames", 6), ["a clip needs 4, 8, 12 ... frames, not 6", "--frames"]),
-    ("bicnet_tks.py", ("--height", 48), ["heights of 64, 128, 192 ... and widths of 32, 64, 96 ... pixels, not 48x64"]),
-    ("bicnet_tks.py", ("--divergence", "-1"), ["--divergence", "float of 0 to"]),
-    *((script, *case) for script in list(SCRIPTS)[1:] for case in (
-        *((("--data", name, "--root", "nowhere"), [f"nowhere/{name}: missing "]) for name in DATA_SETS if name != "synthetic"),
-        (("--data", "mars", "--split", "1"), ["--split: mars has no splits, ilids and prid have"]),
-        (("--data", "prid", "--split", "all", "--evaluate"), ["--split all: goes on by itself"]),
-        (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
-        (("--bogus",), ["--bogus", "--help"]),
-        (("--resume", "sinet.pt"), [f"sinet.pt: not a checkpoint of {script}"]),
-        (("--frames", "0"), ["--frames", "int of 1 to"]))),
-    *((script, ("--ids", "7"), ["a batch needs 7 identities, the training set has 6"]) for script in list(SCRIPTS)[1:] if script != "m3d.py"),
-    ("m3d.py", ("--ids", "700"), ["a batch needs 700 tracklets, the training set has"]),
-    ("m3d.py", ("--stream", "both"), ["--stream", "'both'"]),
-    ("strf.py", ("--kappa", "x"), ["--kappa", "float of 0 to"])])
+@pytest.mark.parametrize(
+    "script, arguments, says",
+    [
+        (
+            "tclnet.py",
+            ("--frames", 3),
+            ["2 learners take clips of 2, 4, 6 ... frames, not 3", "--frames"],
+        ),
+        (
+            "tclnet.py",
+            ("--height", 16),
+            ["1 erased block(s) of 1x4 can cover the whole 1x4 map of 16x64 frames"],
+        ),
+        ("tclnet.py", ("--loss", "tri"), ["--loss", "'tri'"]),
+        ("bicnet_tks.py", ("--frames", 6), ["a clip needs 4, 8, 12 ... frames, not 6", "--frames"]),
+        (
+            "bicnet_tks.py",
+            ("--height", 48),
+            ["heights of 64, 128, 192 ... and widths of 32, 64, 96 ... pixels, not 48x64"],
+        ),
+        ("bicnet_tks.py", ("--divergence", "-1"), ["--divergence", "float of 0 to"]),
+        *(
+            (script, *case)
+            for script in list(SCRIPTS)[1:]
+            for case in (
+                *(
+                    (("--data", name, "--root", "nowhere"), [f"nowhere/{name}: missing "])
+                    for name in DATA_SETS
+                    if name != "synthetic"
+                ),
+                (
+                    ("--data", "mars", "--split", "1"),
+                    ["--split: mars has no splits, ilids and prid have"],
+                ),
+                (
+                    ("--data", "prid", "--split", "all", "--evaluate"),
+                    ["--split all: is for training"],
+                ),
+                (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
+                (("--bogus",), ["--bogus", "--help"]),
+                (("--resume", "sinet.pt"), [f"sinet.pt: not a checkpoint of {script}"]),
+                (("--frames", "0"), ["--frames", "int of 1 to"]),
+            )
+        ),
+        *(
+            (script, ("--ids", "7"), ["a batch needs 7 identities, the training set has 6"])
+            for script in list(SCRIPTS)[1:]
+            if script != "m3d.py"
+        ),
+        ("m3d.py", ("--ids", "700"), ["a batch needs 700 tracklets, the training set has"]),
+        ("m3d.py", ("--stream", "both"), ["--stream", "'both'"]),
+        ("strf.py", ("--kappa", "x"), ["--kappa", "float of 0 to"]),
+    ],
+)
 def test_wrong_flags_of_every_script(refuses, small_root, tmp_path, script, arguments, says):
     torch.save({"script": "sinet.py"}, tmp_path / "sinet.pt")
-    refuses((*(() if "--root" in arguments else ("--root", small_root)), *arguments), *says, script=script)
+    refuses(
+        (*(() if "--root" in arguments else ("--root", small_root)), *arguments),
+        *says,
+        script=script,
+    )
 
 
 def test_damaged_data_is_one_line(run, small_root, tmp_path):
@@ -222,8 +474,26 @@ def test_damaged_data_is_one_line(run, small_root, tmp_path):
     for damaged in (tmp_path / "d/synthetic/bbox_train/0003").glob("*.jpg"):
         damaged.write_bytes(frame.read_bytes()[:100])
     for workers in (0, 2):
-        fails(run("sinet.py", "--root", "d", *TINY, "--ids", 6, "--epochs", 1, "--variant", "base", "--workers", workers, "--output", f"o{workers}"),
-              "bbox_train/0003/0003C", "unreadable image")
+        fails(
+            run(
+                "sinet.py",
+                "--root",
+                "d",
+                *TINY,
+                "--ids",
+                6,
+                "--epochs",
+                1,
+                "--variant",
+                "base",
+                "--workers",
+                workers,
+                "--output",
+                f"o{workers}",
+            ),
+            "bbox_train/0003/0003C",
+            "unreadable image",
+        )
     (tmp_path / "d/synthetic/info/tracks_test_info.mat").unlink()
     fails(run("sinet.py", "--root", "d"), "missing info/tracks_test_info.mat")
 
@@ -232,12 +502,21 @@ def test_checkpoint_errors(trained, run, refuses, tmp_path):
     last = trained[0] / "last.pt"
     (tmp_path / "cut.pt").write_bytes(last.read_bytes()[:100_000])
     fails(run("sinet.py", "--resume", "cut.pt"), "cut.pt: not a readable checkpoint")
-    refuses(("--resume", last, "--variant", "sinet"), "was trained with --variant base, not sinet")
-    refuses(("--resume", last, "--height", 64), "was trained with --height 48, not 64")
-    refuses(("--resume", last, "--lr", 1), "was trained with --lr 0.0005, not 1.0")
-    refuses(("--resume", last, "--evaluate", "--beta", 1), "was trained with --beta 5.0, not 1.0")
-    for content, says in (({"a": 1}, "not a checkpoint of sinet.py"), ({"script": "sinet.py"}, "not a checkpoint of sinet.py"),
-                          ([1], "holds a list"), ({"script": Path("x")}, "not a readable checkpoint")):   # a Path is more than data
+    refuses(
+        ("--resume", last, "--variant", "sinet"),
+        "was trained with --variant base, not --variant sinet",
+    )
+    refuses(("--resume", last, "--height", 64), "was trained with --height 48, not --height 64")
+    refuses(("--resume", last, "--lr", 1), "was trained with --lr 0.0005, not --lr 1.0")
+    refuses(
+        ("--resume", last, "--evaluate", "--beta", 1), "was trained with --beta 5.0, not --beta 1.0"
+    )
+    for content, says in (
+        ({"a": 1}, "not a checkpoint of sinet.py"),
+        ({"script": "sinet.py"}, "not a checkpoint of sinet.py"),
+        ([1], "holds a list"),
+        ({"script": Path("x")}, "not a readable checkpoint"),
+    ):  # a Path is more than data
         torch.save(content, tmp_path / "odd.pt")
         refuses(("--resume", "odd.pt"), f"odd.pt: {says}")
     state = torch.load(last, weights_only=True)
@@ -248,10 +527,15 @@ def test_checkpoint_errors(trained, run, refuses, tmp_path):
 
 def test_output_folder_errors(trained, refuses, small_root, tmp_path):
     refuses(("--root", small_root, "--output", trained[0]), "holds a run already", "--resume")
-    shutil.copytree(trained[0], tmp_path / "other")              # a resumed run does not overwrite another one, either
-    refuses(("--resume", trained[0] / "last.pt", "--output", "other", "--epochs", 3), "other holds a run already")
+    shutil.copytree(
+        trained[0], tmp_path / "other"
+    )  # a resumed run does not overwrite another one, either
+    refuses(
+        ("--resume", trained[0] / "last.pt", "--output", "other", "--epochs", 3),
+        "other holds a run already",
+    )
     (tmp_path / "file").write_text("")
-    refuses(("--root", small_root, "--output", "file/run"), "--output file/run: cannot be written")
+    refuses(("--root", small_root, "--output", "file/run"), "file/run/args.json: cannot be written")
 
 
 def test_the_readme_snippet_runs(run, tmp_path):
@@ -260,5 +544,11 @@ def test_the_readme_snippet_runs(run, tmp_path):
     code = text.split("```python\n")[1].split("```")[0]
     assert 4 <= len(code.strip().splitlines()) <= 8
     (tmp_path / "snippet.py").write_text(code)
-    done = subprocess.run([sys.executable, tmp_path / "snippet.py"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, tmp_path / "snippet.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0 and "torch.Size([2, 4, 1024, 16, 8])" in done.stdout, done.stderr

@@ -1,4 +1,6 @@
-"""Distances, the triplet loss, CMC/mAP and re-ranking against slow definitions; feature extraction; the counter."""
+"""Distances, the triplet loss, CMC/mAP and re-ranking against slow definitions; feature extraction;
+the counter."""
+
 import math
 
 import numpy as np
@@ -7,7 +9,16 @@ import torch
 import torch.nn as nn
 
 import common
-from common import batch_hard_triplet, cmc_map, complexity, distance_blocks, distances, evaluate, extract, match_ranks, rerank
+from common import (
+    batch_hard_triplet,
+    cmc_map,
+    complexity,
+    distance_blocks,
+    evaluate,
+    extract,
+    match_ranks,
+    rerank,
+)
 from data import UserError, load_dataset, normalize, read_clip, split_consecutive, split_segments
 
 
@@ -18,34 +29,61 @@ def slow_distance(a, b, metric):
     return 1 - sum(x * y for x, y in zip(a.tolist(), b.tolist())) / (a.norm() * b.norm()).item()
 
 
+def distances(a, b, metric="cosine"):
+    return torch.cat([d for _, d in distance_blocks(a, b, metric)])
+
+
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_distances(metric):
+    """The tolerance: a square is a sum of some ten float32 products of about 10, and its root
+    divides the error by twice the distance."""
     a, b = torch.randn(7, 5), torch.randn(9, 5)
     expected = torch.tensor([[slow_distance(x, y, metric) for y in b] for x in a])
-    torch.testing.assert_close(distances(a, b, metric), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(distances(a, b, metric), expected, atol=1e-5, rtol=1e-5)
     blocks = list(distance_blocks(a, b, metric, rows=3))
-    assert [len(d) for _, d in blocks] == [3, 3, 1] and [rows.start for rows, _ in blocks] == [0, 3, 6]
-    assert torch.equal(torch.cat([d for _, d in blocks]), torch.cat([d for _, d in distance_blocks(a, b, metric, rows=3)]))
+    assert [len(d) for _, d in blocks] == [3, 3, 1] and [rows.start for rows, _ in blocks] == [
+        0,
+        3,
+        6,
+    ]
+    assert torch.equal(
+        torch.cat([d for _, d in blocks]),
+        torch.cat([d for _, d in distance_blocks(a, b, metric, rows=3)]),
+    )
     with pytest.raises(ValueError, match="metric"):
         next(distance_blocks(a, b, "manhattan"))
 
 
-def slow_triplet(x, pids, margin, metric):
+def slow_triplet(x, pids, margin):
     losses = []
     for i in range(len(x)):
-        positives = [slow_distance(x[i], x[j], metric) for j in range(len(x)) if j != i and pids[j] == pids[i]]
-        negatives = [slow_distance(x[i], x[j], metric) for j in range(len(x)) if pids[j] != pids[i]]
+        positives = [
+            slow_distance(x[i], x[j], "cosine")
+            for j in range(len(x))
+            if j != i and pids[j] == pids[i]
+        ]
+        negatives = [
+            slow_distance(x[i], x[j], "cosine") for j in range(len(x)) if pids[j] != pids[i]
+        ]
         if positives and negatives:
             losses.append(max(0.0, margin + max(positives) - min(negatives)))
     return sum(losses) / max(1, len(losses))
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("pids", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
-def test_triplet(metric, pids):
+@pytest.mark.parametrize(
+    "pids",
+    [
+        [0, 0, 1, 1, 2, 2],
+        [0, 0, 0, 1, 2, 2],
+        [0, 1, 2, 3, 4, 5],
+        [1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 1],
+    ],
+)
+def test_triplet(pids):
     x = torch.randn(6, 8, requires_grad=True)
-    loss = batch_hard_triplet(x, torch.tensor(pids), 0.3, metric)
-    assert abs(loss.item() - slow_triplet(x.detach(), pids, 0.3, metric)) < 1e-5
+    loss = batch_hard_triplet(x, torch.tensor(pids), 0.3)
+    assert abs(loss.item() - slow_triplet(x.detach(), pids, 0.3)) < 1e-5
     loss.backward()
     assert x.grad.isfinite().all()
     assert (x.grad.abs().sum() > 0) == (loss.item() > 0)
@@ -53,22 +91,25 @@ def test_triplet(metric, pids):
 
 def test_triplet_of_equal_embeddings_is_the_margin():
     x = torch.ones(4, 3, requires_grad=True)
-    for metric in ("cosine", "euclidean"):
-        loss = batch_hard_triplet(x, torch.tensor([0, 0, 1, 1]), 0.4, metric)
-        loss.backward()
-        assert abs(loss.item() - 0.4) < 1e-6 and x.grad.isfinite().all()
+    loss = batch_hard_triplet(x, torch.tensor([0, 0, 1, 1]), 0.4)
+    loss.backward()
+    assert abs(loss.item() - 0.4) < 1e-6 and x.grad.isfinite().all()
 
 
 def slow_cmc_map(d, q_pids, q_cams, g_pids, g_cams, top):
     cmc, aps = [], []
     for q in range(len(q_pids)):
         ranking = sorted(range(len(g_pids)), key=lambda g: (d[q][g], g))
-        ranking = [g for g in ranking if g_pids[g] != -1 and not (g_pids[g] == q_pids[q] and g_cams[g] == q_cams[q])]
+        ranking = [
+            g
+            for g in ranking
+            if g_pids[g] != -1 and not (g_pids[g] == q_pids[q] and g_cams[g] == q_cams[q])
+        ]
         hits = [g_pids[g] == q_pids[q] for g in ranking]
         if not any(hits):
             continue
         cmc.append([any(hits[:k]) for k in range(1, top + 1)])
-        aps.append(np.mean([sum(hits[:k + 1]) / (k + 1) for k in range(len(hits)) if hits[k]]))
+        aps.append(np.mean([sum(hits[: k + 1]) / (k + 1) for k in range(len(hits)) if hits[k]]))
     return np.mean(cmc, 0), np.mean(aps), len(aps)
 
 
@@ -76,20 +117,28 @@ def slow_cmc_map(d, q_pids, q_cams, g_pids, g_cams, top):
 def test_cmc_map(seed):
     rng = np.random.default_rng(seed)
     Q, G = rng.integers(1, 15), rng.integers(5, 60)
-    d = rng.integers(0, rng.choice([2, 5, 1000]), (Q, G)).astype(np.float32)      # many ties
-    q_pids, g_pids = rng.integers(1, 8, Q), rng.integers(-1, 7, G)                # junk, distractors, pid 7 has no match
+    d = rng.integers(0, rng.choice([2, 5, 1000]), (Q, G)).astype(np.float32)  # many ties
+    q_pids, g_pids = rng.integers(1, 8, Q), rng.integers(
+        -1, 7, G
+    )  # junk, distractors, pid 7 has no match
     q_cams, g_cams = rng.integers(1, 4, Q), rng.integers(1, 4, G)
-    g_cams[g_pids == 3] = 1                                                       # seen by one camera only
-    q_pids[0], q_cams[0], g_pids[0], g_cams[0] = 1, 1, 1, 2                       # at least one query has a match
+    g_cams[g_pids == 3] = 1  # seen by one camera only
+    q_pids[0], q_cams[0], g_pids[0], g_cams[0] = 1, 1, 1, 2  # at least one query has a match
     expected = slow_cmc_map(d, q_pids, q_cams, g_pids, g_cams, 20)
-    for given in (d, ((slice(i, i + 4), d[i:i + 4]) for i in range(0, Q, 4))):
+    for given in (d, ((slice(i, i + 4), d[i : i + 4]) for i in range(0, Q, 4))):
         cmc, mean_ap, matched = cmc_map(given, q_pids, q_cams, g_pids, g_cams, 20)
         np.testing.assert_allclose(cmc, expected[0], atol=1e-12)
         assert abs(mean_ap - expected[1]) < 1e-12 and matched == expected[2]
 
 
 def test_ties_rank_in_gallery_order():
-    ranks, = match_ranks(np.zeros((1, 4)), np.array([1]), np.array([1]), np.array([2, 1, 2, 1]), np.array([2, 2, 2, 2]))
+    (ranks,) = match_ranks(
+        np.zeros((1, 4)),
+        np.array([1]),
+        np.array([1]),
+        np.array([2, 1, 2, 1]),
+        np.array([2, 2, 2, 2]),
+    )
     assert ranks.tolist() == [1, 3]
 
 
@@ -108,7 +157,7 @@ def slow_rerank(q, g, metric, k1, k2, weight):
     ranking = [sorted(range(n), key=lambda j: (j != i, d[i, j])) for i in range(n)]
 
     def near(p, k):
-        return set(ranking[p][:k + 1])
+        return set(ranking[p][: k + 1])
 
     def reciprocal(p, k):
         return {j for j in near(p, k) if p in near(j, k)}
@@ -123,8 +172,11 @@ def slow_rerank(q, g, metric, k1, k2, weight):
         for j in members:
             V[p, j] = math.exp(-d[p, j])
     V = np.array([np.mean([V[j] for j in ranking[p][:k2]], 0) for p in range(n)])
-    jaccard = [[1 - np.minimum(V[i], V[j]).sum() / np.maximum(V[i], V[j]).sum() for j in range(len(q), n)] for i in range(len(q))]
-    return weight * d[:len(q), len(q):] + (1 - weight) * np.array(jaccard)
+    jaccard = [
+        [1 - np.minimum(V[i], V[j]).sum() / np.maximum(V[i], V[j]).sum() for j in range(len(q), n)]
+        for i in range(len(q))
+    ]
+    return weight * d[: len(q), len(q) :] + (1 - weight) * np.array(jaccard)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -132,11 +184,14 @@ def slow_rerank(q, g, metric, k1, k2, weight):
 def test_rerank(metric, k1, k2, weight):
     centres = torch.randn(6, 8)
     q, g = centres + 0.3 * torch.randn(6, 8), centres.repeat(5, 1) + 0.3 * torch.randn(30, 8)
-    np.testing.assert_allclose(rerank(q, g, metric, k1, k2, weight), slow_rerank(q, g, metric, k1, k2, weight), atol=2e-5)
+    np.testing.assert_allclose(
+        rerank(q, g, metric, k1, k2, weight), slow_rerank(q, g, metric, k1, k2, weight), atol=2e-5
+    )
 
 
 class Mean(nn.Module):
-    """A stand-in network: the mean colours of a clip, and its frames' positions weighted, so that order matters."""
+    """A stand-in network: the mean colours of a clip, and its frames' positions weighted, so that
+    order matters."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +202,9 @@ class Mean(nn.Module):
         assert not self.training
         self.seen.append(len(clips))
         weights = torch.arange(1, clips.shape[1] + 1, dtype=clips.dtype, device=clips.device)
-        return self.scale * torch.cat([clips.mean((1, 3, 4)), (clips.mean((2, 3, 4)) * weights).sum(1, keepdim=True)], 1)
+        return self.scale * torch.cat(
+            [clips.mean((1, 3, 4)), (clips.mean((2, 3, 4)) * weights).sum(1, keepdim=True)], 1
+        )
 
 
 @pytest.mark.parametrize("split", [split_consecutive, split_segments])
@@ -156,25 +213,45 @@ def test_extract_packs_clips_and_equals_one_tracklet_at_a_time(small_root, split
     tracklets, model = load_dataset("synthetic", small_root).gallery, Mean().train()
     x = extract(model, tracklets, split, 4, (64, 32), batch=5, workers=workers)
     clips = sum(-(-len(t.frames) // 4) for t in tracklets)
-    assert model.seen == [5] * (clips // 5) + [clips % 5] * (clips % 5 > 0)       # full batches across tracklets
-    assert model.training                                                         # left as it was
+    assert model.seen == [5] * (clips // 5) + [clips % 5] * (
+        clips % 5 > 0
+    )  # full batches across tracklets
+    assert model.training  # left as it was
     model.eval()
     for i, t in enumerate(tracklets):
-        batch = torch.stack([read_clip([t.frames[f] for f in clip], (64, 32)) for clip in split(len(t.frames), 4)])
+        batch = torch.stack(
+            [read_clip([t.frames[f] for f in clip], (64, 32)) for clip in split(len(t.frames), 4)]
+        )
         torch.testing.assert_close(x[i], model(normalize(batch)).mean(0), atol=1e-5, rtol=1e-5)
 
 
 def test_evaluate(small_root, capsys, monkeypatch):
     dataset, calls = load_dataset("synthetic", small_root), []
-    monkeypatch.setattr(common, "extract", lambda model, tracklets, *a, **k: calls.append(tracklets) or extract(model, tracklets, *a, **k))
+    monkeypatch.setattr(
+        common,
+        "extract",
+        lambda model, tracklets, *a, **k: calls.append(tracklets)
+        or extract(model, tracklets, *a, **k),
+    )
     result = evaluate(Mean(), dataset, split_segments, 4, (64, 32), label="here", batch=4)
-    assert len(calls[0]) == len(dataset.gallery)                                  # queries are not extracted twice
-    q, g = (extract(Mean(), part, split_segments, 4, (64, 32)) for part in (dataset.query, dataset.gallery))
-    arrays = [np.array([getattr(t, key) for t in part]) for part in (dataset.query, dataset.gallery) for key in ("pid", "cam")]
+    assert len(calls[0]) == len(dataset.gallery)  # queries are not extracted twice
+    q, g = (
+        extract(Mean(), part, split_segments, 4, (64, 32))
+        for part in (dataset.query, dataset.gallery)
+    )
+    arrays = [
+        np.array([getattr(t, key) for t in part])
+        for part in (dataset.query, dataset.gallery)
+        for key in ("pid", "cam")
+    ]
     cmc, mean_ap, _ = slow_cmc_map(distances(q, g).tolist(), *arrays, 20)
     assert abs(result["mAP"] - 100 * mean_ap) < 1e-6 and abs(result["rank-5"] - 100 * cmc[4]) < 1e-6
     out = capsys.readouterr().out
-    assert out.startswith("here, all frames:  mAP ") and "CMC-20" in out and f"{result['mAP']:.1f}" in out
+    assert (
+        out.startswith("here, all frames:  mAP ")
+        and "CMC-20" in out
+        and f"{result['mAP']:.1f}" in out
+    )
     evaluate(Mean(), dataset, split_segments, 4, (64, 32), use_rerank=True)
     assert "re-ranked" in capsys.readouterr().out
 
@@ -200,3 +277,15 @@ def test_complexity():
     assert net.conv.weight.device.type == "cpu" and net.training
 
 
+class Finishing(Mean):
+    """A network whose eval mode gives what can be averaged, and `finish` what can be compared."""
+
+    def finish(self, features):
+        return nn.functional.normalize(features, dim=1)
+
+
+def test_a_network_finishes_what_was_averaged(small_root):
+    tracklets = load_dataset("synthetic", small_root).gallery
+    plain = extract(Mean(), tracklets, split_consecutive, 4, (64, 32))
+    finished = extract(Finishing(), tracklets, split_consecutive, 4, (64, 32))
+    assert torch.equal(finished, nn.functional.normalize(plain, dim=1))

@@ -1,4 +1,6 @@
-"""Long runs survive: kills, signals, full disks, damaged checkpoints, diverged losses, several processes."""
+"""Long runs survive: kills, signals, full disks, damaged checkpoints, diverged losses, several
+processes."""
+
 import os
 import random
 import re
@@ -6,9 +8,11 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -33,21 +37,39 @@ def handlers():
 
 @pytest.fixture
 def start(tmp_path, small_root):
-    """start(*flags) -> the running command of `trained`, with other flags, its output in the file tmp_path/out."""
+    """start(*flags) -> the running command of `trained`, with other flags, its output in the file
+    tmp_path/out."""
+
     def popen(*flags, launcher=None, before=int):
-        command, out = ["sinet.py", "--root", small_root, "--variant", "base", "--epochs", 2, *TINY, *flags], tmp_path / "out"
+        command, out = [
+            "sinet.py",
+            "--root",
+            small_root,
+            "--variant",
+            "base",
+            "--epochs",
+            2,
+            *TINY,
+            *flags,
+        ], tmp_path / "out"
         out.write_text("")
         if not launcher:
             return Forked(command, tmp_path, out, out, before=before)
         with open(out, "w") as file:
-            return subprocess.Popen([sys.executable, *launcher, ROOT / command[0], *map(str, command[1:])], cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT,
-                                    env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"})
+            return subprocess.Popen(
+                [sys.executable, *launcher, ROOT / command[0], *map(str, command[1:])],
+                cwd=tmp_path,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"},
+            )
+
     yield popen
     drop_weights(tmp_path)
 
 
 def small_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 8, 10 ** 8))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**8, 10**8))
 
 
 def wait_for(process, file, text, seconds=120):
@@ -60,28 +82,39 @@ def wait_for(process, file, text, seconds=120):
 def same_run(folder, out, reference):
     """Bitwise the same final weights, optimiser, log and result as the uninterrupted run."""
     whole, other = (torch.load(f / "last.pt", weights_only=True) for f in (reference[0], folder))
-    assert whole["model"].keys() == other["model"].keys() and all(torch.equal(v, other["model"][k]) for k, v in whole["model"].items())
-    for a, b in zip(whole["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True):
+    assert whole["model"].keys() == other["model"].keys() and all(
+        torch.equal(v, other["model"][k]) for k, v in whole["model"].items()
+    )
+    for a, b in zip(
+        whole["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True
+    ):
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert (folder / "log.csv").read_bytes() == (reference[0] / "log.csv").read_bytes()
-    assert whole["scheduler"] == other["scheduler"] and whole["history"] == other["history"] and whole["progress"] == other["progress"]
+    assert (
+        whole["scheduler"] == other["scheduler"]
+        and whole["history"] == other["history"]
+        and whole["progress"] == other["progress"]
+    )
     assert reference[1].strip().splitlines()[-1].split("(")[0] in out
 
 
 def test_killed_runs_end_as_if_never_stopped(trained, start, tmp_path, request):
-    """SIGKILL at random moments, also while last.pt is written; the same command with --resume goes on. `--kills 20` for more."""
+    """SIGKILL at random moments, also while last.pt is written; the same command with --resume goes
+    on. `--kills 20` for more."""
     kills, rng, moments = request.config.getoption("--kills"), random.Random(), []
     while kills > 0 or (tmp_path / "run").exists():
         began, process = time.time(), start("--output", "run", "--resume")
         try:
-            process.wait(rng.uniform(0, 6) if kills > 0 else 240)                # later parts come after a resume
+            process.wait(rng.uniform(0, 6) if kills > 0 else 240)  # later parts come after a resume
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills -= 1
             lines = (tmp_path / "out").read_text().strip().splitlines()
-            moments.append(f"{time.time() - began:.1f} s: {lines[-1][:60] if lines else '(nothing printed)'}"
-                           + " (last.pt.tmp half written)" * (tmp_path / "run/last.pt.tmp").exists())
+            moments.append(
+                f"{time.time() - began:.1f} s: {lines[-1][:60] if lines else '(nothing printed)'}"
+                + " (last.pt.tmp half written)" * (tmp_path / "run/last.pt.tmp").exists()
+            )
             (tmp_path / "run").mkdir(exist_ok=True)
             continue
         out = (tmp_path / "out").read_text()
@@ -93,23 +126,42 @@ def test_killed_runs_end_as_if_never_stopped(trained, start, tmp_path, request):
 
 
 def test_a_signal_ends_the_step_and_writes_the_checkpoint(trained, start, tmp_path):
-    """SIGINT in the first epoch (130), SIGTERM in the next start (143), then to the end: as if never stopped."""
+    """SIGINT in the first epoch (130), SIGTERM in the next start (143), then to the end: as if
+    never stopped."""
     process, folder = start("--output", "run"), tmp_path / "run"
     wait_for(process, tmp_path / "out", "untrained, all frames")
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "out").read_text()
-    assert (tmp_path / "out").read_text().endswith("sinet.py: stopped by SIGINT; the same command with --resume goes on\n")
+    assert (
+        (tmp_path / "out")
+        .read_text()
+        .endswith("sinet.py: stopped by SIGINT; the same command with --resume goes on\n")
+    )
     state = torch.load(folder / "last.pt", weights_only=True)
-    assert state["history"] == [] and 1 <= state["progress"][0] < 3 and not (folder / "log.csv").exists()
+    assert (
+        state["history"] == []
+        and 1 <= state["progress"][0] < 3
+        and not (folder / "log.csv").exists()
+    )
     process = start("--output", "run", "--resume", "auto", "--workers", 1, before=os.setsid)
-    wait_for(process, tmp_path / "out", f"going on after epoch 0, step {state['progress'][0]} of the next, of run/last.pt")
-    while subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).returncode:      # the loader's worker
+    wait_for(
+        process,
+        tmp_path / "out",
+        f"going on after epoch 0, step {state['progress'][0]} of the next, of run/last.pt",
+    )
+    while subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True
+    ).returncode:  # the loader's worker
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGTERM)                                                        # as timeout, torchrun and Slurm do: the worker gets it, too
-    assert process.wait(60) == 143 and (tmp_path / "out").read_text().endswith("sinet.py: stopped by SIGTERM; the same command with --resume goes on\n")
+    os.killpg(
+        process.pid, signal.SIGTERM
+    )  # as timeout, torchrun and Slurm do: the worker gets it, too
+    assert process.wait(60) == 143 and (tmp_path / "out").read_text().endswith(
+        "sinet.py: stopped by SIGTERM; the same command with --resume goes on\n"
+    )
     assert start("--output", "run", "--resume").wait(120) == 0
     same_run(folder, (tmp_path / "out").read_text(), trained)
 
@@ -120,20 +172,31 @@ def test_a_full_disk_leaves_the_previous_checkpoint(trained, start, tmp_path):
     before = (tmp_path / "run/last.pt").read_bytes()
     process = start("--resume", "run/last.pt", "--epochs", 3, before=small_files)
     assert process.wait(120) == 2
-    assert re.search(r"^sinet.py: run/last.pt: cannot be written \(.*\); the previous one is still whole$", (tmp_path / "out").read_text(), re.M)
-    assert (tmp_path / "run/last.pt").read_bytes() == before and sorted(p.name for p in (tmp_path / "run").iterdir()) == ["args.json", "last.pt", "log.csv"]
+    assert re.search(
+        r"^sinet.py: run/last.pt: cannot be written \(.*\); the previous one is still whole$",
+        (tmp_path / "out").read_text(),
+        re.M,
+    )
+    assert (tmp_path / "run/last.pt").read_bytes() == before and sorted(
+        p.name for p in (tmp_path / "run").iterdir()
+    ) == ["args.json", "last.pt", "log.csv"]
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, small_root, capsys):
     """small(*flags) -> what sinet.py's main() prints with a small network."""
-    monkeypatch.setattr(sinet, "build", lambda args, num_classes, weights: Colours(num_classes))
+    monkeypatch.setattr(sinet, "build", lambda args, num_classes: Colours(num_classes))
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["sinet.py", "--root", str(small_root), "--gpu", "cpu", *map(str, (*TINY, *flags))])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["sinet.py", "--root", str(small_root), "--gpu", "cpu", *map(str, (*TINY, *flags))],
+        )
         sinet.main()
         return capsys.readouterr().out
+
     return call
 
 
@@ -144,16 +207,31 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
     class Code:
         def __reduce__(self):
             return Path.touch, (tmp_path / "executed",)
-    for change, says in ((dict(args=Code()), "not a readable checkpoint"), (dict(args=3), "not a checkpoint of sinet.py"), (dict(history=None), "not a checkpoint"),
-                         (dict(script="strf.py"), "not a checkpoint of sinet.py"), (dict(optimizer={}), "its optimizer does not fit"),
-                         (dict(model={}), "its model does not fit"), (dict(args={"frames": 4}), "not a checkpoint of sinet.py"),
-                         (dict(args={**state["args"], "variant": "old"}), "was trained with --variant old, which sinet.py does not have"),
-                         (dict(args={**state["args"], "data": [1]}), "was trained with --data [1], which sinet.py does not have"),
-                         (dict(random={"torch": 3}), "its random does not fit")):
+
+    for change, says in (
+        (dict(args=Code()), "not a readable checkpoint"),
+        (dict(args=3), "not a checkpoint of sinet.py"),
+        (dict(history=None), "not a checkpoint"),
+        (dict(script="strf.py"), "not a checkpoint of sinet.py"),
+        (dict(optimizer={}), "its optimizer does not fit"),
+        (dict(model={}), "its model does not fit"),
+        (dict(args={"frames": 4}), "not a checkpoint of sinet.py"),
+        (
+            dict(args={**state["args"], "variant": "old"}),
+            "was trained with --variant old, which sinet.py does not have",
+        ),
+        (
+            dict(args={**state["args"], "data": [1]}),
+            "was trained with --data [1], which sinet.py does not have",
+        ),
+        (dict(random={"torch": 3}), "its random does not fit"),
+    ):
         torch.save({**state, **change}, tmp_path / "odd.pt")
         refuses(("--resume", "odd.pt", "--epochs", 2, "--output", "new"), f"odd.pt: {says}")
         assert not (tmp_path / "executed").exists()
-    torch.save({k: v for k, v in state.items() if k not in ("optimizer", "random")}, tmp_path / "slim.pt")
+    torch.save(
+        {k: v for k, v in state.items() if k not in ("optimizer", "random")}, tmp_path / "slim.pt"
+    )
     refuses(("--resume", "slim.pt", "--epochs", 2), "slim.pt: holds the network only")
     for content in (b"", (tmp_path / "a/last.pt").read_bytes()[:-100]):
         (tmp_path / "cut.pt").write_bytes(content)
@@ -161,42 +239,55 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
     refuses(("--evaluate", "--resume", "--output", "none"), "none/last.pt: no such file")
 
 
-def test_log_has_every_epoch_once(small, tmp_path):
-    """--checkpoint-every 2 --eval-every 3, stopped after 3 and 4 epochs: the rows of the uninterrupted run."""
+def test_log_has_every_epoch_once(small, tmp_path, monkeypatch):
+    """--checkpoint-every 2 --eval-every 3, stopped after 3 and 4 epochs: the rows of the
+    uninterrupted run."""
     flags = ("--checkpoint-every", 2, "--eval-every", 3, "--lr-step", 2)
     small(*flags, "--epochs", 7, "--output", "whole")
-    small(*flags, "--epochs", 7, "--output", "parts", "--resume")                                # nothing there to go on with
+    small(*flags, "--epochs", 7, "--output", "parts", "--resume")  # nothing there to go on with
     log, folder = (tmp_path / "parts/log.csv").read_bytes(), tmp_path / "parts"
-    assert log == (tmp_path / "whole/log.csv").read_bytes() and [row["epoch"] for row in read_log(folder)] == list("1234567")
-    assert [bool(row["mAP"]) for row in read_log(folder)] == [False, False, True, False, False, True, True]
-    saves, save_file = [], sinet.save_file
+    assert log == (tmp_path / "whole/log.csv").read_bytes() and [
+        row["epoch"] for row in read_log(folder)
+    ] == list("1234567")
+    assert [bool(row["mAP"]) for row in read_log(folder)] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+    saves, save_rows = [], common.save_rows
 
-    def dies(state, path):
+    def dies(rows, path):
         """A kill: after the checkpoint of epoch 4 nothing more is written."""
-        saves.append(len(state["history"]))
-        save_file(state, path)
+        saves.append(len(rows))
         if saves[-1] == 4:
             raise UserError("killed")
+        save_rows(rows, path)
+
     shutil.rmtree(folder)
-    sinet.save_file = dies
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_rows", dies)
         with pytest.raises(UserError, match="killed"):
             small(*flags, "--epochs", 7, "--output", "parts")
-    finally:
-        sinet.save_file = save_file
     assert saves == [2, 3, 3, 4] and len(read_log(folder)) == 3
-    assert "going on after epoch 4 of parts/last.pt" in small(*flags, "--epochs", 7, "--output", "parts", "--resume")
+    assert "going on after epoch 4 of parts/last.pt" in small(
+        *flags, "--epochs", 7, "--output", "parts", "--resume"
+    )
     assert (folder / "log.csv").read_bytes() == log
 
 
 def test_a_signal_in_the_last_step_of_an_epoch(small, tmp_path, monkeypatch):
     """An epoch of one step: it ends the run, too."""
-    train_epoch = sinet.train_epoch
+    log = common.Run.log
 
     def signalled(*inputs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return train_epoch(*inputs)
-    monkeypatch.setattr(sinet, "train_epoch", signalled)
+        log(*inputs)
+
+    monkeypatch.setattr(common.Run, "log", signalled)
     with pytest.raises(common.Stop):
         small("--ids", 6, "--epochs", 3, "--output", "a")
     assert [row["epoch"] for row in read_log(tmp_path / "a")] == ["1"]
@@ -204,40 +295,55 @@ def test_a_signal_in_the_last_step_of_an_epoch(small, tmp_path, monkeypatch):
 
 def test_a_signal_that_reaches_the_workers(capsys):
     """As where every process of a job gets it by name."""
+
     def main():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
-    common.catch_signals("the same command goes on")
+
+    common.catch_signals()
     with pytest.raises(RuntimeError):
         common.command_line(main)
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         common.command_line(main)
-    assert end.value.code == 143 and "stopped by SIGTERM in a step; the same command goes on, from the last checkpoint\n" in capsys.readouterr().err
+    assert (
+        end.value.code == 143
+        and "stopped by SIGTERM in a step; the same command with --resume goes on, from the last "
+        "checkpoint\n" in capsys.readouterr().err
+    )
 
 
 def test_a_signal_between_two_runs():
     """--split all: what comes after the last step of a split ends the next one."""
-    common.catch_signals("")
+    common.catch_signals()
     os.kill(os.getpid(), signal.SIGTERM)
-    common.catch_signals("")
+    common.catch_signals()
     assert common.stop_asked() == signal.SIGTERM
 
 
 def test_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
-    objective, calls = sinet.objective, []
+    losses, calls = sinet.losses, []
 
     def third_is_infinite(*inputs):
-        loss, parts = objective(*inputs)
-        calls.append(loss)
-        return loss * (float("inf") if len(calls) == 3 else 1), parts
-    monkeypatch.setattr(sinet, "objective", third_is_infinite)
-    with pytest.raises(UserError, match=r"^epoch 1, step 3: the loss is not finite \(loss inf, xent .*, triplet .*, mi .*\); there is no checkpoint yet; try a smaller --lr$"):
+        parts = losses(*inputs)
+        calls.append(parts)
+        return {**parts, "xent": parts["xent"] * (float("inf") if len(calls) == 3 else 1)}
+
+    monkeypatch.setattr(sinet, "losses", third_is_infinite)
+    with pytest.raises(
+        UserError,
+        match=r"^epoch 1, step 3: the loss is not finite \(loss inf, xent inf, triplet .*, "
+        r"mi .*\); "
+        "there is no checkpoint yet; try a smaller --lr$",
+    ):
         small("--epochs", 1, "--output", "a")
     small("--epochs", 1, "--output", "b")
     state = torch.load(tmp_path / "b/last.pt", weights_only=True)
     state["model"]["classifier.weight"][0] = float("nan")
     torch.save(state, tmp_path / "b/last.pt")
-    with pytest.raises(UserError, match="epoch 2, step 1: the loss is not finite .* the last good checkpoint is b/last.pt"):
+    with pytest.raises(
+        UserError,
+        match="epoch 2, step 1: the loss is not finite .* the last good checkpoint is b/last.pt",
+    ):
         small("--epochs", 2, "--output", "b", "--resume")
 
 
@@ -245,14 +351,17 @@ def test_weights_that_are_not_finite_are_not_saved(small, tmp_path, monkeypatch)
     """The last step of an epoch may spoil the weights after its finite loss."""
     small("--epochs", 1, "--output", "a")
     before = (tmp_path / "a/last.pt").read_bytes()
-    train_epoch = sinet.train_epoch
+    log = common.Run.log
 
-    def spoiled(model, *rest):
-        result = train_epoch(model, *rest)
-        model.classifier.weight.data[0] = float("inf")
-        return result
-    monkeypatch.setattr(sinet, "train_epoch", spoiled)
-    with pytest.raises(UserError, match="epoch 2: the weights are not finite; a/last.pt is as it was"):
+    def spoiled(run, parts):
+        log(run, parts)
+        if run.steps == 3:
+            run.states["model"].classifier.weight.data[0] = float("inf")
+
+    monkeypatch.setattr(common.Run, "log", spoiled)
+    with pytest.raises(
+        UserError, match="epoch 2: the weights are not finite; a/last.pt is as it was"
+    ):
         small("--epochs", 2, "--output", "a", "--resume")
     assert (tmp_path / "a/last.pt").read_bytes() == before
 
@@ -260,21 +369,51 @@ def test_weights_that_are_not_finite_are_not_saved(small, tmp_path, monkeypatch)
 def test_read_only_output(small, tmp_path, monkeypatch):
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setattr(common, "open", refuse, raising=False)          # root may write everywhere
-    with pytest.raises(UserError, match=r"^run/args.json: cannot be written \(.*Permission denied.*\)$"):
+
+    monkeypatch.setattr(common, "open", refuse, raising=False)  # root may write everywhere
+    with pytest.raises(
+        UserError, match=r"^run/args.json: cannot be written \(.*Permission denied.*\)$"
+    ):
         small("--output", "run")
 
 
 def test_random_states_go_on():
-    import numpy as np
+    states = common.RandomStates().state_dict()
+    first = torch.rand(3)
+    assert not torch.equal(torch.rand(3), first)
+    common.RandomStates().load_state_dict(states)
+    assert torch.equal(torch.rand(3), first)
 
-    def draw():
-        return torch.rand(2).tolist() + np.random.rand(2).tolist() + [random.random()]
-    states = common.RandomStates.state_dict()
-    first = draw()
-    assert draw() != first
-    common.RandomStates.load_state_dict(states)
-    assert draw() == first
+
+def test_a_flipped_bit_is_named(small, refuses, tmp_path):
+    """--resume, --weights and the cached file of --weights imagenet: the entry whose checksum does
+    not fit; a file without checksums, of an old torch, is read."""
+    small("--epochs", 1, "--output", "a")
+    whole = (tmp_path / "a/last.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a/last.pt") as file:
+        entries = file.infolist()
+    rng = random.Random(0)
+    for n in range(20):
+        damaged = bytearray(whole)
+        entry = rng.choice([e for e in entries if e.file_size > 8])
+        # the data of an entry: behind its header, 30 bytes, the name and the padding
+        name, extra = struct.unpack(
+            "<HH", whole[entry.header_offset + 26 : entry.header_offset + 30]
+        )
+        place = entry.header_offset + 30 + name + extra + rng.randrange(entry.file_size)
+        damaged[place] ^= 1 << rng.randrange(8)
+        (tmp_path / "bad.pt").write_bytes(damaged)
+        says = f"bad.pt: is damaged, the checksum of its entry {entry.filename} does not fit"
+        refuses(("--resume", "bad.pt", "--evaluate"), says)
+        if n < 3:
+            refuses(("--resume", "bad.pt", "--epochs", 2), says)
+            refuses(("--weights", "bad.pt"), says)
+    page = bytearray(whole)
+    page[len(page) // 2 : len(page) // 2 + 4096] = bytes(4096)
+    (tmp_path / "bad.pt").write_bytes(page)
+    refuses(("--resume", "bad.pt", "--evaluate"), "bad.pt: ")
+    torch.save({"a": 1}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert common.load_file(tmp_path / "old.pt") == {"a": 1}
 
 
 def test_compile_trains_and_falls_back(small, monkeypatch):
@@ -283,12 +422,16 @@ def test_compile_trains_and_falls_back(small, monkeypatch):
 
     def no_compiler(function):
         raise RuntimeError("no C++ compiler\nat all")
+
     monkeypatch.setattr(torch, "compile", no_compiler)
     out = small("--compile", "--epochs", 1, "--output", "b")
-    assert "--compile: goes on without (no C++ compiler at all)\n" in out and re.search("^after epoch 1, .*mAP", out, re.M)
+    assert "--compile: goes on without (no C++ compiler at all)\n" in out and re.search(
+        "^after epoch 1, .*mAP", out, re.M
+    )
 
 
-# -------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
+
 
 @pytest.fixture(scope="module")
 def several(small_root, tmp_path_factory):
@@ -302,10 +445,24 @@ def several(small_root, tmp_path_factory):
     for count in (2, 3):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}      # what torchrun sets
-        started = [Forked(("tests/processes.py", small_root, folder / f"{count}.pt"), folder, folder / f"out{i}", folder / f"out{i}",
-                          {**group, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(count)]
-        assert [p.wait(240) for p in started] == [0] * count, "".join((folder / f"out{i}").read_text() for i in range(count))
+            group = {
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+            }  # what torchrun sets
+        started = [
+            Forked(
+                ("tests/processes.py", small_root, folder / f"{count}.pt"),
+                folder,
+                folder / f"out{i}",
+                folder / f"out{i}",
+                {**group, "RANK": str(i), "LOCAL_RANK": str(i)},
+            )
+            for i in range(count)
+        ]
+        assert [p.wait(240) for p in started] == [0] * count, "".join(
+            (folder / f"out{i}").read_text() for i in range(count)
+        )
         found[count] = torch.load(folder / f"{count}.pt", weights_only=True)
     return found
 
@@ -333,19 +490,34 @@ def test_torchrun_trains_prints_once_and_stops_on_a_signal(start, tmp_path):
     process.terminate()
     assert process.wait(90) != 0
     out = (tmp_path / "out").read_text()
-    assert out.count("device: cpu (no GPU found), 2 processes") == out.count("untrained, all frames") == out.count("epoch 1/50:") == 1
+    assert (
+        out.count("device: cpu (no GPU found), 2 processes")
+        == out.count("untrained, all frames")
+        == out.count("epoch 1/50:")
+        == 1
+    )
     assert "sinet.py: stopped by SIGTERM; the same command with --resume goes on" in out
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
     done = len(state["history"])
     assert done >= 1 and len(read_log(tmp_path / "run")) == done
-    process = start("--output", "run", "--resume", "--epochs", done + 1)                          # a single process may go on
-    assert process.wait(120) == 0 and f"after epoch {done + 1}, all frames:" in (tmp_path / "out").read_text()
+    process = start(
+        "--output", "run", "--resume", "--epochs", done + 1
+    )  # a single process may go on
+    assert (
+        process.wait(120) == 0
+        and f"after epoch {done + 1}, all frames:" in (tmp_path / "out").read_text()
+    )
 
 
 def test_a_killed_process_ends_the_others(start, tmp_path):
     process = start("--output", "run", "--gpu", "cpu", "--epochs", 50, launcher=TORCHRUN)
     wait_for(process, tmp_path / "out", "untrained, all frames")
-    workers = [int(p) for p in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    workers = [
+        int(p)
+        for p in subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+    ]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     assert process.wait(60) == 1
@@ -360,17 +532,10 @@ def test_what_does_not_fit_several_processes(monkeypatch):
         common.pick_device("0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")                                                   # every process says it, not only the fourth
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # every process says it, not only the fourth
     with pytest.raises(UserError, match="4 processes, but 2 GPUs"):
         common.pick_device()
     monkeypatch.delenv("WORLD_SIZE")
     for gpu in ("٣", "-1", "2", "cuda"):
         with pytest.raises(UserError, match=f"--gpu {gpu}: there are GPUs 0 to 1"):
             common.pick_device(gpu)
-
-
-def test_batch_variance_follows_the_norm():
-    x, norm = torch.randn(8, 3), torch.nn.BatchNorm1d(3)
-    torch.testing.assert_close((x - x.mean(0)) / (common.batch_variance(x, norm) + norm.eps).sqrt(), norm(x))
-    norm.eval()
-    assert torch.equal(common.batch_variance(x, norm), norm.running_var)

@@ -1,5 +1,8 @@
-"""STRF's modules against slow float64 versions of the paper's equations, its invariants, and its complexity."""
+"""STRF's modules against slow float64 versions of the paper's equations, its invariants, its rows
+and its complexity."""
+
 import copy
+import functools
 
 import pytest
 import torch
@@ -7,60 +10,100 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import strf
-from common import batch_hard_triplet, complexity
+from common import batch_hard_triplet, complexity, row_of, settings
 from conftest import check_gradients, close, maps, parameters, randomize, wake
-from strf import (COARSE, DYNAMIC, FINE, STATIC, STRF, VARIANTS, FactorizedAttentionMask, FeatureFactorizationModule, InflatedConv, P3DConv,
-                  STRFNet)
+from strf import (
+    ROWS,
+    STRF,
+    FactorizedAttentionMask,
+    FeatureFactorizationModule,
+    InflatedConv,
+    NonLocalBlock,
+    P3DConv,
+    SelfProduct,
+    STRFNet,
+    times_mask,
+)
 
+FINE, COARSE, DYNAMIC, STATIC = "s-fine", "s-coarse", "t-dynamic", "t-static"
 SIZES = pytest.mark.parametrize("C, H, W", [(16, 4, 3), (32, 2, 5)])
 LENGTHS = pytest.mark.parametrize("T", [1, 2, 4, 8, 16])
 
 
-# ------------------------------------------------------------------------------------- the equations, slowly, with loops
+# ------------------------------------------------------------- the equations, slowly, with loops
 
-def slow_pool(x, dimension, r, pool):                             # Eq. 4 or 6; x (T, c, H, W), same size, nothing beyond the edges
+
+def slow_pool(x, dimension, r, pool):
+    """Eq. 4 or 6; x (T, c, H, W), same size, nothing beyond the edges."""
     (T, _, H, W), reach = x.shape, r // 2
     rt, rs = (reach, 0) if dimension == "t" else (0, reach)
     out = torch.zeros_like(x)
     for t in range(T):
         for i in range(H):
             for j in range(W):
-                window = [x[u, :, a, b] for u in range(max(0, t - rt), min(T, t + rt + 1)) for a in range(max(0, i - rs), min(H, i + rs + 1))
-                          for b in range(max(0, j - rs), min(W, j + rs + 1))]
-                window = torch.stack(window)
+                window = torch.stack(
+                    [
+                        x[u, :, a, b]
+                        for u in range(max(0, t - rt), min(T, t + rt + 1))
+                        for a in range(max(0, i - rs), min(H, i + rs + 1))
+                        for b in range(max(0, j - rs), min(W, j + rs + 1))
+                    ]
+                )
                 out[t, :, i, j] = window.amax(0) if pool == "max" else window.mean(0)
     return out
 
 
-def slow_mask(fam, f, dimension, r, pool="max", kappa=4.0, normalize=True):    # Eq. 2-3; f (T, C, H, W)
+def slow_columns(f, normalize):
+    """f (T, C, H, W) as a matrix ct x hw, a list of its columns."""
+    T, C, H, W = f.shape
+    columns = [torch.cat([f[t, :, p // W, p % W] for t in range(T)]) for p in range(H * W)]
+    return [c / c.norm().clamp(min=1e-12) for c in columns] if normalize else columns
+
+
+def slow_mask(fam, f, dimension, r, pool="max", kappa=4.0, normalize=True):
+    """Eq. 2-3; f (T, C, H, W)."""
     T, C, H, W = f.shape
     h = torch.einsum("oc,tchw->tohw", fam.h.weight[:, :, 0, 0], f)
-    g = slow_pool(h, dimension, r, pool)
-    columns = [torch.cat([g[t, :, p // W, p % W] for t in range(T)]) for p in range(H * W)]
-    if normalize:
-        columns = [c / c.norm().clamp(min=1e-12) for c in columns]
+    columns = slow_columns(slow_pool(h, dimension, r, pool), normalize)
     m = torch.zeros(H * W, H * W, dtype=f.dtype)
     for q in range(H * W):
         e = [torch.exp(kappa * (columns[p] @ columns[q])) for p in range(H * W)]
         for p in range(H * W):
-            m[p, q] = e[p] / sum(e)                               # over rows
+            m[p, q] = e[p] / sum(e)  # over rows
     return m
 
 
-def slow_apply(m, f):                                             # Eq. 1: (c t x hw) (hw x hw)
+def slow_self_product(f, normalize=True):
+    """Fig. 6 (a): f^T f / (h w); f (T, C, H, W)."""
+    columns = slow_columns(f, normalize)
+    n = len(columns)
+    return torch.stack([torch.stack([a @ b / n for b in columns]) for a in columns])
+
+
+def slow_apply(m, f):
+    """Eq. 1: (ct x hw) (hw x hw)."""
     T, C, H, W = f.shape
     return (f.reshape(T * C, H * W) @ m).view(T, C, H, W)
 
 
-def slow_strf(unit, f, factors, resolutions, pools, order):       # Eq. 5, 7, 8
-    spec = {DYNAMIC: ("t", resolutions[0], pools[0]), STATIC: ("t", resolutions[1], pools[0]),
-            FINE: ("s", resolutions[0], pools[1]), COARSE: ("s", resolutions[1], pools[1])}
+def slow_strf(unit, f, factors, resolutions, pools, order, fam=True, **options):
+    """Eq. 5, 7, 8."""
+    spec = {
+        DYNAMIC: ("t", resolutions[0], pools[0]),
+        STATIC: ("t", resolutions[1], pools[0]),
+        FINE: ("s", resolutions[0], pools[1]),
+        COARSE: ("s", resolutions[1], pools[1]),
+    }
 
     def factorize(d, f):
         chosen = [name for name in factors if spec[name][0] == d]
         if not chosen:
             return None
-        return sum(slow_apply(slow_mask(mask, f, *spec[name]), f) for name, mask in zip(chosen, unit.ffm[d].masks, strict=True))
+        if not fam:
+            return slow_apply(slow_self_product(f, **options), f)
+        masks = zip(chosen, unit.ffm[d].masks, strict=True)
+        return sum(slow_apply(slow_mask(mask, f, *spec[n], **options), f) for n, mask in masks)
+
     if order == "parallel":
         return sum(y for y in (factorize("t", f), factorize("s", f)) if y is not None)
     for d in order:
@@ -69,18 +112,36 @@ def slow_strf(unit, f, factors, resolutions, pools, order):       # Eq. 5, 7, 8
     return f
 
 
-# --------------------------------------------------------------------------------------------------- fast against slow
+# -------------------------------------------------------------------------------- fast against slow
+
 
 @SIZES
 @LENGTHS
-@pytest.mark.parametrize("dimension, r, pool, normalize", [("t", 1, "max", True), ("t", 3, "max", True), ("t", 5, "avg", True), ("s", 3, "max", True),
-                                                           ("s", 3, "avg", False), ("s", 5, "max", True)])
+def test_eq_1(C, H, W, T):
+    f, m = maps(T, C, H, W), torch.randn(2, H * W, H * W, dtype=torch.float64)
+    close(times_mask(f, m), torch.stack([slow_apply(*pair) for pair in zip(m, f)]))
+
+
+@SIZES
+@LENGTHS
+@pytest.mark.parametrize(
+    "dimension, r, pool, normalize",
+    [
+        ("t", 1, "max", True),
+        ("t", 3, "max", True),
+        ("t", 5, "avg", True),
+        ("s", 3, "max", True),
+        ("s", 3, "avg", False),
+        ("s", 5, "max", True),
+    ],
+)
 def test_fam(C, H, W, T, dimension, r, pool, normalize):
-    fam = randomize(FactorizedAttentionMask(C, dimension, r, pool, reduction=8, normalize=normalize))
+    fam = FactorizedAttentionMask(C, dimension, r, pool, reduction=8, normalize=normalize)
+    randomize(fam)
     f = maps(T, C, H, W) / (1 if normalize else 10)
     m = fam(f)
     close(m, torch.stack([slow_mask(fam, clip, dimension, r, pool, 4.0, normalize) for clip in f]))
-    close(m.sum(1), torch.ones_like(m[:, 0]))                     # stochastic along the rows: columns sum to one
+    close(m.sum(1), torch.ones_like(m[:, 0]))  # stochastic along the rows: columns sum to one
 
 
 ALL = (DYNAMIC, STATIC, FINE, COARSE)
@@ -88,36 +149,105 @@ ALL = (DYNAMIC, STATIC, FINE, COARSE)
 
 @SIZES
 @LENGTHS
-@pytest.mark.parametrize("factors, resolutions, pools, order", [
-    (ALL, (1, 3), ("max", "max"), "ts"), (ALL, (1, 3), ("max", "max"), "st"), (ALL, (1, 3), ("max", "avg"), "parallel"), (ALL, (3, 5), ("avg", "max"), "ts"),
-    ((FINE,), (1, 3), ("max", "max"), "ts"), ((STATIC,), (1, 3), ("max", "max"), "ts"), ((COARSE, STATIC), (1, 3), ("max", "max"), "ts")])
+@pytest.mark.parametrize(
+    "factors, resolutions, pools, order",
+    [
+        (ALL, (1, 3), ("max", "max"), "ts"),
+        (ALL, (1, 3), ("max", "max"), "st"),
+        (ALL, (1, 3), ("max", "avg"), "parallel"),
+        (ALL, (3, 5), ("avg", "max"), "ts"),
+        ((FINE,), (1, 3), ("max", "max"), "ts"),
+        ((STATIC,), (1, 3), ("max", "max"), "ts"),
+        ((COARSE, STATIC), (1, 3), ("max", "max"), "ts"),
+    ],
+)
 def test_strf(C, H, W, T, factors, resolutions, pools, order):
-    unit, f = randomize(STRF(C, factors, resolutions, pools, order, reduction=8)), maps(T, C, H, W)
-    close(unit(f), torch.stack([slow_strf(unit, clip, factors, resolutions, pools, order) for clip in f]))
+    unit, f = STRF(C, factors, resolutions, pools, order, reduction=8), maps(T, C, H, W)
+    randomize(unit)
+    slow = [slow_strf(unit, clip, factors, resolutions, pools, order) for clip in f]
+    close(unit(f), torch.stack(slow))
     frames = f.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (2, T))
     close(unit(frames), unit(f))
     assert unit(frames).flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
+@SIZES
+@pytest.mark.parametrize("order", ["ts", "st", "parallel"])
+@pytest.mark.parametrize("normalize, kappa, reduction", [(True, 1.5, 4), (False, 0.1, 16)])
+def test_the_settings_of_eq_2_and_3(C, H, W, order, normalize, kappa, reduction):
+    """n, kappa and the printed form without normalisation."""
+    options = dict(kappa=kappa, normalize=normalize)
+    unit = randomize(STRF(C, order=order, reduction=reduction, **options))
+    f = maps(4, C, H, W) / 10
+    slow = [slow_strf(unit, x, ALL, (1, 3), ("max", "max"), order, **options) for x in f]
+    close(unit(f), torch.stack(slow))
+
+
+@SIZES
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_without_fam(C, H, W, T, normalize):
+    """Fig. 6 (a): f times itself, once for each dimension, and nothing to learn."""
+    f = maps(T, C, H, W)
+    masks = torch.stack([slow_self_product(clip, normalize) for clip in f])
+    close(SelfProduct(normalize)(f), masks)
+    for factors, order in ((ALL, "ts"), (ALL, "parallel"), ((COARSE,), "ts")):
+        unit = STRF(C, factors, order=order, normalize=normalize, fam=False)
+        assert not list(unit.parameters())
+        options = dict(fam=False, normalize=normalize)
+        slow = [slow_strf(unit, x, factors, (1, 3), ("max", "max"), order, **options) for x in f]
+        close(unit(f), torch.stack(slow))
+
+
+@SIZES
+def test_non_local(C, H, W):
+    block, x = randomize(NonLocalBlock(C)).eval(), maps(3, C, H, W)
+
+    def lin(layer, f):
+        return layer.weight[:, :, 0, 0] @ f + layer.bias[:, None]
+
+    out = []
+    for clip in x:
+        f = clip.transpose(0, 1).flatten(1)  # (C, m)
+        theta, phi, g = lin(block.theta, f), lin(block.phi, f), lin(block.g, f)
+        y = []
+        for i in range(f.shape[1]):
+            w = torch.stack([theta[:, i] @ phi[:, j] for j in range(f.shape[1])]).softmax(0)
+            y.append(sum(w[j] * g[:, j] for j in range(f.shape[1])))
+        bn = block.out[1]
+        z = lin(block.out[0], torch.stack(y, 1)) / (1 + bn.eps) ** 0.5
+        z = z * bn.weight[:, None] + bn.bias[:, None] + f
+        out.append(z.view(C, 3, H, W).transpose(0, 1))
+    close(block(x), torch.stack(out))
+    fresh = NonLocalBlock(C)
+    assert torch.equal(fresh(x.float()), x.float())
+
+
 def test_strf_properties():
-    f = torch.rand(2, 4, 16, 3, 4)
-    ffm = FeatureFactorizationModule([FactorizedAttentionMask(16, "t", 1)])
+    f = torch.rand(2, 4, 16, 3, 4, dtype=torch.float64)
+    ffm = FeatureFactorizationModule([FactorizedAttentionMask(16, "t", 1)]).double()
     y = ffm(f).flatten(3)
-    low, high = f.flatten(3).amin(3), f.flatten(3).amax(3)        # every position becomes a weighted average of the frame's own positions
-    assert (y >= low[..., None] - 1e-5).all() and (y <= high[..., None] + 1e-5).all()
-    same = f[:, :, :, :1, :1].expand(-1, -1, -1, 3, 4)            # of equal positions the average is the same again
-    torch.testing.assert_close(ffm(same), same)
-    a, b = STRF(16, resolutions=(1, 1), order="ts"), STRF(16, (DYNAMIC, FINE), order="parallel")
-    torch.testing.assert_close(a(same), 4 * same)                 # two masks each, one after the other, no scaling
-    torch.testing.assert_close(b(same), 2 * same)
-    assert sum(p.numel() for p in STRF(128).parameters()) == 4_096 and sum(p.numel() for p in STRF(256).parameters()) == 16_384
+    # every position becomes a weighted average of the frame's own positions
+    low, high = f.flatten(3).amin(3), f.flatten(3).amax(3)
+    assert (y >= low[..., None] - 1e-9).all() and (y <= high[..., None] + 1e-9).all()
+    # of equal positions the average is the same again
+    same = f[:, :, :, :1, :1].expand(-1, -1, -1, 3, 4)
+    close(ffm(same), same)
+    # two masks each, one after the other, no scaling
+    a = STRF(16, resolutions=(1, 1), order="ts").double()
+    b = STRF(16, (DYNAMIC, FINE), order="parallel").double()
+    close(a(same), 4 * same)
+    close(b(same), 2 * same)
+    assert sum(p.numel() for p in STRF(128).parameters()) == 4_096
+    assert sum(p.numel() for p in STRF(256).parameters()) == 16_384
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_constant_input_stays_finite(value, dtype):
+@pytest.mark.parametrize("fam", [True, False])
+def test_constant_input_stays_finite(value, dtype, fam):
     f = torch.full((2, 4, 16, 4, 4), value, dtype=dtype, requires_grad=True)
-    y = STRF(16).to(dtype)(f)
+    y = STRF(16, fam=fam).to(dtype)(f)
     y.float().sum().backward()
     assert y.isfinite().all() and f.grad.isfinite().all() and y.dtype == dtype
 
@@ -135,7 +265,8 @@ def test_i3d_and_p3d_with_and_without_strf(T, stride):
     frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(16, 16, 3, stride, 1, bias=False).double()
 
-    def temporal(x, weight, stride=1, padding=0):                 # slowly: weight (O, C, 3, k, k), x (B, T, C, H, W)
+    def temporal(x, weight, stride=1, padding=0):
+        """Slowly: weight (O, C, 3, k, k), x (B, T, C, H, W)."""
         y = 0
         for a in (-1, 0, 1):
             moved = torch.zeros_like(x)
@@ -144,10 +275,11 @@ def test_i3d_and_p3d_with_and_without_strf(T, stride):
                     moved[:, t] = x[:, t + a]
             y = y + F.conv2d(moved.flatten(0, 1), weight[:, :, a + 1], None, stride, padding)
         return y
-    for unit in (None, randomize(STRF(16, reduction=8))):
+
+    for unit in (None, randomize(STRF(16, reduction=8)), randomize(NonLocalBlock(16)).eval()):
         i3d = InflatedConv(conv, T, unit).double()
         seen = unit(x) if unit else x
-        close(i3d(frames), conv(seen.flatten(0, 1)))              # the rest starts as the 2D convolution
+        close(i3d(frames), conv(seen.flatten(0, 1)))  # the rest starts as the 2D convolution
         nn.init.normal_(i3d.conv.weight)
         close(i3d(frames), temporal(seen, i3d.conv.weight, stride, 1))
         for kind in "abc":
@@ -157,138 +289,392 @@ def test_i3d_and_p3d_with_and_without_strf(T, stride):
             nn.init.normal_(p3d.temporal.weight)
             s = conv(frames).unflatten(0, (2, T))
             seen = x if kind == "b" else s
-            t = temporal(unit(seen) if unit else seen, p3d.temporal.weight, stride if kind == "b" else 1)
+            steps = stride if kind == "b" else 1
+            t = temporal(unit(seen) if unit else seen, p3d.temporal.weight, steps)
             close(p3d(frames), t if kind == "a" else s.flatten(0, 1) + t)
 
 
-# ------------------------------------------------------------------------------------------------ objective and network
+# ----------------------------------------------------------------------------- losses and network
 
-def test_objective():
+
+def test_losses():
+    """Eq. 9, with the margin of the recipe."""
     embedding, logits, pids = torch.randn(4, 6), torch.randn(4, 3), torch.tensor([0, 0, 2, 2])
-    loss, parts = strf.objective((embedding, logits), pids, type("Args", (), dict(margin=0.3)))
-    torch.testing.assert_close(loss, F.cross_entropy(logits, pids) + batch_hard_triplet(embedding, pids, 0.3))
+    for margin in (0.3, 0.7):
+        args = settings(strf.RECIPE, ROWS, "strf-p3dc", margin=margin)
+        parts = strf.losses((embedding, logits), pids, args)
+        assert set(parts) == {"xent", "triplet"}
+        assert torch.equal(parts["xent"], F.cross_entropy(logits, pids))
+        assert torch.equal(parts["triplet"], batch_hard_triplet(embedding, pids, margin))
 
 
-def meta(variant):
+def network(name="strf-p3dc", num_classes=3, **changes):
+    args = settings(strf.RECIPE, ROWS, name, weights="none", **changes)
+    return strf.build(args, num_classes)
+
+
+def meta(name="strf-p3dc", **changes):
     with torch.device("meta"):
-        return STRFNet(625, 8, **VARIANTS[variant][0])
+        return network(name, 625, **changes)
 
 
 def unit(width, factors=4):
     return factors * width * width // 16
 
 
-P3D, I3D, TRUNK = 2 * 3 * 128 ** 2 + 3 * 3 * 256 ** 2, 2 * 18 * 128 ** 2 + 3 * 18 * 256 ** 2, 23_508_032
+def nonlocal_parameters(c):
+    """theta, phi and g with bias, out with bias, BatchNorm."""
+    return 3 * (c * c // 2 + c // 2) + c * c // 2 + c + 2 * c
+
+
+TRUNK = 23_508_032
+P3D = 2 * 3 * 128**2 + 3 * 3 * 256**2
+I3D = 2 * 18 * 128**2 + 3 * 18 * 256**2
 BASE = TRUNK + P3D
-FULL = BASE + 2 * unit(128) + 3 * unit(256)
-EXPECTED = {row: FULL for row in VARIANTS} | {"i3d": TRUNK + I3D, "strf-i3d": TRUNK + I3D + FULL - BASE, "p3da": BASE, "p3db": BASE, "p3dc": BASE}
-EXPECTED |= {f"p3dc+{name}": BASE + (2 * unit(128) + 3 * unit(256)) // 4 for name in ("fine", "coarse", "dynamic", "static")}
-EXPECTED |= {f"p3dc+{name}": BASE + (2 * unit(128) + 3 * unit(256)) // 2 for name in ("fine+coarse", "dynamic+static", "fine+dynamic", "coarse+static")}
+UNITS = 2 * unit(128) + 3 * unit(256)
+FULL = BASE + UNITS
 STAGE = {1: 2 * unit(64), 2: 2 * unit(128), 3: 3 * unit(256), 4: 2 * unit(512)}
-MORE = {1: 2 * 3 * 64 ** 2, 2: 0, 3: 0, 4: 2 * 3 * 512 ** 2}      # stages 1 and 4 become 3D where STRF stands in them
-EXPECTED |= {f"stage{stages}": BASE + sum(STAGE[int(s)] + MORE[int(s)] for s in stages) for stages in ("1", "12", "23", "123", "234", "1234")}
+# stages 1 and 4 become 3D where STRF stands in them
+MORE = {1: 2 * 3 * 64**2, 2: 0, 3: 0, 4: 2 * 3 * 512**2}
+EXPECTED = {row: FULL for row in ROWS}
+EXPECTED |= {"i3d": TRUNK + I3D, "strf-i3d": TRUNK + I3D + UNITS}
+EXPECTED |= {"p3da": BASE, "p3db": BASE, "p3dc": BASE, "strf-nofam": BASE}
+EXPECTED["p3dc+nonlocal"] = BASE + 2 * nonlocal_parameters(128) + 3 * nonlocal_parameters(256)
+for one in ("fine", "coarse", "dynamic", "static"):
+    EXPECTED[f"p3dc+{one}"] = BASE + UNITS // 4
+for two in ("fine+coarse", "dynamic+static", "fine+dynamic", "coarse+static"):
+    EXPECTED[f"p3dc+{two}"] = BASE + UNITS // 2
+for digits in ("1", "12", "23", "123", "234", "1234"):
+    EXPECTED[f"stage{digits}"] = BASE + sum(STAGE[int(s)] + MORE[int(s)] for s in digits)
 HEAD = 625 * 2048 + 625
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROWS)
 def test_parameters(variant):
-    count, printed = parameters(meta(variant)), (VARIANTS[variant][1] or ())[2:]
+    assert set(EXPECTED) == set(ROWS)
+    count = parameters(meta(variant))
+    printed = row_of(ROWS, variant).costs.get("million_parameters")
     assert count == EXPECTED[variant]
     if printed:
-        assert round((count + HEAD) / 1e6, 2) == printed[0]
+        assert round((count + HEAD) / 1e6, 2) == printed
 
 
 def test_parameters_as_the_paper_counts():
-    """With the 625-way classifier and no neck BN; the paper prints 28.92, 28.97, 25.48 and 25.53 million."""
+    """With the 625-way classifier and no neck BN; the paper prints 28.92, 28.97, 25.48 and 25.53
+    million."""
     model = meta("strf-p3dc")
     assert sum(p.numel() for p in model.classifier.parameters()) == HEAD
     counts = [parameters(meta(row)) + HEAD for row in ("i3d", "strf-i3d", "p3dc", "strf-p3dc")]
     assert counts == [28_917_425, 28_974_769, 25_476_785, 25_534_129]
+    assert strf.COUNTING == {"without": ("neck",)}
+    printed = [row_of(ROWS, row).costs for row in ("i3d", "strf-i3d", "p3dc", "strf-p3dc")]
+    assert [cost["million_parameters"] for cost in printed] == [28.92, 28.97, 25.48, 25.53]
+    # "~0.5 million" and "~5 million" are about ten times what STRF and non-local add
+    assert UNITS == 57_344 and EXPECTED["p3dc+nonlocal"] - BASE == 463_360
+
+
+@functools.cache
+def macs(variant):
+    return complexity(meta(variant), 8, 224, 112)[1]
+
+
+# width of a unit, positions of its maps, number of such units behind S (P3D-A and P3D-C)
+PLACES = ((128, 28 * 14, 2), (256, 14 * 7, 3))
+
+
+def unit_macs(places):
+    """Four 1x1 convolutions, four C = kappa T^T T and, the masks of a dimension being added, two
+    products f M."""
+    total = 0
+    for width, positions, blocks in places:
+        h = width * width // 16 * positions * 8
+        covariance = width // 16 * 8 * positions**2
+        product = width * 8 * positions**2
+        total += blocks * (4 * h + 4 * covariance + 2 * product)
+    return total
 
 
 def test_multiply_adds():
-    """A unit: four 1x1 convolutions, four C = kappa T^T T and, the masks of a dimension being added, two products f M."""
-    base, full = (complexity(meta(row), 8, 224, 112)[1] for row in ("p3dc", "strf-p3dc"))
-    expected = 0
-    for width, positions, blocks in ((128, 28 * 14, 2), (256, 14 * 7, 3)):
-        h, covariance, product = width * width // 16 * positions * 8, width // 16 * 8 * positions ** 2, width * 8 * positions ** 2
-        expected += blocks * (4 * h + 4 * covariance + 2 * product)
-    assert full - base == expected
+    base = macs("p3dc")
+    assert macs("strf-p3dc") - base == unit_macs(PLACES)
+    # without FAM f^T f and f M for both dimensions
+    assert macs("strf-nofam") - base == sum(n * 4 * c * 8 * p * p for c, p, n in PLACES)
+    attention = sum(n * c * (8 * p) ** 2 for c, p, n in PLACES)
+    projections = sum(n * 2 * c * c * 8 * p for c, p, n in PLACES)
+    assert macs("p3dc+nonlocal") - base == attention + projections
 
 
-@pytest.mark.parametrize("T, H, W, pool, layer", [(4, 64, 48, "avg", "p3d-c"), (8, 70, 33, "max", "i3d"), (1, 64, 32, "avg", "p3d-a"), (2, 48, 32, "avg", "p3d-b")])
+def test_p3db_and_i3d_have_the_unit_before_the_stride():
+    """In block 1 of stage 2 on 1,568 positions instead of 392, in that of stage 3 on 392 instead of
+    98."""
+    places = ((128, 1568, 1), (128, 392, 1), (256, 392, 1), (256, 98, 2))
+    for layer, moved in (("p3da", False), ("p3db", True), ("p3dc", False), ("i3d", True)):
+        more = macs(f"strf-{layer}") - macs(layer)
+        assert more == unit_macs(places if moved else PLACES), layer
+
+
+def normal_temporal_weights(model, std):
+    for module in model.modules():
+        if isinstance(module, P3DConv):
+            nn.init.normal_(module.temporal.weight, std=std)
+        elif isinstance(module, InflatedConv):
+            nn.init.normal_(module.conv.weight, std=std)
+
+
+@pytest.mark.parametrize(
+    "T, H, W, pool, layer",
+    [
+        (4, 64, 48, "avg", "p3d-c"),
+        (8, 70, 33, "max", "i3d"),
+        (1, 64, 32, "avg", "p3d-a"),
+        (2, 48, 32, "avg", "p3d-b"),
+    ],
+)
 def test_network(T, H, W, pool, layer):
     model, clips = wake(STRFNet(5, T, layer, pool=pool)), torch.randn(4, T, 3, H, W)
-    for module in model.modules():                                # away from the zeros of the initialisation
-        if isinstance(module, P3DConv):
-            nn.init.normal_(module.temporal.weight, std=0.01)
-    embedding, logits = model(clips)
+    if layer != "i3d":
+        normal_temporal_weights(model, 0.01)  # away from the zeros of the initialisation
+    embedding, logits = outputs = model(clips)
     assert embedding.shape == (4, 2048) and logits.shape == (4, 5)
-    check_gradients(model, strf.objective((embedding, logits), torch.tensor([0, 0, 1, 1]), type("Args", (), dict(margin=0.3)))[0])
-    model.eval()
+    args = settings(strf.RECIPE, ROWS, "strf-p3dc")
+    check_gradients(model, sum(strf.losses(outputs, torch.tensor([0, 0, 1, 1]), args).values()))
+    model = model.double().eval()
     with torch.no_grad():
-        out = model(clips)
-        assert out.shape == (4, 2048)
-        torch.testing.assert_close(model(clips[1:2]), out[1:2], atol=1e-3, rtol=1e-3)          # clips do not mix
+        both = model(clips[:2].double())
+        assert both.shape == (2, 2048)
+        close(model(clips[1:2].double()), both[1:])  # clips do not mix
     with pytest.raises(ValueError, match=f"clips of {T} frames, not {T + 1}"):
         model(torch.randn(1, T + 1, 3, H, W))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in ROWS if not isinstance(ROWS[name], str)])
 def test_every_variant_runs(variant):
-    model = STRFNet(3, 4, **VARIANTS[variant][0])
-    embedding, logits = model(torch.randn(2, 4, 3, 64, 32))
+    embedding, logits = network(variant, frames=4)(torch.randn(2, 4, 3, 64, 32))
     assert embedding.isfinite().all() and logits.shape == (2, 3)
 
 
-@pytest.mark.parametrize("variant", ["i3d", "p3da", "p3db", "p3dc", "strf-p3db", "strf-p3dc"])
+@pytest.mark.parametrize(
+    "variant", ["i3d", "p3da", "p3db", "p3dc", "strf-p3db", "strf-p3dc", "p3dc+nonlocal"]
+)
 def test_3d_variants_start_as_the_2d_network(variant):
-    """Zero temporal kernels: the features of the 2D network; STRF in front of a zero kernel changes nothing either."""
-    model = wake(STRFNet(3, 4, **VARIANTS[variant][0])).eval()
-    clips = torch.randn(1, 4, 3, 64, 32)
+    """Zero temporal kernels: the features of the 2D network; STRF in front of a zero kernel changes
+    nothing either."""
+    model = wake(network(variant, frames=4)).double().eval()
+    clips = torch.randn(1, 4, 3, 64, 32, dtype=torch.float64)
     out = model(clips)
-    awake = copy.deepcopy(model)                                  # what is compared is at work: other kernels, other features
-    for module in awake.modules():
-        if isinstance(module, (P3DConv, InflatedConv)):
-            nn.init.normal_(module.temporal.weight if isinstance(module, P3DConv) else module.conv.weight, std=0.1)
-    assert not torch.allclose(awake(clips), out, atol=1e-2, rtol=1e-2)
+    awake = copy.deepcopy(model)
+    normal_temporal_weights(awake, 0.1)
+    changed = awake(clips)  # what is compared is at work: other kernels, other features
+    assert not torch.allclose(changed, out, atol=1e-2, rtol=1e-2)
     for stage in (model.layer2, model.layer3):
         for block in stage:
             if isinstance(block.conv2, InflatedConv):
-                block.conv2, conv = nn.Conv2d(block.conv2.conv.in_channels, block.conv2.conv.out_channels, 3, block.conv2.conv.stride[1:], 1, bias=False), block.conv2.conv
-                block.conv2.weight = nn.Parameter(conv.weight[:, :, 1].detach())
+                conv = block.conv2.conv
+                plain = nn.Conv2d(
+                    conv.in_channels, conv.out_channels, 3, conv.stride[1:], 1, bias=False
+                )
+                plain.weight = nn.Parameter(conv.weight[:, :, 1].detach())
+                block.conv2 = plain
             elif isinstance(block.conv2, P3DConv):
                 block.conv2 = block.conv2.spatial
-    torch.testing.assert_close(model(clips), out, atol=1e-3, rtol=1e-4)
+    close(model(clips), out)
+
+
+# --------------------------------------------------------------------------- recipe, rows and flags
+
+
+def units(variant, **changes):
+    return [m for m in meta(variant, **changes).modules() if isinstance(m, STRF)]
 
 
 def test_what_the_rows_change_reaches_the_units():
-    def units(variant):
-        return [m for m in meta(variant).modules() if isinstance(m, STRF)]
-    for row, r in (("resolutions-11", (1, 1)), ("resolutions-13", (1, 3)), ("resolutions-15", (1, 5)), ("resolutions-35", (3, 5))):
+    for row, r in (
+        ("resolutions-11", (1, 1)),
+        ("resolutions-13", (1, 3)),
+        ("resolutions-15", (1, 5)),
+        ("resolutions-35", (3, 5)),
+    ):
         for unit in units(row):
-            assert [mask.window for mask in unit.ffm["t"].masks] == [(r[0], 1, 1), (r[1], 1, 1)]
-            assert [mask.window for mask in unit.ffm["s"].masks] == [(1, r[0], r[0]), (1, r[1], r[1])]
+            t, s = unit.ffm["t"].masks, unit.ffm["s"].masks
+            assert [mask.window for mask in t] == [(r[0], 1, 1), (r[1], 1, 1)]
+            assert [mask.window for mask in s] == [(1, r[0], r[0]), (1, r[1], r[1])]
     for t in ("max", "avg"):
         for s in ("max", "avg"):
-            assert {(d, mask.pool) for unit in units(f"pool-t-{t}-s-{s}") for d in "ts" for mask in unit.ffm[d].masks} == {("t", t), ("s", s)}
-    assert [{unit.order for unit in units(f"order-{order}")} for order in ("ts", "st", "parallel")] == [{"ts"}, {"st"}, {"parallel"}]
-    assert [list(units(f"p3dc+{name}")[0].ffm) for name in ("fine", "dynamic", "fine+dynamic")] == [["s"], ["t"], ["t", "s"]]
+            seen = {
+                (d, mask.pool)
+                for unit in units(f"pool-t-{t}-s-{s}")
+                for d in "ts"
+                for mask in unit.ffm[d].masks
+            }
+            assert seen == {("t", t), ("s", s)}
+    for order in ("ts", "st", "parallel"):
+        assert {unit.order for unit in units(f"order-{order}")} == {order}
+    dimensions = [list(units(f"p3dc+{name}")[0].ffm) for name in ("fine", "dynamic")]
+    assert dimensions == [["s"], ["t"]]
+    assert list(units("p3dc+fine+dynamic")[0].ffm) == ["t", "s"]
+    for unit in units("strf-nofam"):
+        assert [type(ffm.masks[0]) for ffm in unit.ffm.values()] == 2 * [SelfProduct]
+    model = meta("p3dc+nonlocal")
+    assert sum(isinstance(m, NonLocalBlock) for m in model.modules()) == 5
+    assert not units("p3dc+nonlocal")
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda: STRF(16, ("t-slow",)), "STRF takes one or more"), (lambda: STRF(16, ()), "STRF takes one or more"), (lambda: STRF(16, order="t"), "order ts, st or parallel"),
-    (lambda: STRF(16, resolutions=(1, 2)), "an odd resolution"), (lambda: STRF(16, pools=("max", "sum")), "pool max or avg"), (lambda: STRF(8), "at least 16 channels"),
-    (lambda: STRFNet(5, layer="2d"), "3D layers are"), (lambda: STRFNet(5, stages=(5,)), "stages 1 to 4")])
+def test_every_setting_reaches_its_module():
+    """All in one network, which no row has, and none of them is forgotten here."""
+    changes = dict(
+        layer="p3d-b",
+        stages=(1, 4),
+        blocks=(2, 3, 6),
+        factors=(STATIC, FINE),
+        resolutions=(3, 7),
+        pools=("avg", "max"),
+        order="parallel",
+        reduction=8,
+        kappa=2.0,
+        normalize=False,
+        pool="max",
+        frames=5,
+    )
+    model = network(**changes)
+    assert model.frames == 5 and model.pool == "max"
+    places = {name: m for name, m in model.named_modules() if isinstance(m, P3DConv)}
+    # stages 1 and 4 have three blocks, stage 2 four, stage 3 six
+    wanted = ["layer1.1", "layer1.2", "layer2.1", "layer2.2", "layer3.1", "layer3.2", "layer3.5"]
+    assert list(places) == [f"{name}.conv2" for name in [*wanted, "layer4.1", "layer4.2"]]
+    assert {m.kind for m in places.values()} == {"b"}
+    for name, module in places.items():
+        assert (module.strf is not None) == (name[5] in "14")
+        if module.strf:
+            static, fine = module.strf.ffm["t"].masks, module.strf.ffm["s"].masks
+            assert module.strf.order == "parallel" and len(static) == len(fine) == 1
+            assert (static[0].window, static[0].pool) == ((7, 1, 1), "avg")
+            assert (fine[0].window, fine[0].pool) == ((1, 3, 3), "max")
+            for mask in (static[0], fine[0]):
+                assert (mask.kappa, mask.normalize) == (2.0, False)
+                assert mask.h.out_channels == mask.h.in_channels // 8
+    assert not units("strf-nofam", normalize=False)[0].ffm["t"].masks[0].normalize
+    training = {"height", "width", "ids", "clips", "erase", "epochs", "lr", "lr_step"}
+    training |= {"weight_decay", "weights", "margin"}
+    assert set(strf.RECIPE) == {*changes, *training, "unit", "fam"}
+    args = settings(strf.RECIPE, ROWS, "strf-p3dc", weight_decay=0.25, lr=0.5)
+    group = strf.make_optimizer(nn.Linear(2, 2), args).param_groups[0]
+    assert (group["weight_decay"], group["lr"]) == (0.25, 0.5)
+
+
+def test_the_printed_figures():
+    """Tables 2 to 5 and Sec. 3.3."""
+
+    def figures(name):
+        return row_of(ROWS, name).figures
+
+    table2 = {
+        "i3d": (82.70, 88.50, 95.20, 95.40),
+        "strf-i3d": (83.10, 88.70, 95.20, 95.90),
+        "p3da": (83.20, 88.90, 95.00, 95.00),
+        "strf-p3da": (85.40, 89.80, 95.60, 96.00),
+        "p3db": (83.00, 88.80, 95.40, 95.30),
+        "strf-p3db": (85.60, 90.30, 96.40, 97.40),
+        "p3dc": (83.10, 88.50, 95.30, 95.30),
+        "strf-p3dc": (86.10, 90.30, 96.20, 97.20),
+    }
+    for name, printed in table2.items():
+        assert (*figures(name)["mars"], *figures(name)["duke"]) == printed
+    assert figures("strf-p3dc")["ilids"] == (None, 89.30)
+    others = {
+        "p3dc+nonlocal": (84.8, 89.9),
+        "p3dc+fine": (85.20, 89.70),
+        "p3dc+coarse": (85.10, 89.90),
+        "p3dc+dynamic": (85.20, 89.90),
+        "p3dc+static": (85.10, 90.00),
+        "p3dc+fine+coarse": (85.50, 90.10),
+        "p3dc+dynamic+static": (85.30, 89.70),
+        "p3dc+fine+dynamic": (85.40, 90.00),
+        "p3dc+coarse+static": (85.70, 90.10),
+        "stage1": (83.40, 88.80),
+        "stage12": (83.60, 89.00),
+        "stage123": (84.70, 89.30),
+        "stage234": (85.50, 90.00),
+        "stage1234": (83.70, 88.70),
+    }
+    for name, printed in others.items():
+        assert figures(name) == {"mars": printed}
+    same = {name for name, row in ROWS.items() if row == "strf-p3dc"}
+    assert same == {"stage23", "resolutions-13", "pool-t-max-s-max", "order-ts"}
+    assert all(not figures(name) for name in set(ROWS) - {*table2, *others, *same})
+    for name, row in ROWS.items():
+        if not isinstance(row, str):
+            assert set(row.settings) <= set(strf.RECIPE), name
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: STRF(16, ("t-slow",)), "STRF takes one or more"),
+        (lambda: STRF(16, ()), "STRF takes one or more"),
+        (lambda: STRF(16, (FINE, FINE)), "each once"),
+        (lambda: STRF(16, order="t"), "order ts, st or parallel"),
+        (lambda: STRF(16, resolutions=(1, 2)), "an odd resolution"),
+        (lambda: STRF(16, resolutions=(-1, 3)), "an odd resolution"),
+        (lambda: STRF(16, resolutions=(3, 1)), "r_tau <= r_sigma"),
+        (lambda: STRF(16, resolutions=(3,)), "r_tau <= r_sigma"),
+        (lambda: STRF(16, pools=("max", "sum")), "pool max or avg"),
+        (lambda: STRF(16, pools=("max",)), "a pool for t and one for s"),
+        (lambda: STRF(8), "a reduction of 1 to 8, not 1 and 16"),
+        (lambda: STRF(8, reduction=0), "a reduction of 1 to 8"),
+        (lambda: FactorizedAttentionMask(16, "x", 1), "dimension t or s"),
+        (lambda: STRFNet(5, layer="2d"), "STRFNet takes layer"),
+        (lambda: STRFNet(5, stages=(5,)), "stages of 1 to 4"),
+        (lambda: STRFNet(5, unit="gc"), "unit strf or nonlocal"),
+        (lambda: STRFNet(5, unit="nonlocal", fam=False), "no FAM to leave out"),
+        (lambda: STRFNet(5, stages=(2,), blocks=(5, 6)), "stage 2 has blocks 1 to 4, none of"),
+        (lambda: STRFNet(5, blocks=()), "stage 2 has blocks 1 to 4, none of"),
+    ],
+)
 def test_wrong_arguments(make, says):
     with pytest.raises(ValueError, match=says):
         make()
 
 
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--resolutions", 1), "r_tau <= r_sigma"),
+        (("--resolutions", 1, 4), "an odd resolution"),
+        (("--pools", "max"), "a pool for t and one for s"),
+        (("--factors",), "STRF takes one or more"),
+        (("--reduction", 512), "a reduction of 1 to 128"),
+        (("--unit", "nonlocal", "--no-fam"), "no FAM to leave out"),
+        (("--stages", 1, "--blocks", 6), "stage 1 has blocks 1 to 3"),
+        (("--stages", 5), "--stages"),
+        (("--order", "tt"), "--order"),
+    ],
+)
+def test_wrong_flags_are_one_line(refuses, small_root, flags, says):
+    refuses(("--root", small_root, *flags), says, script="strf.py")
+
+
 def test_where_strf_stands():
-    def places(variant, kind):
-        return [name.removesuffix(".strf") for name, m in meta(variant).named_modules() if isinstance(m, kind)]
-    five = ["layer2.0.conv2", "layer2.2.conv2", "layer3.0.conv2", "layer3.2.conv2", "layer3.4.conv2"]
-    assert places("strf-p3dc", STRF) == places("p3dc", P3DConv) == places("i3d", InflatedConv) == five and not places("p3dc", STRF)
-    assert places("stage1", STRF) == ["layer1.0.conv2", "layer1.2.conv2"] and places("stage1", P3DConv) == ["layer1.0.conv2", "layer1.2.conv2", *five]
+    def places(variant, kind, **changes):
+        modules = meta(variant, **changes).named_modules()
+        return [name.removesuffix(".strf") for name, m in modules if isinstance(m, kind)]
+
+    five = [f"layer2.{i}.conv2" for i in (0, 2)] + [f"layer3.{i}.conv2" for i in (0, 2, 4)]
+    assert places("strf-p3dc", STRF) == places("p3dc", P3DConv) == places("i3d", InflatedConv)
+    assert places("strf-p3dc", STRF) == places("p3dc+nonlocal", NonLocalBlock) == five
+    assert not places("p3dc", STRF)
+    one = ["layer1.0.conv2", "layer1.2.conv2"]
+    assert places("stage1", STRF) == one and places("stage1", P3DConv) == [*one, *five]
     assert places("stage234", STRF)[-2:] == ["layer4.0.conv2", "layer4.2.conv2"]
+    # --blocks 1 2 3 4 5 6: "We then replace stage 2 and stage 3", as printed
+    every = [f"layer{stage}.{i}.conv2" for stage, n in ((2, 4), (3, 6)) for i in range(n)]
+    assert places("strf-p3dc", STRF, blocks=(1, 2, 3, 4, 5, 6)) == every
+
+
+@pytest.mark.parametrize("variant", ["strf-p3dc", "strf-nofam", "p3dc+nonlocal", "p3dc"])
+def test_the_picture_has_every_unit_and_mask(variant):
+    model = network(variant, frames=4).eval()
+    frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    _, rows = strf.picture(model, torch.randn(1, 4, 3, 64, 64), frames)
+    each = {"strf-p3dc": [10, 8], "strf-nofam": [10, 4], "p3dc+nonlocal": [10], "p3dc": []}
+    # a map for each frame, or a mask for the first, and a scale
+    assert [len(panels) for _, panels in rows] == [5] + 5 * each[variant]
