@@ -166,7 +166,7 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
     return out
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
     """Features of whole tracklets, (N, D), float32: the mean of their clips' embeddings.
 
