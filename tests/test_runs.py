@@ -417,8 +417,15 @@ def test_a_flipped_bit_is_named(small, refuses, tmp_path):
 
 
 def test_compile_trains_and_falls_back(small, monkeypatch):
+    """torch cannot compile on every machine (no compiler, or a CPU capability set from outside):
+    the run then says so and trains all the same."""
+    try:
+        torch.compile(lambda x: x.cos() + 2)(torch.zeros(8))
+        compiles = True
+    except Exception:  # of many kinds
+        compiles = False
     out = small("--compile", "--epochs", 1, "--output", "a")
-    assert "goes on without" not in out and re.search("^after epoch 1, .*mAP", out, re.M)
+    assert ("goes on without" in out) != compiles and re.search("^after epoch 1, .*mAP", out, re.M)
 
     def no_compiler(function):
         raise RuntimeError("no C++ compiler\nat all")
