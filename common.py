@@ -623,8 +623,8 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
 }
 # what a checkpoint does not say, and what may differ from it when a run goes on or is evaluated
 HERE = {"evaluate", "figure", "figure_tracklets", "complexity", "gpu", "workers", "resume",
-        "compile", "output", "root", "split"}
-GOING_ON = {*HERE, "epochs", "checkpoint_every", "eval_every"} - {"split"}
+        "compile", "output"}
+GOING_ON = {*HERE, "root", "epochs", "checkpoint_every", "eval_every"}
 EVALUATED = {*GOING_ON, "data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase",
              "weights", "amp", "rerank"}
 
@@ -715,7 +715,7 @@ def parse_args(recipe, rows, text, script):
         run["resume"] = last if run["evaluate"] or os.path.exists(last) else None
     if run["resume"] is not None and run["split"] != "all":
         checkpoint = load_checkpoint(run["resume"], script.name, rows, not run["evaluate"])
-        saved = {k: v for k, v in checkpoint["args"].items() if k not in HERE - {"root", "split"}}
+        saved = {k: v for k, v in checkpoint["args"].items() if k not in HERE}
         but = EVALUATED if run["evaluate"] else GOING_ON | {"weights", "amp", "rerank"}
         same_flags(checkpoint, chosen, run["resume"], but)
         output = run["output"] or str(Path(run["resume"]).parent)
