@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -913,334 +913,222 @@ class TrackletSampler(PKSampler):
 # Small drawn pedestrians. People come in look-alike groups that share the salient upper clothes and
 # differ in the rest.
 
-_CLOTH = [(196, 36, 42), (42, 84, 186), (36, 132, 66), (232, 196, 52), (236, 236, 230),
-          (38, 38, 42), (232, 118, 36), (232, 138, 172), (112, 60, 146), (34, 142, 152)]
-_LOWER = [(44, 62, 112), (34, 34, 38), (132, 132, 138), (204, 184, 146), (104, 70, 46),
-          (228, 228, 222), (92, 98, 56), (134, 34, 44)]
-_HAIR = [(28, 24, 22), (84, 54, 30), (206, 168, 92), (150, 62, 30), (156, 156, 158)]
-_SKIN = [(240, 204, 178), (216, 168, 130), (168, 116, 80), (98, 64, 44)]
-_SHOES = [(28, 28, 30), (236, 236, 234), (184, 40, 40), (120, 82, 50), (60, 110, 190)]
-_BAGS = [(30, 30, 32), (170, 40, 40), (40, 90, 160), (120, 80, 44), (226, 180, 60), (60, 130, 80)]
+_CLOTHES = [ImageColor.getrgb(name) for name in (
+    "firebrick", "royalblue", "seagreen", "gold", "whitesmoke", "#26262a", "darkorange", "hotpink",
+    "rebeccapurple", "darkcyan", "#2c3e70", "gray", "tan", "saddlebrown", "darkolivegreen")]
+_HAIR = [ImageColor.getrgb(name) for name in ("#1c1816", "#54361e", "#cea85c", "sienna", "#9c9c9e")]
+_SKIN = [ImageColor.getrgb(name) for name in ("#f0ccb2", "#d8a882", "#a87450", "#62402c")]
+_CUTS = ("trousers", "shorts", "skirt", "coat")
+_HEADS = ("short", "long", "bun", "cap", "bald")
+_BAGS = ("none", "backpack", "shoulder", "hand")
+_PATTERNS = ("plain", "plain", "hoops", "stripes", "halves")
 _SUPER = 3  # frames are drawn three times as large and averaged down
 
 
-def _draw_people(count, rng, group=4):
+def _shade(colour, factor):
+    return tuple(int(min(255, c * factor)) for c in colour)
+
+
+def _draw_people(count, rng, group=4, gait=False):
+    """Looks and gaits of people in look-alike groups; gait: all but it is the same in a group."""
     people = []
     while len(people) < count:
-        upper, second = rng.choice(len(_CLOTH), 2, replace=False)
-        shared = dict(
-            upper=_CLOTH[upper], second=_CLOTH[second],
-            coat=rng.random() < 0.3, sleeves=rng.random() < 0.65,
-            pattern=["plain", "plain", "hoops", "stripes", "checks", "halves"][rng.integers(6)])
-        lower, cut, hair, bag = (rng.permutation(n) for n in (len(_LOWER), 4, 5, 4))
+        upper, second = rng.choice(len(_CLOTHES), 2, replace=False)
+        shared = dict(upper=_CLOTHES[upper], second=_CLOTHES[second], sleeves=rng.random() < 0.65,
+                      pattern=_PATTERNS[rng.integers(5)])
+        lower, cut, head, bag = (rng.permutation(n) for n in (len(_CLOTHES), 4, 5, 4))
         for i in range(min(group, count - len(people))):
+            if i == 0 or not gait:
+                cap, shoes, bag_colour = rng.choice(len(_CLOTHES), 3)
+                own = dict(
+                    lower=_CLOTHES[lower[i % len(lower)]], cut=_CUTS[cut[i % 4]],
+                    head=_HEADS[head[i % 5]], bag=_BAGS[bag[i % 4]], cap=_CLOTHES[cap],
+                    shoes=_CLOTHES[shoes], bag_colour=_CLOTHES[bag_colour],
+                    hair=_HAIR[rng.integers(5)], skin=_SKIN[rng.integers(4)],
+                    build=rng.uniform(0.82, 1.25), height=rng.uniform(0.9, 1.04),
+                    leg=rng.uniform(0.47, 0.53))
             people.append(SimpleNamespace(
-                **shared, lower=_LOWER[lower[i]],
-                cut=["trousers", "shorts", "skirt", "trousers"][cut[i]],
-                hair=["short", "long", "bun", "cap", "bald"][hair[i]],
-                bag=["none", "backpack", "shoulder", "hand"][bag[i]],
-                hair_colour=_HAIR[rng.integers(5)], bag_colour=_BAGS[rng.integers(6)],
-                cap=_BAGS[rng.integers(6)], skin=_SKIN[rng.integers(4)],
-                shoes=_SHOES[rng.integers(5)],
-                build=rng.uniform(0.82, 1.25), height=rng.uniform(0.9, 1.04),
-                leg=rng.uniform(0.47, 0.53), frequency=rng.uniform(0.55, 1.0),
-                stride=rng.uniform(0.3, 0.6), arms=rng.uniform(0.15, 0.7)))
+                **shared, **own, frequency=rng.uniform(0.55, 1.0), stride=rng.uniform(0.3, 0.6),
+                arms=rng.uniform(0.15, 0.7)))
     return people
 
 
 def _draw_camera(index, rng, zoom):
+    """A camera: its colours and view, and the scene along which people walk, `zoom` times as large
+    as 420 x 150 pixels: a wall with bricks or windows, a floor, and trees."""
+    def colour(low, high):
+        return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), 0.12, rng.uniform(low, high)))
+    wall, floor, edge = colour(0.5, 0.8), colour(0.4, 0.7), int(rng.integers(52, 90))
+    image = Image.new("RGB", (420, 150), _shade(wall, 1))
+    draw = ImageDraw.Draw(image)
+    step, wide, high = ((16, 14, 6), (60, 40, 46))[index % 2]
+    for y in range(edge - high - 2, -high, -high - 2):
+        for x in range(y % 2 * step // 2, 420, step):
+            shade = _shade(wall, rng.uniform(0.85, 1.05) if step == 16 else rng.uniform(0.4, 1.2))
+            draw.rectangle([x, y, x + wide, y + high], shade)
+    draw.rectangle([0, edge, 420, 150], _shade(floor, 1))
+    for x in rng.integers(0, 420, 6).tolist():
+        draw.rectangle([x, edge, x + 30, 150], _shade(floor, rng.uniform(0.8, 1.1)))
+        draw.rectangle([x - 3, edge - 40, x + 3, edge], (84, 62, 44))
+        leaves = _shade((50, 105, 45), rng.uniform(0.6, 1.3))
+        draw.ellipse([x - 18, edge - 58, x + 18, edge - 22], leaves)
+    pixels = (np.asarray(image) + rng.normal(0, 6, (150, 420, 1))).clip(0, 255).astype(np.uint8)
     hue = np.array(colorsys.hsv_to_rgb(rng.random(), 1, 1))
     return SimpleNamespace(
-        cast=1 + 0.16 * (hue - 0.5), gain=rng.uniform(0.8, 1.15), gamma=rng.uniform(0.85, 1.2),
-        saturation=rng.uniform(0.75, 1.1), light=0.15 * rng.choice([-1, 1]),
+        cast=(1 + 0.16 * (hue - 0.5)) * rng.uniform(0.8, 1.15), gamma=rng.uniform(0.85, 1.2),
+        light=0.15 * rng.choice([-1, 1]), scale=rng.uniform(0.85, 0.97),
         yaw=[0.25, 1.35, 2.75, -1.1, 0.9, -2.2][index % 6] + rng.uniform(-0.15, 0.15),
-        scale=rng.uniform(0.85, 0.97), blur=rng.uniform(0.0, 0.7), noise=rng.uniform(1, 5),
-        scene=_draw_scene(rng, zoom))
-
-
-def _draw_scene(rng, zoom):
-    """The background along which people walk: a floor, and bricks, windows or trees above."""
-    width = 420
-    height = 150
-
-    def colour(hue, saturation, value):
-        return 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
-    wall = colour(rng.random(), rng.uniform(0.0, 0.12), rng.uniform(0.5, 0.8))
-    floor = colour(rng.choice([0.1, 0.28, 0.6]), rng.uniform(0.0, 0.15), rng.uniform(0.4, 0.7))
-    edge = int(rng.uniform(0.35, 0.6) * height)
-    image = Image.new("RGB", (width, height), _shade(wall))
-    draw = ImageDraw.Draw(image)
-    kind = rng.integers(3)
-    if kind == 0:  # bricks
-        for y in range(0, edge, 8):
-            draw.line([0, y, width, y], _shade(wall, 0.8))
-            for x in range(y % 16, width, 16):
-                draw.line([x, y, x, y + 8], _shade(wall, 0.8))
-    elif kind == 1:  # windows
-        for x in range(0, width, 60):
-            draw.rectangle([x + 6, 12, x + 46, edge - 8], _shade(wall, rng.uniform(0.4, 1.2)))
-    else:  # trees
-        for x in rng.integers(0, width, 9).tolist():
-            r = int(rng.integers(14, 24))
-            draw.rectangle([x - 3, edge - 40, x + 3, edge], (84, 62, 44))
-            leaves = _shade(rng.integers([30, 80, 30], [70, 130, 60]))
-            draw.ellipse([x - r, edge - 40 - r, x + r, edge - 40 + r], leaves)
-    draw.rectangle([0, edge, width, height], _shade(floor))
-    for x in rng.integers(0, width, 5).tolist():
-        right = x + int(rng.integers(10, 40))
-        draw.rectangle([x, edge, right, height], _shade(floor, rng.uniform(0.8, 1.1)))
-    for i in range(1, 7):
-        y = edge + (height - edge) * i * i // 40
-        draw.line([0, y, width, y], _shade(floor, 0.88))
-    pixels = (np.asarray(image) + rng.normal(0, 6, (height, width, 1))).clip(0, 255)
-    size = (round(zoom * width), round(zoom * height))
-    return Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.BILINEAR)
-
-
-def _shade(colour, factor=1.0):
-    return tuple(int(min(255, c * factor)) for c in colour)
+        blur=rng.uniform(0.0, 0.7), noise=rng.uniform(1, 5),
+        scene=Image.fromarray(pixels).resize((round(420 * zoom), round(150 * zoom))))
 
 
 def _draw_person(image, who, phase, yaw, x, y, h):
     """Draws `who`, h pixels tall, the feet at (x, y), at `phase` of the gait.
 
     yaw 0 faces the camera, pi/2 walks right. Places are in units of the height, y upwards from the
-    feet; `at` and `box` turn them into pixels.
+    feet; `at` turns them into pixels.
     """
     draw = ImageDraw.Draw(image)
-    s = math.sin(yaw)
-    c = math.cos(yaw)
+    s, c = math.sin(yaw), math.cos(yaw)
     ahead = math.copysign(1, s)  # where the person walks, and the side nearer to the camera
-    bob = 0.008 * math.cos(2 * phase)
-    hip = who.leg + bob
-    shoulder = 0.82 + bob
-    head = 0.905 + bob
-    across = 0.6 * abs(s) + abs(c)  # a body is flatter from the side
-    chest = 0.118 * who.build * across
-    waist = 0.088 * who.build * across
+    across = who.build * (0.6 * abs(s) + abs(c))  # a body is flatter from the side
+    hip, shoulder, head = (high + 0.008 * math.cos(2 * phase) for high in (who.leg, 0.82, 0.905))
+    chest, waist = 0.145 * across, 0.11 * across
 
     def at(dx, dy):
-        return x + 1.25 * dx * h, y - dy * h
+        return x + dx * h, y - dy * h
 
-    def box(x0, y0, x1, y1):  # corners in any order
-        (x0, y0), (x1, y1) = at(x0, y0), at(x1, y1)
-        return [min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)]
+    def limb(a, b, width, colour):  # a bar with round ends
+        r = width * h / 2
+        draw.line([at(*a), at(*b)], colour, round(2 * r))
+        for px, py in (at(*a), at(*b)):
+            draw.ellipse([px - r, py - r, px + r, py + r], colour)
 
-    def line(a, b, colour, width):
-        draw.line([at(*a), at(*b)], colour, max(1, int(width * h)))
-
-    def block(corners, colour, radius):
-        draw.rounded_rectangle(box(*corners), radius * h, colour)
-
-    def limb(a, b, wa, wb, colour):
-        """A rounded bar from a to b, wa and wb pixels half its width at the ends."""
-        (ax, ay), (bx, by) = at(*a), at(*b)
-        length = math.dist((ax, ay), (bx, by)) or 1
-        nx = (ay - by) / length
-        ny = (bx - ax) / length
-        draw.polygon([(ax + nx * wa, ay + ny * wa), (bx + nx * wb, by + ny * wb),
-                      (bx - nx * wb, by - ny * wb), (ax - nx * wa, ay - ny * wa)], colour)
-        draw.ellipse([ax - wa, ay - wa, ax + wa, ay + wa], colour)
-        draw.ellipse([bx - wb, by - wb, bx + wb, by + wb], colour)
+    def oval(dx, dy, r, colour, half=False):
+        px, py = at(dx, dy)
+        shape = [px - 0.9 * r * h, py - r * h, px + 0.9 * r * h, py + r * h]
+        draw.pieslice(shape, 180, 360 if half else 540, colour)
 
     def joint(start, length, swing):  # a limb's other end
-        return start[0] + length * math.sin(swing) * s, start[1] - length * math.cos(swing)
+        return start[0] + 1.25 * length * math.sin(swing) * s, start[1] - length * math.cos(swing)
 
     def leg(side):
         swing = who.stride * math.sin(phase) * side
         bend = 0.9 * who.stride * max(0.0, math.cos(phase) * side) + 0.05
-        top = (side * 0.045 * who.build * c, hip)
+        top = side * 0.055 * who.build * c, hip
         knee = joint(top, 0.5 * hip, swing)
         ankle = joint(knee, 0.46 * hip, swing - bend)
-        toe = (ankle[0] + 0.055 * s, ankle[1] - 0.012 - 0.018 * max(c, 0))
         dark = 1.0 if side == ahead else 0.82
-        bare = _shade(who.skin, dark)
-        cloth = _shade(who.lower, dark)
-        w = 0.046 * who.build * h
-        if who.cut == "trousers":
-            limb(knee, ankle, w * 0.72, w * 0.62, cloth)
-        else:
-            limb(knee, ankle, w * 0.72, w * 0.45, bare)
-        limb(top, knee, w * 1.12, w * 0.82, bare if who.cut == "skirt" else cloth)
-        limb(ankle, toe, 0.024 * h, 0.021 * h, _shade(who.shoes, dark))
+        cloth, bare = _shade(who.lower, dark), _shade(who.skin, dark)
+        limb(knee, ankle, 0.06 * who.build, bare if who.cut in ("shorts", "skirt") else cloth)
+        limb(top, knee, 0.09 * who.build, bare if who.cut == "skirt" else cloth)
+        toe = ankle[0] + 0.07 * s, ankle[1] - 0.012 - 0.018 * max(c, 0)
+        limb(ankle, toe, 0.045, _shade(who.shoes, dark))
 
     def arm(side):
         swing = -who.arms * math.sin(phase) * side
-        top = (side * (chest - 0.012) * c * min(1.0, abs(c) / 0.3), shoulder - 0.025)
-        x, y = joint(top, 0.16, swing)
-        elbow = (x + side * 0.018 * c, y)
-        x, _ = joint(elbow, 0.14, swing + 0.3)
-        _, y = joint(elbow, 0.14, swing + 0.25)  # (x, y): the hand
         dark = 0.95 if side == ahead else 0.78
-        sleeve = _shade(who.second if who.pattern == "halves" else who.upper, dark)
-        bare = _shade(who.skin, dark)
-        w = 0.031 * who.build * h
-        limb(elbow, (x, y), w * 0.85, w * 0.7, sleeve if who.sleeves else bare)
-        limb(top, elbow, w, w * 0.88, sleeve)
-        limb((x, y), (x, y - 0.015), w * 0.7, w * 0.6, bare)
+        sleeve, bare = _shade(who.upper, dark), _shade(who.skin, dark)
+        top = side * (chest - 0.01) * c, shoulder - 0.025
+        elbow = joint(top, 0.16, swing)
+        hand = joint(elbow, 0.14, swing + 0.3)
+        limb(elbow, hand, 0.05 * who.build, sleeve if who.sleeves else bare)
+        limb(top, elbow, 0.06 * who.build, sleeve)
+        limb(hand, hand, 0.045, bare)
         if who.bag == "hand" and side == 1:
-            line((x, y), (x, y - 0.05), _shade(who.bag_colour, 0.7), 0.012)
-            draw.rectangle(box(x - 0.055, y - 0.04, x + 0.055, y - 0.15), who.bag_colour)
+            limb((hand[0], hand[1] - 0.06), (hand[0], hand[1] - 0.11), 0.12, who.bag_colour)
 
     def torso():
-        low, wide = (hip - 0.13, 1.3) if who.coat else (hip - 0.01, 1.08)
-        right = [(0.75 * chest, shoulder + 0.015), (chest, shoulder - 0.02),
-                 (1.05 * waist, hip + 0.05), (wide * waist, low)]
-        left = [(-dx, dy) for dx, dy in right[::-1]]
-        mask = Image.new("L", image.size)
-        ImageDraw.Draw(mask).polygon([at(*place) for place in right + left], 255)
-        cloth = Image.new("RGB", image.size, who.upper)
-        paint = ImageDraw.Draw(cloth)
-        if who.pattern in ("hoops", "checks"):
-            for i in range(7):
-                high = shoulder - 0.03 - 0.07 * i
-                end = shoulder - 0.065 - 0.07 * i
-                paint.rectangle(box(-0.3, high, 0.3, end), who.second)
-        if who.pattern in ("stripes", "checks"):
-            for i in range(-4, 5):
-                middle = 0.055 * i * across
-                paint.rectangle(box(middle - 0.012, 1, middle + 0.012, 0), who.second)
-        if who.pattern == "halves":
-            paint.rectangle(box(-0.3, 1, 0.3, (shoulder + hip) / 2 + 0.04), who.second)
-        image.paste(cloth, mask=mask)
-        line((-waist, low + 0.004), (waist, low + 0.004), _shade(who.upper, 0.6), 0.008)
-
-    def skirt():
-        flare = 1.35 * waist + 0.125 * who.stride * abs(math.sin(phase) * s)
-        draw.polygon([at(-waist, hip + 0.03), at(waist, hip + 0.03), at(flare, 0.52 * hip),
-                      at(-flare, 0.52 * hip)], who.lower)
-
-    def straps():
-        dark = _shade(who.bag_colour, 0.7)
-        if c < -0.35:  # from behind the backpack hides most of the back
-            block((-0.68 * chest, shoulder - 0.01, 0.68 * chest, hip + 0.07), who.bag_colour, 0.04)
-            line((-0.5 * chest, shoulder - 0.1), (0.5 * chest, shoulder - 0.1), dark, 0.012)
-        else:
-            for side in (-1, 1) if c > 0.5 else (ahead * 0.6,):
-                line((side * 0.5 * chest, shoulder + 0.01), (side * 0.55 * chest, hip + 0.15),
-                     dark, 0.02)
+        def band(top, low, colour):  # of the body between two heights
+            wide = [chest + (waist - chest) * (shoulder - v) / (shoulder - hip) for v in (top, low)]
+            draw.polygon([at(-wide[0], top), at(wide[0], top), at(wide[1], low),
+                          at(-wide[1], low)], colour)
+        if who.cut == "coat":
+            limb((0, hip), (0, hip - 0.12), 2 * waist, _shade(who.upper, 0.9))
+        limb((-0.8 * chest, shoulder - 0.015), (0.8 * chest, shoulder - 0.015), 0.05, who.upper)
+        band(shoulder, hip - 0.02, who.upper)
+        if who.pattern == "hoops":
+            for i in range(4):
+                band(shoulder - 0.03 - 0.08 * i, shoulder - 0.065 - 0.08 * i, who.second)
+        elif who.pattern == "stripes":
+            for u in (-0.6, 0, 0.6):
+                limb((u * chest, shoulder - 0.02), (u * waist, hip), 0.025, who.second)
+        elif who.pattern == "halves":
+            band((shoulder + hip) / 2, hip - 0.02, who.second)
+        if who.cut == "skirt":
+            draw.polygon([at(-waist, hip + 0.03), at(waist, hip + 0.03), at(1.4 * waist, hip / 2),
+                          at(-1.4 * waist, hip / 2)], who.lower)
 
     def face():
-        hair = who.hair_colour
-        turn = 0.012 * s
-        top = box(-0.06, head + 0.072, 0.06, head - 0.057)
-        limb((0, shoulder), (0, head - 0.03), 0.027 * h, 0.025 * h, _shade(who.skin, 0.85))
-        if who.hair == "long":
-            low = shoulder - (0.05 if c < 0.3 else 0.01)
-            block((-0.062 - turn, head + 0.02, 0.062 - turn, low), hair, 0.03)
-        draw.ellipse(box(-0.053 + turn, head + 0.06, 0.053 + turn, head - 0.06), who.skin)
-        if who.hair == "cap":
-            draw.pieslice(top, 180, 360, who.cap)
-            left = min(0, 0.1 * s) - 0.045 * abs(c)
-            right = max(0, 0.1 * s) + 0.045 * abs(c)
-            draw.rectangle(box(left, head + 0.022, right, head + 0.006), _shade(who.cap, 0.75))
-        elif who.hair != "bald":
-            if c < -0.3:
-                draw.ellipse(box(-0.057, head + 0.068, 0.057, head - 0.036), hair)
-            else:
-                draw.pieslice(top, 180, 360, hair)
-            if abs(s) > 0.3:  # the back of the head, from the side
-                middle = -0.035 * ahead
-                low = head - (0.054 if who.hair == "long" else 0.018)
-                draw.ellipse(box(middle - 0.032, head + 0.06, middle + 0.032, low), hair)
-            if who.hair == "bun":
-                middle = -0.045 * s
-                draw.ellipse(box(middle - 0.03, head + 0.11, middle + 0.03, head + 0.05), hair)
+        limb((0, shoulder), (0, head), 0.06, _shade(who.skin, 0.85))
+        if who.head == "long":
+            limb((-0.02 * s, head), (-0.03 * s, shoulder - 0.03), 0.13, who.hair)
+        if who.head == "bun":
+            oval(-0.06 * s, head + 0.07, 0.035, who.hair)
+        oval(0.015 * s, head, 0.06, who.skin)
+        if who.head in ("short", "long", "bun"):
+            oval(-0.012 * s, head + 0.008, 0.064, who.hair, half=c > -0.3)
+        elif who.head == "cap":
+            oval(0, head + 0.01, 0.066, who.cap, half=True)
+            limb((0, head + 0.015), (0.09 * s, head + 0.015), 0.02, _shade(who.cap, 0.75))
 
-    draw.ellipse(box(-0.16, 0.012, 0.16, -0.022), (60, 60, 64))  # the shadow
+    def backpack():
+        limb((-0.16 * s, shoulder - 0.06), (-0.16 * s, hip + 0.12), 0.15, who.bag_colour)
+
+    limb((-0.12, 0), (0.12, 0), 0.025, (60, 60, 64))  # the shadow
     arm(-ahead)  # from the far side to the near one
     leg(-ahead)
     leg(ahead)
-    if who.cut == "skirt":
-        skirt()
-    if who.bag == "backpack" and abs(s) > 0.35:  # it stands out behind
-        block((-ahead * 0.55 * chest, shoulder - 0.01,
-               -ahead * (0.55 * chest + 0.11 * abs(s)), hip + 0.07), who.bag_colour, 0.03)
+    if who.bag == "backpack" and c > 0:
+        backpack()
     torso()
-    if who.bag == "backpack":
-        straps()
+    if who.bag == "backpack" and c <= 0:
+        backpack()
     face()
-    if abs(c) > 0.5:
-        arm(-ahead)
     arm(ahead)
     if who.bag == "shoulder":
-        side = math.copysign(1, c)
-        place = 1.1 * side * waist
-        line((-0.6 * side * chest, shoulder), (place, hip + 0.03), _shade(who.bag_colour, 0.7),
-             0.018)
-        block((place - 0.06, hip + 0.045, place + 0.06, hip - 0.075), who.bag_colour, 0.015)
+        side = math.copysign(waist, c)
+        limb((-side, shoulder), (side, hip), 0.02, _shade(who.bag_colour, 0.7))
+        limb((side, hip), (side, hip - 0.04), 0.12, who.bag_colour)
 
 
-def _draw_occluder(draw, kind, x, w, h, tint):
-    """Something that passes in front: a pole, a box on a cart, or another pedestrian."""
-    if kind == "pole":
-        draw.rectangle([x - 0.06 * w, 0, x + 0.06 * w, h], tint)
-    elif kind == "box":
-        draw.rectangle([x - 0.5 * w, 0.68 * h, x + 0.3 * w, h], tint)
-        draw.rectangle([x - 0.3 * w, 0.62 * h, x + 0.2 * w, 0.68 * h], _shade(tint, 1.3))
-    elif kind == "passer":
-        draw.ellipse([x - 0.1 * w, 0.1 * h, x + 0.1 * w, 0.23 * h], (120, 90, 70))
-        draw.rounded_rectangle([x - 0.2 * w, 0.22 * h, x + 0.2 * w, 0.6 * h], 0.06 * w, tint)
-        draw.rectangle([x - 0.14 * w, 0.58 * h, x + 0.14 * w, h], _shade(tint, 0.5))
-
-
-def _draw_tracklet(who, camera, frames, size, rng):
-    """The frames, of (height, width) `size`, of `who` (None: a false detection) past `camera`."""
+def _draw_tracklet(who, passer, camera, frames, size, occlusion, rng):
+    """The frames, of (height, width) `size`, of `who` (None: a false detection) past `camera`; with
+    probability `occlusion` a pole, a box on a cart or the person `passer` gets in the way."""
     height, width = size
-    h = _SUPER * height
-    w = _SUPER * width
-    unit = height / 128
+    unit = _SUPER * height / 128
+    h, w = _SUPER * height, _SUPER * width
     yaw = camera.yaw + rng.choice([0, 0.5], p=[0.8, 0.2]) + rng.uniform(-0.2, 0.2)
-    phase = rng.uniform(0, 2 * math.pi)
-    start = rng.uniform(40, 280)
-    gain = camera.gain * rng.uniform(0.9, 1.1)
-    kind = rng.choice(["none", "pole", "passer", "box"], p=[0.64, 0.12, 0.12, 0.12])
+    phase, start = rng.uniform(0, 2 * math.pi), rng.uniform(40, 280)
+    kind = rng.choice(["pole", "box", "passer"]) if rng.random() < occlusion else "none"
     when = rng.uniform(0, frames)
-    tint = _shade(rng.uniform(50, 150) + rng.uniform(-30, 30, 3))
-    drift = rng.normal(0, 1, 2)
+    tint = _shade((1, 1, 1), rng.uniform(50, 150))
     light = 1 + camera.light * np.linspace(-1, 1, width)[:, None]
-    colour = (camera.cast * gain * light / 255).astype(np.float32)
+    colour = (camera.cast * rng.uniform(0.9, 1.1) * light / 255).astype(np.float32)
+    drift = rng.normal(0, 1, 2)
     for i in range(frames):
         drift = 0.7 * drift + rng.normal(0, 1, 2)  # the detector's box trembles
-        left = (start + 2.5 * i * math.sin(yaw) + drift[0]) * _SUPER * unit
+        left = (start + 2.5 * i * math.sin(yaw) + drift[0]) * unit
         left = int(np.clip(left, 0, camera.scene.width - w))
         image = camera.scene.crop((left, 5, left + w, 5 + h))
+        middle, feet = w / 2 + 1.2 * drift[0] * unit, 0.965 * h + drift[1] * unit
         if who:
-            _draw_person(image, who, phase + 2 * math.pi * who.frequency * i / 8, yaw,
-                         w / 2 + 1.2 * drift[0] * unit * _SUPER,
-                         0.965 * h + drift[1] * unit * _SUPER,
-                         h * camera.scale * who.height * rng.uniform(0.96, 1.04))
-        _draw_occluder(ImageDraw.Draw(image), kind, w * (0.5 + (i - when) / 6), w, h, tint)
+            step = phase + 2 * math.pi * who.frequency * i / 8
+            tall = h * camera.scale * who.height * rng.uniform(0.96, 1.04)
+            _draw_person(image, who, step, yaw, middle, feet, tall)
+        x = w * (0.5 + (i - when) / 6)
+        if kind == "pole":
+            ImageDraw.Draw(image).rectangle([x - 0.06 * w, 0, x + 0.06 * w, h], tint)
+        elif kind == "box":
+            ImageDraw.Draw(image).rectangle([x - 0.4 * w, 0.65 * h, x + 0.4 * w, h], tint)
+        elif kind == "passer":
+            _draw_person(image, passer, i, math.pi / 2, x, 1.02 * h, 0.95 * h)
         image = image.reduce(_SUPER)
         blur = camera.blur + (rng.uniform(0.4, 1.0) if rng.random() < 0.12 else 0)
-        if blur > 0.3:
-            image = image.filter(ImageFilter.GaussianBlur(blur * unit))
-        pixels = np.asarray(image, np.float32)
-        grey = pixels @ np.full((3, 1), 1 / 3, np.float32)
-        pixels = (grey + np.float32(camera.saturation) * (pixels - grey)) * colour
-        pixels = 255 * pixels.clip(0, 1) ** np.float32(camera.gamma)
-        noise = rng.standard_normal((height, width, 1), np.float32)
-        pixels = pixels + np.float32(camera.noise) * noise
+        image = image.filter(ImageFilter.GaussianBlur(blur * height / 128))
+        pixels = 255 * (np.asarray(image) * colour).clip(0, 1) ** np.float32(camera.gamma)
+        pixels += camera.noise * rng.standard_normal((height, width, 1), np.float32)
         yield Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def _plan_tracklets(identities, test_identities, cameras, seed):
-    """{part: its tracklets, (pid, camera, number, who, seeds of its generator)}."""
-    def people(kind, count, group=4):
-        return _draw_people(count, np.random.default_rng([seed, kind]), group)
-    strangers = people(3, 2 * cameras, group=1)
-    plan = {"train": [], "test": [(-1, cam, 1, None, (4, cam)) for cam in range(cameras)]}
-    for number, who in enumerate(strangers):
-        cam, i = divmod(number, 2)
-        plan["test"].append((0, cam, i + 1, who, (5, cam, i)))
-    persons = [("train", who) for who in people(1, identities)]
-    persons += [("test", who) for who in people(2, test_identities)]
-    for pid, (part, who) in enumerate(persons, 1):
-        for cam in range(cameras):
-            twice = np.random.default_rng([seed, 6, pid, cam]).random() < 0.25
-            for i in range(1 + twice):
-                plan[part].append((pid, cam, i + 1, who, (7, pid, cam, i)))
-    return plan
 
 
 def _write_mat(path, variable, values):
@@ -1253,7 +1141,7 @@ def _write_mat(path, variable, values):
 
 
 def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=(5, 12),
-                   size=(128, 64), seed=0):
+                   size=(128, 64), group=4, occlusion=0.36, gait=False, seed=0):
     """Draws a set of synthetic pedestrians in MARS' layout into `folder`, which must not exist yet.
 
     Every identity has one or two tracklets of frames[0] to frames[1] frames under each camera; the
@@ -1261,41 +1149,49 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
     too. The same arguments give the same bytes. It is drawn aside and renamed at the end, so that
     an interrupted drawing leaves no half data set.
 
-    size: (height, width) in pixels. Raises UserError when the folder exists or cannot be written.
+    size: (height, width) in pixels; group: people in a group who share the upper clothes, or with
+    gait all but their way to walk; occlusion: probability that something passes in front of a
+    tracklet. Raises UserError when the folder exists or cannot be written.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}-{os.getpid()}")
+    people = [None, *_draw_people(2 * cameras, np.random.default_rng([seed, 1]), group=1)]
+    people += _draw_people(identities, np.random.default_rng([seed, 2]), group, gait)
+    people += _draw_people(test_identities, np.random.default_rng([seed, 3]), group, gait)
+    views = [_draw_camera(cam, np.random.default_rng([seed, 4, cam]), _SUPER * size[0] / 128)
+             for cam in range(cameras)]
+    names, rows, query = {"train": [], "test": []}, {"train": [], "test": []}, []
     try:
         if folder.exists():
             raise UserError(f"{folder} exists already: name another folder, or remove it first")
         (aside / "info").mkdir(parents=True)
-        views = [_draw_camera(i, np.random.default_rng([seed, 0, i]), _SUPER * size[0] / 128)
-                 for i in range(cameras)]
-        plan = _plan_tracklets(identities, test_identities, cameras, seed)
-        with tqdm(total=sum(map(len, plan.values())), desc="drawing", unit=" tracklets",
-                  disable=None) as bar:
-            for part, tracklets in plan.items():
-                names = []
-                rows = []
-                query = []
-                for pid, cam, number, who, seeds in tracklets:
-                    rng = np.random.default_rng([seed, *seeds])
-                    person = f"{pid:0>4}"
-                    where = aside / f"bbox_{part}" / person
-                    where.mkdir(parents=True, exist_ok=True)
-                    first = len(names) + 1
-                    count = int(rng.integers(frames[0], frames[1] + 1))
-                    images = _draw_tracklet(who, views[cam], count, size, rng)
-                    for i, image in enumerate(images, 1):
-                        names.append(f"{person}C{cam + 1}T{number:04}F{i:03}.jpg")
-                        image.save(where / names[-1], quality=90)
-                    rows.append((first, len(names), pid, cam + 1))
-                    if pid > 0 and number == 1:
-                        query.append(len(rows))
-                    bar.update()
-                (aside / f"info/{part}_name.txt").write_text("\n".join(names) + "\n")
-                _write_mat(aside / f"info/tracks_{part}_info.mat", f"track_{part}_info",
-                           np.array(rows, np.int32))
+        for number, who in enumerate(tqdm(people, "drawing", unit=" people", disable=None)):
+            pid = max(0, number - 2 * cameras) if who else -1  # 0: the strangers, -1: nobody
+            part = "train" if 0 < pid <= identities else "test"
+            where = aside / f"bbox_{part}/{pid:0>4}"
+            where.mkdir(parents=True, exist_ok=True)
+            for cam, tracklet in itertools.product(range(cameras), (1, 2)):
+                rng = np.random.default_rng([seed, 5, number, cam, tracklet])
+                if tracklet == 2 and (pid < 1 or rng.random() < 0.75):
+                    continue
+                if pid == 0 and number % cameras != cam:  # a stranger is seen by one camera
+                    continue
+                take = number if pid == 0 else tracklet
+                first = len(names[part]) + 1
+                count = int(rng.integers(frames[0], frames[1] + 1))
+                passer = people[1 + rng.integers(2 * cameras)]
+                images = _draw_tracklet(who, passer, views[cam], count, size, occlusion, rng)
+                for i, image in enumerate(images, 1):
+                    name = f"{pid:0>4}C{cam + 1}T{take:04}F{i:03}.jpg"
+                    image.save(where / name, quality=90)
+                    names[part].append(name)
+                rows[part].append((first, len(names[part]), pid, cam + 1))
+                if part == "test" and pid > 0 and tracklet == 1:
+                    query.append(len(rows[part]))
+        for part in names:
+            (aside / f"info/{part}_name.txt").write_text("\n".join(names[part]) + "\n")
+            _write_mat(aside / f"info/tracks_{part}_info.mat", f"track_{part}_info",
+                       np.array(rows[part], np.int32))
         _write_mat(aside / "info/query_IDX.mat", "query_IDX", np.array([query], np.uint16))
         aside.rename(folder)
     except OSError as error:

@@ -691,17 +691,25 @@ def test_synthetic_is_reproducible_and_in_mars_layout(tmp_path):
 def test_synthetic_identities_look_alike_in_groups():
     people = data._draw_people(12, np.random.default_rng(0))
     for group in (people[:4], people[4:8], people[8:]):
-        looks = {(p.upper, p.second, p.pattern, p.coat, p.sleeves) for p in group}
+        looks = {(p.upper, p.second, p.pattern, p.sleeves) for p in group}
         assert len(looks) == 1
-        for what in ("lower", "hair", "bag", "frequency", "stride", "arms", "build"):
+        for what in ("lower", "cut", "head", "bag", "frequency", "stride", "arms", "build"):
             assert len({getattr(p, what) for p in group}) == 4, what
+
+
+def test_synthetic_people_may_differ_in_their_gait_only():
+    group = data._draw_people(20, np.random.default_rng(0), group=20, gait=True)
+    for what in vars(group[0]).keys() - {"frequency", "stride", "arms"}:
+        assert len({getattr(p, what) for p in group}) == 1, what
+    for what in ("frequency", "stride", "arms"):
+        assert len({getattr(p, what) for p in group}) == 20, what
 
 
 def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_draw_occluder", stop)
+    monkeypatch.setattr(data, "_draw_person", stop)
     with pytest.raises(KeyboardInterrupt):
         draw_synthetic(tmp_path / "set", identities=2, test_identities=2, cameras=2)
     assert list(tmp_path.iterdir()) == []
