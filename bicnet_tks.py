@@ -12,13 +12,14 @@ kernels of several lengths, selected for every clip and channel.
     python bicnet_tks.py --data mars --gpu 0        # the paper's recipe
     python bicnet_tks.py --data mars --gpu 0 --variant tb+csp --shares 1 1  # a row, changed
 
-Sec. 3.1, Eq. 2, Fig. 3    CrossScalePath (CSP)
-Sec. 3.1, Eq. 3, Fig. 3    DiverseAttentionsOperation (DAO)
+Sec. 3.1, Eq. 2, Fig. 3    CrossScalePath (CSP), behind stages 1 to 3
+Sec. 3.1, Eq. 3, Fig. 3    DiverseAttentionsOperation (DAO), behind stage 3
 Sec. 3.1, Eq. 4-5          divergence_loss
-Sec. 3.2, Eq. 6-8, Fig. 4  TemporalKernelSelection (TKS)
+Sec. 3.2, Eq. 6-8, Fig. 4  TemporalKernelSelection (TKS), behind stage 2
 Sec. 3.1, Eq. 1, Sec. 3.3  BiCnet
 Sec. 4.3.1                 losses
 Sec. 4.1                   RECIPE; Tables 1 to 6: ROWS
+To copy                    each class alone, BiCnet with resnet50 and the other classes
 
 Changed (printed, and done otherwise):
   CSP           "after each stage": after stages 1 to 3, as the printed 27.6 million parameters
@@ -30,12 +31,10 @@ Changed (printed, and done otherwise):
                 that training starts from the backbone. --no-excite-bn: as printed.
 
 Open (not printed; the reading taken):
-  small frames  resized from the big ones, bilinear with antialiasing; most printed GFLOPs fit a
-                resize after the stem, but the text resizes the frames
+  small frames  frames are resized, as the text says (GFLOPs: COUNTING), bilinear with antialiasing
   CSP           big frame m feeds the small frames alpha m ... alpha m + alpha - 1; no bias; before
                 TKS and DAO of the same stage
-  DAO           k > 1: 1x1 convolution C -> 1, then H W -> H W, without biases; each branch has its
-                own modules
+  DAO           k > 1: 1x1 convolution C -> 1, then H W -> H W, no bias; own modules of each branch
   its residual  D_k + BN(sum over positions of A_k * D_k), BN starting at zero, as D_k + A_k * D_k
                 would change D_k by 1 / (H W) only
   Eq. 5         mean of the two branches, 0 for a branch of one frame, weight 0.01; its gradient
@@ -48,10 +47,10 @@ Open (not printed; the reading taken):
                 one by one. --own-statistics: a pair of averages
   Tables 3, 4   clips of 9 for alpha = 2 and for three branches, 10 for alpha = 4 (8 do not divide)
   triplet       on the embedding behind a BN neck, cosine distance, margin 0.5
-  stride        4 frames in training; it shrinks where a tracklet has fewer than 29 frames
-  erasing       one box for a clip, the same in all its frames, big and small
+  stride        it shrinks in training where a tracklet has fewer than 29 frames
+  augmentation  a flip and one box to erase, each with probability 0.5, for all frames of a clip
   pieces        training tracklets are cut into pieces of 32 frames on Duke, 64 on LS-VID: --chunk 0
-  test clips    8 consecutive frames; the last clip is filled by cycling the tracklet
+  test clips    the last is filled by cycling the tracklet: of 10 frames 1-8, and 9, 10, 1-6
   epoch         every identity at least once, K clips of it
 """
 import copy
@@ -379,7 +378,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.5, 0.0, "probability of random erasing (our choice)"),
     "epochs": (150, 8, "(Sec. 4.1)"),
     "lr": (3.5e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
-    "lr_step": (40, 7, "epochs after which it is divided by 10 (Sec. 4.1)"),
+    "lr_step": (40, 7, "every so many epochs it is divided by 10 (Sec. 4.1)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (Sec. 4.1)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
     "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
@@ -399,8 +398,8 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "margin": (0.5, 0.5, "of the triplet loss, cosine distance (our choice)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
-SAMPLE = sample_strided        # a training clip: 8 frames, a stride of four apart
-SPLIT = split_consecutive      # the test: all frames, in clips of consecutive ones
+SAMPLE = sample_strided        # a training clip: N frames, at most 4 apart, from a random start
+SPLIT = split_consecutive      # the test: all frames, in clips of N consecutive ones, averaged
 METRIC = "cosine"              # distance of the test
 
 ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
