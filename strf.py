@@ -17,9 +17,10 @@ Sec. 3.2, Eq. 2-4, 6       FactorizedAttentionMask (FAM); SelfProduct: Sec. 4.2,
 Sec. 3.2, Eq. 8, Fig. 2    STRF
 Sec. 3.2, Fig. 3           InflatedConv (I3D), P3DConv (P3D-A, -B, -C)
 Sec. 3.3                   NonLocalBlock
-Sec. 4.1, Fig. 3           STRFNet
+Sec. 4.1, Fig. 3           STRFNet, with STRF in blocks 1, 3 of stage 2 and 1, 3, 5 of stage 3
 Sec. 3.2, Eq. 9            losses
 Sec. 4                     RECIPE, as far as it is printed; Tables 2-5, Fig. 4, 6: ROWS
+To copy                    a class with what it names above it: STRF all, 3D layers strf_conv3d
 
 Changed (printed, and done otherwise):
   Eq. 3         "the unnormalized sample covariance matrix": the columns of T are L2-normalised
@@ -33,21 +34,20 @@ Open (not printed; the reading taken):
   H_dk, G_dk    no bias; stride 1, and what lies outside of the clip does not count
   order         temporal, then spatial, as Sec. 4.2 says; the caption of Fig. 4 says the opposite
   Eq. 5, 7, 8   print no residual and no scale: none. A dimension without factors is left out
-  place         on the input of the 3x1x1 convolution (P3D) or of the 3x3x3 one (I3D). P3D-B and I3D
-                thus have it before the stride: in block 1 of stage 2 on 56x28 = 1,568 positions
-                instead of 392, in that of stage 3 on 392 instead of 98
+  place         on the input of the 3x1x1 (P3D) or 3x3x3 convolution (I3D), in P3D-B and I3D thus
+                before the stride: on 1,568 positions, not 392, in stage 2 and 392, not 98, in 3
   3D blocks     start as the 2D network (P3D-A: identity, I3D: 2D weights as the centre tap, else
                 zero), with STRF in front only P3D-B and P3D-C; nothing between P3D's convolutions
   Table 5       stages 2 and 3 stay 3D; STRF's stages become 3D where they were not
   Fig. 6 (a)    without FAM "non-weighted multiplication of f with itself": M = f^T f, one for each
                 dimension, divided by h w, its f normalised as T in Eq. 3; P3D-C
-  non-local     takes STRF's five places, with half the channels: +0.46M. The text's "~5 million" is
-                ten times that, as its "~0.5 million" for STRF is ten times Table 2's 0.05
+  parameters    STRF's are Table 2's, +0.05M, not "~0.5 million", "~0.15" a unit, "~1.73%" of I3D
+  non-local     takes STRF's five places, with half the channels: +0.46M, printed "~5 million"
   iLIDS         Table 3's figure is taken for P3D-C's, as its MARS one is; its Duke one is P3D-B's
   recipe        is in a supplement, all but what RECIPE cites; flip only, training frames 4 apart
   triplet       on the embedding behind the BN neck, margin 0.3
   backbone      without the last stride of ResNet-50: the printed map is 1/16 of 224x112
-  test clips    of T consecutive frames; the last is filled by cycling the tracklet's frames
+  test clips    the last is filled by cycling the tracklet: of 10 frames 1-8, and 9, 10, 1-6
   pieces        on Duke and LS-VID training tracklets are cut into 32 and 64 frames: --chunk
   epoch         every identity at least once, K clips of it
 """
@@ -392,7 +392,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (240, 8, "(our choice)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (our choice)"),
-    "lr_step": (60, 7, "epochs after which it is divided by 10 (our choice)"),
+    "lr_step": (60, 7, "every so many epochs it is divided by 10 (our choice)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (our choice)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (our choice)"),
     "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
@@ -412,8 +412,8 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "margin": (0.3, 0.3, "of the triplet loss (our choice), in cosine distance (Eq. 9)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
-SAMPLE = sample_strided        # a training clip: T frames, 4 apart, from a random start
-SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive ones
+SAMPLE = sample_strided        # a training clip: T frames, at most 4 apart, from a random start
+SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive ones, averaged
 METRIC = "cosine"              # distance of the test
 
 ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
@@ -445,7 +445,7 @@ ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printe
     "p3dc+dynamic+static": Row(factors=("t-dynamic", "t-static"), mars=(85.30, 89.70)),
     "p3dc+fine+dynamic": Row(factors=("s-fine", "t-dynamic"), mars=(85.40, 90.00)),
     "p3dc+coarse+static": Row(factors=("s-coarse", "t-static"), mars=(85.70, 90.10)),
-    # Table 5: the stages
+    # Table 5: the stages with STRF; 2 and 3 are 3D in all
     "stage1": Row(stages=(1,), mars=(83.40, 88.80)),
     "stage12": Row(stages=(1, 2), mars=(83.60, 89.00)),
     "stage23": "strf-p3dc",
