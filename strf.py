@@ -95,10 +95,8 @@ class FeatureFactorizationModule(nn.Module):
 # --------------------------------------------------- Sec. 3.2: factorized attention masks and STRF
 
 def pool_same(x, window, kind):
-    """"max" or "avg" pooling of x (B, T, C, H, W) in an odd window (t, h, w), stride 1: as x.
-
-    Only positions inside the clip count. Maps may be smaller than the window.
-    """
+    """"max" or "avg" pooling of x (B, T, C, H, W) in an odd window (t, h, w), stride 1: as x. Only
+    positions inside the clip count. Maps may be smaller than the window."""
     if max(window) == 1:                                                  # the identity
         return x
     x = x.transpose(1, 2)
@@ -124,14 +122,12 @@ class FactorizedAttentionMask(nn.Module):
     def __init__(self, channels, dimension, resolution, pool="max", reduction=16, kappa=4.0,
                  normalize=True):
         super().__init__()
-        if dimension not in ("t", "s") or pool not in ("max", "avg"):
-            raise ValueError(f"FAM takes dimension t or s and pool max or avg, not {dimension} and "
-                             f"{pool}")
-        if resolution < 1 or resolution % 2 == 0 or not 1 <= reduction <= channels:
-            raise ValueError(f"FAM takes an odd resolution and a reduction of 1 to {channels}, not "
-                             f"{resolution} and {reduction}")
-        # for frames as batch: of a 1x1x1 convolution nothing else is left
-        self.h = nn.Conv2d(channels, channels // reduction, 1, bias=False)
+        if (dimension not in ("t", "s") or pool not in ("max", "avg")
+                or resolution < 1 or resolution % 2 == 0 or not 1 <= reduction <= channels):
+            raise ValueError("FAM takes dimension t or s, pool max or avg, an odd resolution and a "
+                             f"reduction of 1 to {channels}, not {dimension}, {pool}, {resolution} "
+                             f"and {reduction}")
+        self.h = nn.Conv2d(channels, channels // reduction, 1, bias=False)  # 1x1x1, on frames
         # pool(r, 1, 1) or pool(1, r, r)                                          # Eq. 4, 6
         self.window = (resolution, 1, 1) if dimension == "t" else (1, resolution, resolution)
         self.pool, self.kappa, self.normalize = pool, kappa, normalize
@@ -272,7 +268,6 @@ class NonLocalBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        # for frames as batch: of a 1x1x1 convolution nothing else is left
         self.theta = nn.Conv2d(channels, channels // 2, 1)
         self.phi = nn.Conv2d(channels, channels // 2, 1)
         self.g = nn.Conv2d(channels, channels // 2, 1)
@@ -281,13 +276,10 @@ class NonLocalBlock(nn.Module):
 
     def forward(self, f):
         B, T, C, H, W = f.shape
-
-        def positions(layer):                                             # (B, 1, T*H*W, C/2)
-            y = layer(f.flatten(0, 1)).view(B, T, -1, H, W)
-            return y.movedim(2, 4).reshape(B, 1, T * H * W, -1)
+        maps = [layer(f.flatten(0, 1)).movedim(1, 3) for layer in (self.theta, self.phi, self.g)]
+        theta, phi, g = (x.reshape(B, 1, T * H * W, -1) for x in maps)    # (B, 1, T*H*W, C/2)
         # y = softmax(theta phi^T) g
-        y = F.scaled_dot_product_attention(positions(self.theta), positions(self.phi),
-                                           positions(self.g), scale=1.0)
+        y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)
         y = y.view(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + f
 
@@ -342,18 +334,17 @@ class STRFNet(nn.Module):
         self.layer3, self.layer4 = net.layer3, net.layer4
         for stage in sorted({2, 3, *stages}):
             layers = getattr(self, f"layer{stage}")
-            places = sorted(set(blocks) & set(range(1, len(layers) + 1)))
-            if stage in stages and not places:
+            chosen = [block for i, block in enumerate(layers, 1) if i in blocks]
+            if stage in stages and not chosen:
                 raise ValueError(f"stage {stage} has blocks 1 to {len(layers)}, none of {blocks}")
-            for i in places:
-                conv = layers[i - 1].conv2
+            for block in chosen:
+                conv = block.conv2
                 module = None
-                if stage in stages and unit == "strf":
-                    module = STRF(conv.in_channels, **strf)
-                elif stage in stages:
-                    module = NonLocalBlock(conv.in_channels)
-                layers[i - 1].conv2 = (InflatedConv(conv, frames, module) if layer == "i3d" else
-                                       P3DConv(conv, frames, layer[-1], module))
+                if stage in stages:
+                    C = conv.in_channels
+                    module = STRF(C, **strf) if unit == "strf" else NonLocalBlock(C)
+                block.conv2 = (InflatedConv(conv, frames, module) if layer == "i3d" else
+                               P3DConv(conv, frames, layer[-1], module))
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
@@ -470,7 +461,6 @@ ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printe
     "strf-nofam": Row(fam=False),
 }
 # The paper prints parameters, rounded, with the 625-way classifier and its bias and without a neck.
-# Its text contradicts Table 2's 0.05M: "~0.15 million" a unit, "~1.73%" of I3D, "~0.5 million".
 COUNTING = {"without": ("neck",)}
 
 
