@@ -12,13 +12,14 @@ kernels of several lengths, selected for every clip and channel.
     python bicnet_tks.py --data mars --gpu 0        # the paper's recipe
     python bicnet_tks.py --data mars --gpu 0 --variant tb+csp --shares 1 1  # a row, changed
 
-Sec. 3.1, Eq. 2, Fig. 3    CrossScalePath (CSP)
-Sec. 3.1, Eq. 3, Fig. 3    DiverseAttentionsOperation (DAO)
+Sec. 3.1, Eq. 2, Fig. 3    CrossScalePath (CSP), behind stages 1 to 3
+Sec. 3.1, Eq. 3, Fig. 3    DiverseAttentionsOperation (DAO), behind stage 3
 Sec. 3.1, Eq. 4-5          divergence_loss
-Sec. 3.2, Eq. 6-8, Fig. 4  TemporalKernelSelection (TKS)
+Sec. 3.2, Eq. 6-8, Fig. 4  TemporalKernelSelection (TKS), behind stage 2
 Sec. 3.1, Eq. 1, Sec. 3.3  BiCnet
 Sec. 4.3.1                 losses
 Sec. 4.1                   RECIPE; Tables 1 to 6: ROWS
+To copy                    each class alone, BiCnet with resnet50 and the other classes
 
 Changed (printed, and done otherwise):
   CSP           "after each stage": after stages 1 to 3, as the printed 27.6 million parameters
@@ -30,12 +31,10 @@ Changed (printed, and done otherwise):
                 that training starts from the backbone. --no-excite-bn: as printed.
 
 Open (not printed; the reading taken):
-  small frames  resized from the big ones, bilinear with antialiasing; most printed GFLOPs fit a
-                resize after the stem, but the text resizes the frames
+  small frames  frames are resized, as the text says (GFLOPs: COUNTING), bilinear with antialiasing
   CSP           big frame m feeds the small frames alpha m ... alpha m + alpha - 1; no bias; before
                 TKS and DAO of the same stage
-  DAO           k > 1: 1x1 convolution C -> 1, then H W -> H W, without biases; each branch has its
-                own modules
+  DAO           k > 1: 1x1 convolution C -> 1, then H W -> H W, no bias; own modules of each branch
   its residual  D_k + BN(sum over positions of A_k * D_k), BN starting at zero, as D_k + A_k * D_k
                 would change D_k by 1 / (H W) only
   Eq. 5         mean of the two branches, 0 for a branch of one frame, weight 0.01; its gradient
@@ -48,10 +47,10 @@ Open (not printed; the reading taken):
                 one by one. --own-statistics: a pair of averages
   Tables 3, 4   clips of 9 for alpha = 2 and for three branches, 10 for alpha = 4 (8 do not divide)
   triplet       on the embedding behind a BN neck, cosine distance, margin 0.5
-  stride        4 frames in training; it shrinks where a tracklet has fewer than 29 frames
-  erasing       one box for a clip, the same in all its frames, big and small
+  stride        it shrinks in training where a tracklet has fewer than 29 frames
+  augmentation  a flip and one box to erase, each with probability 0.5, for all frames of a clip
   pieces        training tracklets are cut into pieces of 32 frames on Duke, 64 on LS-VID: --chunk 0
-  test clips    8 consecutive frames; the last clip is filled by cycling the tracklet
+  test clips    the last is filled by cycling the tracklet: of 10 frames 1-8, and 9, 10, 1-6
   epoch         every identity at least once, K clips of it
 """
 import copy
@@ -99,11 +98,10 @@ class DiverseAttentionsOperation(nn.Module):
         super().__init__()
         self.size = frames, channels, height, width
         positions = height * width
-        self.attention = nn.ModuleList()                                  # of the frames k > 1
-        for _ in range(frames - 1):
-            self.attention.append(nn.Sequential(
-                nn.Conv2d(channels, 1, 1, bias=False), nn.Flatten(),
-                nn.Linear(positions, positions, bias=False)))
+        self.attention = nn.ModuleList(                                   # of the frames k > 1
+            nn.Sequential(nn.Conv2d(channels, 1, 1, bias=False), nn.Flatten(),
+                          nn.Linear(positions, positions, bias=False))
+            for _ in range(frames - 1))
         self.bn = nn.BatchNorm1d(channels)
         nn.init.zeros_(self.bn.weight)
 
@@ -138,10 +136,10 @@ class TemporalKernelSelection(nn.Module):
 
     Maps F (B, T_i, C, H_i, W_i) of one or more branches, consecutive in time -> a list of maps E of
     the same shapes; h, w divide all H_i, W_i (ValueError).
-    kernels: lengths in frames, odd, >= 3, of 3 taps, dilated; grid: h, w; reduction: of W_i, 1 to
-    C; select: False mixes by the mean ("TK" of Table 2); bottleneck: W_i through C / reduction
-    channels (False: C x C, as printed); excite_bn: BatchNorm before the residual, with which TKS
-    starts as identity (False: none, as printed). Raises ValueError for what it cannot take.
+    kernels: lengths in frames, odd, >= 3, of 3 taps, dilated; grid: h, w; select: False mixes by
+    the mean ("TK" of Table 2); bottleneck: W_i through C / reduction channels, reduction of 1 to C
+    (False: C x C, as printed); excite_bn: BatchNorm before the residual, with which TKS starts as
+    identity (False: none, as printed). Raises ValueError for what it cannot take.
     """
 
     def __init__(self, channels, kernels=(3, 5), grid=(4, 2), reduction=16, select=True,
@@ -247,23 +245,20 @@ class BiCnet(nn.Module):
     TKS and DAO between its stages, and a BN neck.
 
     Clips (B, N, 3, H, W), normalised -> in eval mode embeddings (B, 2048); in train mode also the
-    logits (B, num_classes) and the attention maps A (B, M, h, w) of each branch, a list.
+    logits (B, num_classes) and the attention maps A (B, M, h, w) of each branch.
 
     frames, height, width: N, H, W. shares: how the frames divide over branches of 1, 1/2, 1/4 ...
-    of the size, (1, alpha) in the paper; csp, dao: False leaves them out; divergence: False is "AO"
-    of Table 2, A is not returned; tks, csp_stages: stages, 1 to 4, with a TKS or a CSP behind;
-    kernels, select, grid, reduction, bottleneck, excite_bn: see TKS; pool: "avg" or "max" over the
-    final map; weights: see resnet50; own_statistics: BatchNorm's running averages for each branch
-    alone. Raises ValueError for what it cannot take, and says what it can.
+    of the size, (1, alpha) in the paper; csp_stages, tks: stages, 1 to 4, with a CSP or a TKS
+    behind; dao: with DAO behind stage 3; pool: "avg" or "max" over the final map; weights: see
+    resnet50; own_statistics: BatchNorm's running averages for each branch alone; grid, selection:
+    arguments of TKS. Raises ValueError for what it cannot take, and says what it can.
     """
 
-    def __init__(self, num_classes, frames=8, height=256, width=128, shares=(1, 3), csp=True,
-                 dao=True, divergence=True, tks=(2,), kernels=(3, 5), select=True, grid=(4, 2),
-                 pool="avg", weights="none", csp_stages=(1, 2, 3), reduction=16, bottleneck=True,
-                 excite_bn=True, own_statistics=False):
+    def __init__(self, num_classes, frames=8, height=256, width=128, shares=(1, 3),
+                 csp_stages=(1, 2, 3), dao=True, tks=(2,), grid=(4, 2), pool="avg", weights="none",
+                 own_statistics=False, **selection):
         super().__init__()
         ratio, total = ":".join(map(str, shares)), sum(shares)
-        csp_stages = csp_stages if csp else ()
         for name, stages in (("TKS", tks), ("CSP", csp_stages)):
             if len(set(stages)) < len(stages) or not set(stages) <= {1, 2, 3, 4}:
                 raise ValueError(f"{name} stands behind different stages of 1 to 4, not {stages}")
@@ -283,8 +278,8 @@ class BiCnet(nn.Module):
         parts = [smallest * stride[stage] for stage in tks]
         fits = [math.lcm(smallest, *halves, *(n * regions for n in parts)) for regions in grid]
         if height % fits[0] or width % fits[1]:
-            each = [f"{n}, {2 * n}, {3 * n} ..." for n in fits]
-            raise ValueError(f"the branches take heights of {each[0]} and widths of {each[1]} "
+            heights, widths = (f"{n}, {2 * n}, {3 * n} ..." for n in fits)
+            raise ValueError(f"the branches take heights of {heights} and widths of {widths} "
                              f"pixels, not {height}x{width}")
         self.counts = [frames * share // total for share in shares]       # frames of each branch
         net = resnet50(weights)
@@ -302,15 +297,14 @@ class BiCnet(nn.Module):
             f"layer{stage}": CrossScalePath(channels[stage], shares[1] // shares[0])
             for stage in csp_stages})
         self.tks = nn.ModuleDict({
-            f"layer{stage}": TemporalKernelSelection(channels[stage], kernels, grid, reduction,
-                                                     select, bottleneck, excite_bn)
+            f"layer{stage}": TemporalKernelSelection(channels[stage], grid=grid, **selection)
             for stage in tks})
         self.dao = nn.ModuleList()
         for i, count in enumerate(self.counts):
             if dao and count:
                 size = -(-height // 2 ** (i + 4)), -(-width // 2 ** (i + 4))
                 self.dao.append(DiverseAttentionsOperation(1024, count, *size))
-        self.divergence, self.pool = divergence, pool
+        self.pool = pool
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
@@ -339,9 +333,7 @@ class BiCnet(nn.Module):
             if name in self.tks:
                 maps = self.tks[name](*maps)
             if name == "layer3" and self.dao:
-                pairs = [dao(d) for dao, d in zip(self.dao, maps)]
-                maps = [d for d, _ in pairs]
-                attention = [a for _, a in pairs]
+                maps, attention = zip(*[dao(d) for dao, d in zip(self.dao, maps)])
             branches = [x.flatten(0, 1) for x in maps]
         features = []
         for x in branches:
@@ -352,17 +344,17 @@ class BiCnet(nn.Module):
         embedding = self.neck(sum(features) / len(features))              # of (f_d + f_c) / 2
         if not self.training:
             return embedding
-        return embedding, self.classifier(embedding), attention if self.divergence else []
+        return embedding, self.classifier(embedding), attention
 
 
 # --------------------------------------------------------------- Sec. 3.1 and 4.3.1: the losses
 
 def losses(outputs, pids, args):
-    """Cross entropy, triplet and divergence loss, as {name: scalar}; their sum is minimised."""
+    """L_xent + L_triplet + args.divergence * L of Eq. 5, as {name: scalar}; the sum is the loss."""
     embedding, logits, attention = outputs
     parts = {"xent": F.cross_entropy(logits.float(), pids),
              "triplet": batch_hard_triplet(embedding, pids, args.margin)}
-    if attention:
+    if attention and args.divergence:
         of_branches = [divergence_loss(a.float()) for a in attention]             # Eq. 5
         parts["div"] = args.divergence * (sum(of_branches) / len(of_branches))
     return parts
@@ -379,7 +371,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.5, 0.0, "probability of random erasing (our choice)"),
     "epochs": (150, 8, "(Sec. 4.1)"),
     "lr": (3.5e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
-    "lr_step": (40, 7, "epochs after which it is divided by 10 (Sec. 4.1)"),
+    "lr_step": (40, 7, "every so many epochs it is divided by 10 (Sec. 4.1)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (Sec. 4.1)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
     "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
@@ -399,21 +391,19 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "margin": (0.5, 0.5, "of the triplet loss, cosine distance (our choice)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
-SAMPLE = sample_strided        # a training clip: 8 frames, a stride of four apart
-SPLIT = split_consecutive      # the test: all frames, in clips of consecutive ones
+SAMPLE = sample_strided        # a training clip: N frames, at most 4 apart, from a random start
+SPLIT = split_consecutive      # the test: all frames, in clips of N consecutive ones, averaged
 METRIC = "cosine"              # distance of the test
 
+PLAIN = dict(csp=False, dao=False, tks=(), million_parameters=23.5)  # the branches alone
 ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
     # Tables 1 and 2: components
     "bicnet-tks": Row(shares=(1, 3), csp=True, dao=True, divergence=0.01, tks=(2,), select=True,
                       mars=(86.0, 90.2), duke=(96.1, 96.3), lsvid=(75.1, 84.6),
                       gflops_a_frame=1.99, million_parameters=29.2),
-    "base-s": Row(shares=(0, 1), csp=False, dao=False, tks=(), mars=(80.7, 87.4),
-                  gflops_a_frame=1.02, million_parameters=23.5),
-    "base-b": Row(shares=(1,), csp=False, dao=False, tks=(), mars=(85.2, 89.1),
-                  gflops_a_frame=4.08, million_parameters=23.5),
-    "tb": Row(shares=(1, 3), csp=False, dao=False, tks=(), mars=(84.3, 89.6), gflops_a_frame=1.81,
-              million_parameters=23.5),
+    "base-s": Row(shares=(0, 1), **PLAIN, mars=(80.7, 87.4), gflops_a_frame=1.02),
+    "base-b": Row(shares=(1,), **PLAIN, mars=(85.2, 89.1), gflops_a_frame=4.08),
+    "tb": Row(shares=(1, 3), **PLAIN, mars=(84.3, 89.6), gflops_a_frame=1.81),
     "tb+csp": Row(shares=(1, 3), csp=True, dao=False, tks=(), mars=(85.0, 89.6),
                   gflops_a_frame=1.89, million_parameters=27.6),
     "tb+csp+ao": Row(shares=(1, 3), csp=True, dao=True, divergence=0.0, tks=(), mars=(85.2, 89.3),
@@ -422,24 +412,19 @@ ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printe
                       mars=(85.6, 89.8), gflops_a_frame=1.89, million_parameters=27.6),
     "bicnet-tk": Row(shares=(1, 3), csp=True, dao=True, divergence=0.01, tks=(2,), select=False,
                      mars=(85.5, 89.6), gflops_a_frame=1.91, million_parameters=29.1),
-    # Table 3: sizes of the frames; without CSP, DAO and TKS
+    # Table 3: sizes of the frames
     "height-256": "base-b",
     "height-128": "base-s",
-    "height-64": Row(shares=(0, 0, 1), csp=False, dao=False, tks=(), mars=(64.1, 77.4),
-                     gflops_a_frame=0.25, million_parameters=23.5),
-    "height-256+128": Row(shares=(1, 1), frames=8, csp=False, dao=False, tks=(), mars=(84.8, 89.4),
-                          gflops_a_frame=2.55, million_parameters=23.5),
-    "height-256+128+64": Row(shares=(1, 1, 1), frames=9, csp=False, dao=False, tks=(),
-                             mars=(79.1, 86.1), gflops_a_frame=1.76, million_parameters=23.5),
-    # Table 4: alpha; without CSP, DAO and TKS
+    "height-64": Row(shares=(0, 0, 1), **PLAIN, mars=(64.1, 77.4), gflops_a_frame=0.25),
+    "height-256+128": Row(shares=(1, 1), frames=8, **PLAIN, mars=(84.8, 89.4), gflops_a_frame=2.55),
+    "height-256+128+64": Row(shares=(1, 1, 1), frames=9, **PLAIN, mars=(79.1, 86.1),
+                             gflops_a_frame=1.76),
+    # Table 4: alpha
     "tb-alpha0": "base-b",
-    "tb-alpha1": Row(shares=(1, 1), frames=8, csp=False, dao=False, tks=(), mars=(84.8, 89.4),
-                     gflops_a_frame=2.57, million_parameters=23.5),
-    "tb-alpha2": Row(shares=(1, 2), frames=9, csp=False, dao=False, tks=(), mars=(84.4, 89.7),
-                     gflops_a_frame=2.07, million_parameters=23.5),
+    "tb-alpha1": Row(shares=(1, 1), frames=8, **PLAIN, mars=(84.8, 89.4), gflops_a_frame=2.57),
+    "tb-alpha2": Row(shares=(1, 2), frames=9, **PLAIN, mars=(84.4, 89.7), gflops_a_frame=2.07),
     "tb-alpha3": "tb",
-    "tb-alpha4": Row(shares=(1, 4), frames=10, csp=False, dao=False, tks=(), mars=(83.8, 89.5),
-                     gflops_a_frame=1.67, million_parameters=23.5),
+    "tb-alpha4": Row(shares=(1, 4), frames=10, **PLAIN, mars=(83.8, 89.5), gflops_a_frame=1.67),
     "tb-alpha-inf": "base-s",
     # Table 5: kernels of TKS
     "tks-k3": Row(kernels=(3,), mars=(85.1, 89.9), gflops_a_frame=1.94, million_parameters=28.3),
@@ -468,19 +453,19 @@ def full_size_stem(args):
 
 
 # The paper cuts its figures (19 of 24 parameters are met; TK, one kernel, stage 4 are 0.1 lower).
-# No count gives all its GFLOPs: multiply-adds with small frames resized behind the stem meet 16, if
-# TKS had 4 x 2 pixels, the most of those tried, but 5 with our regions (tb, CSP, AO, DAO, 64); with
-# 2 more for each BatchNorm element 10 and 8. Missed: TK and TKS, the bases, most of Tables 3 and 4.
+# Of its GFLOPs, multiply-adds with small frames resized behind the stem meet 5 (tb, CSP, AO, DAO,
+# 64), and 16 if a region of TKS had 4 x 2 pixels: of the counts that were tried, none meets more.
 COUNTING = {"without": ("neck", "classifier"), "more": full_size_stem,
             "truncate": ("million_parameters", "gflops_a_frame")}
 
 
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
-    return BiCnet(num_classes, args.frames, args.height, args.width, args.shares, args.csp,
-                  args.dao, args.divergence > 0, args.tks, args.kernels, args.select, args.grid,
-                  args.pool, "none" if args.resume else args.weights, args.csp_stages,
-                  args.reduction, args.bottleneck, args.excite_bn, args.own_statistics)
+    return BiCnet(num_classes, args.frames, args.height, args.width, args.shares,
+                  args.csp_stages if args.csp else (), args.dao, args.tks, args.grid, args.pool,
+                  "none" if args.resume else args.weights, args.own_statistics,
+                  kernels=args.kernels, select=args.select, reduction=args.reduction,
+                  bottleneck=args.bottleneck, excite_bn=args.excite_bn)
 
 
 def make_optimizer(model, args):
@@ -542,19 +527,16 @@ def picture(model, clips, frames):
     selecting = {name: tks for name, tks in model.tks.items() if tks.w is not None}
     last, *calls = watch(model, clips, model.layer4, *model.dao,
                          *(tks.w for tks in selecting.values()))
-    rows, shown, before = [], 0, 0                      # branches and frames shown so far
-    for i, count in enumerate(model.counts):
-        if count:
-            rest = 0, 0, 0, 0, before, len(frames) - before - count       # of other branches
-            seen = f"frames of 1/{2 ** i} size" if i else "frames of full size"
-            maps = F.pad(energy(last[shown][1]), rest, value=math.nan)
-            rows.append((f"{seen}: last map, root mean square of the channels",
-                         overlays(frames, maps)))
-            if model.dao:
-                (_, (_, a)), = calls[shown]
-                maps = F.pad(a[0].float(), rest, value=math.nan)
-                rows.append((f"{seen}: attention A_k of DAO", overlays(frames, maps)))
-            shown, before = shown + 1, before + count
+    rows = []
+    for k, i in enumerate(i for i, count in enumerate(model.counts) if count):
+        rest = 0, 0, 0, 0, sum(model.counts[:i]), sum(model.counts[i + 1:])  # of other branches
+        seen = f"frames of 1/{2 ** i} size" if i else "frames of full size"
+        maps = F.pad(energy(last[k][1]), rest, value=math.nan)
+        rows.append((f"{seen}: last map, root mean square of the channels", overlays(frames, maps)))
+        if model.dao:
+            (_, (_, a)), = calls[k]
+            maps = F.pad(a[0].float(), rest, value=math.nan)
+            rows.append((f"{seen}: attention A_k of DAO", overlays(frames, maps)))
     for (name, tks), ((_, w_u),) in zip(selecting.items(), calls[len(model.dao):]):
         g = w_u.float().unflatten(1, (len(tks.paths), -1)).softmax(1)[0].mean(1)
         names = [f"{2 * path.dilation[0] + 1} frames" for path in tks.paths]

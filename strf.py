@@ -17,9 +17,10 @@ Sec. 3.2, Eq. 2-4, 6       FactorizedAttentionMask (FAM); SelfProduct: Sec. 4.2,
 Sec. 3.2, Eq. 8, Fig. 2    STRF
 Sec. 3.2, Fig. 3           InflatedConv (I3D), P3DConv (P3D-A, -B, -C)
 Sec. 3.3                   NonLocalBlock
-Sec. 4.1, Fig. 3           STRFNet
+Sec. 4.1, Fig. 3           STRFNet, with STRF in blocks 1, 3 of stage 2 and 1, 3, 5 of stage 3
 Sec. 3.2, Eq. 9            losses
 Sec. 4                     RECIPE, as far as it is printed; Tables 2-5, Fig. 4, 6: ROWS
+To copy                    a class with what it names above it: STRF all, 3D layers strf_conv3d
 
 Changed (printed, and done otherwise):
   Eq. 3         "the unnormalized sample covariance matrix": the columns of T are L2-normalised
@@ -33,21 +34,20 @@ Open (not printed; the reading taken):
   H_dk, G_dk    no bias; stride 1, and what lies outside of the clip does not count
   order         temporal, then spatial, as Sec. 4.2 says; the caption of Fig. 4 says the opposite
   Eq. 5, 7, 8   print no residual and no scale: none. A dimension without factors is left out
-  place         on the input of the 3x1x1 convolution (P3D) or of the 3x3x3 one (I3D). P3D-B and I3D
-                thus have it before the stride: in block 1 of stage 2 on 56x28 = 1,568 positions
-                instead of 392, in that of stage 3 on 392 instead of 98
+  place         on the input of the 3x1x1 (P3D) or 3x3x3 convolution (I3D), in P3D-B and I3D thus
+                before the stride: on 1,568 positions, not 392, in stage 2 and 392, not 98, in 3
   3D blocks     start as the 2D network (P3D-A: identity, I3D: 2D weights as the centre tap, else
                 zero), with STRF in front only P3D-B and P3D-C; nothing between P3D's convolutions
   Table 5       stages 2 and 3 stay 3D; STRF's stages become 3D where they were not
   Fig. 6 (a)    without FAM "non-weighted multiplication of f with itself": M = f^T f, one for each
                 dimension, divided by h w, its f normalised as T in Eq. 3; P3D-C
-  non-local     takes STRF's five places, with half the channels: +0.46M. The text's "~5 million" is
-                ten times that, as its "~0.5 million" for STRF is ten times Table 2's 0.05
+  parameters    STRF's are Table 2's, +0.05M, not "~0.5 million", "~0.15" a unit, "~1.73%" of I3D
+  non-local     takes STRF's five places, with half the channels: +0.46M, printed "~5 million"
   iLIDS         Table 3's figure is taken for P3D-C's, as its MARS one is; its Duke one is P3D-B's
   recipe        is in a supplement, all but what RECIPE cites; flip only, training frames 4 apart
   triplet       on the embedding behind the BN neck, margin 0.3
   backbone      without the last stride of ResNet-50: the printed map is 1/16 of 224x112
-  test clips    of T consecutive frames; the last is filled by cycling the tracklet's frames
+  test clips    the last is filled by cycling the tracklet: of 10 frames 1-8, and 9, 10, 1-6
   pieces        on Duke and LS-VID training tracklets are cut into 32 and 64 frames: --chunk
   epoch         every identity at least once, K clips of it
 """
@@ -95,10 +95,8 @@ class FeatureFactorizationModule(nn.Module):
 # --------------------------------------------------- Sec. 3.2: factorized attention masks and STRF
 
 def pool_same(x, window, kind):
-    """"max" or "avg" pooling of x (B, T, C, H, W) in an odd window (t, h, w), stride 1: as x.
-
-    Only positions inside the clip count. Maps may be smaller than the window.
-    """
+    """"max" or "avg" pooling of x (B, T, C, H, W) in an odd window (t, h, w), stride 1: as x. Only
+    positions inside the clip count. Maps may be smaller than the window."""
     if max(window) == 1:                                                  # the identity
         return x
     x = x.transpose(1, 2)
@@ -124,14 +122,12 @@ class FactorizedAttentionMask(nn.Module):
     def __init__(self, channels, dimension, resolution, pool="max", reduction=16, kappa=4.0,
                  normalize=True):
         super().__init__()
-        if dimension not in ("t", "s") or pool not in ("max", "avg"):
-            raise ValueError(f"FAM takes dimension t or s and pool max or avg, not {dimension} and "
-                             f"{pool}")
-        if resolution < 1 or resolution % 2 == 0 or not 1 <= reduction <= channels:
-            raise ValueError(f"FAM takes an odd resolution and a reduction of 1 to {channels}, not "
-                             f"{resolution} and {reduction}")
-        # for frames as batch: of a 1x1x1 convolution nothing else is left
-        self.h = nn.Conv2d(channels, channels // reduction, 1, bias=False)
+        if (dimension not in ("t", "s") or pool not in ("max", "avg")
+                or resolution < 1 or resolution % 2 == 0 or not 1 <= reduction <= channels):
+            raise ValueError("FAM takes dimension t or s, pool max or avg, an odd resolution and a "
+                             f"reduction of 1 to {channels}, not {dimension}, {pool}, {resolution} "
+                             f"and {reduction}")
+        self.h = nn.Conv2d(channels, channels // reduction, 1, bias=False)  # 1x1x1, on frames
         # pool(r, 1, 1) or pool(1, r, r)                                          # Eq. 4, 6
         self.window = (resolution, 1, 1) if dimension == "t" else (1, resolution, resolution)
         self.pool, self.kappa, self.normalize = pool, kappa, normalize
@@ -272,7 +268,6 @@ class NonLocalBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        # for frames as batch: of a 1x1x1 convolution nothing else is left
         self.theta = nn.Conv2d(channels, channels // 2, 1)
         self.phi = nn.Conv2d(channels, channels // 2, 1)
         self.g = nn.Conv2d(channels, channels // 2, 1)
@@ -281,13 +276,10 @@ class NonLocalBlock(nn.Module):
 
     def forward(self, f):
         B, T, C, H, W = f.shape
-
-        def positions(layer):                                             # (B, 1, T*H*W, C/2)
-            y = layer(f.flatten(0, 1)).view(B, T, -1, H, W)
-            return y.movedim(2, 4).reshape(B, 1, T * H * W, -1)
+        maps = [layer(f.flatten(0, 1)).movedim(1, 3) for layer in (self.theta, self.phi, self.g)]
+        theta, phi, g = (x.reshape(B, 1, T * H * W, -1) for x in maps)    # (B, 1, T*H*W, C/2)
         # y = softmax(theta phi^T) g
-        y = F.scaled_dot_product_attention(positions(self.theta), positions(self.phi),
-                                           positions(self.g), scale=1.0)
+        y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)
         y = y.view(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + f
 
@@ -342,18 +334,17 @@ class STRFNet(nn.Module):
         self.layer3, self.layer4 = net.layer3, net.layer4
         for stage in sorted({2, 3, *stages}):
             layers = getattr(self, f"layer{stage}")
-            places = sorted(set(blocks) & set(range(1, len(layers) + 1)))
-            if stage in stages and not places:
+            chosen = [block for i, block in enumerate(layers, 1) if i in blocks]
+            if stage in stages and not chosen:
                 raise ValueError(f"stage {stage} has blocks 1 to {len(layers)}, none of {blocks}")
-            for i in places:
-                conv = layers[i - 1].conv2
+            for block in chosen:
+                conv = block.conv2
                 module = None
-                if stage in stages and unit == "strf":
-                    module = STRF(conv.in_channels, **strf)
-                elif stage in stages:
-                    module = NonLocalBlock(conv.in_channels)
-                layers[i - 1].conv2 = (InflatedConv(conv, frames, module) if layer == "i3d" else
-                                       P3DConv(conv, frames, layer[-1], module))
+                if stage in stages:
+                    C = conv.in_channels
+                    module = STRF(C, **strf) if unit == "strf" else NonLocalBlock(C)
+                block.conv2 = (InflatedConv(conv, frames, module) if layer == "i3d" else
+                               P3DConv(conv, frames, layer[-1], module))
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
@@ -392,7 +383,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (240, 8, "(our choice)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (our choice)"),
-    "lr_step": (60, 7, "epochs after which it is divided by 10 (our choice)"),
+    "lr_step": (60, 7, "every so many epochs it is divided by 10 (our choice)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (our choice)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (our choice)"),
     "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
@@ -412,8 +403,8 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "margin": (0.3, 0.3, "of the triplet loss (our choice), in cosine distance (Eq. 9)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
-SAMPLE = sample_strided        # a training clip: T frames, 4 apart, from a random start
-SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive ones
+SAMPLE = sample_strided        # a training clip: T frames, at most 4 apart, from a random start
+SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive ones, averaged
 METRIC = "cosine"              # distance of the test
 
 ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
@@ -445,7 +436,7 @@ ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printe
     "p3dc+dynamic+static": Row(factors=("t-dynamic", "t-static"), mars=(85.30, 89.70)),
     "p3dc+fine+dynamic": Row(factors=("s-fine", "t-dynamic"), mars=(85.40, 90.00)),
     "p3dc+coarse+static": Row(factors=("s-coarse", "t-static"), mars=(85.70, 90.10)),
-    # Table 5: the stages
+    # Table 5: the stages with STRF; 2 and 3 are 3D in all
     "stage1": Row(stages=(1,), mars=(83.40, 88.80)),
     "stage12": Row(stages=(1, 2), mars=(83.60, 89.00)),
     "stage23": "strf-p3dc",
@@ -470,7 +461,6 @@ ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printe
     "strf-nofam": Row(fam=False),
 }
 # The paper prints parameters, rounded, with the 625-way classifier and its bias and without a neck.
-# Its text contradicts Table 2's 0.05M: "~0.15 million" a unit, "~1.73%" of I3D, "~0.5 million".
 COUNTING = {"without": ("neck",)}
 
 

@@ -619,7 +619,7 @@ def test_the_printed_figures():
         (lambda: STRF(16, resolutions=(3,)), "r_tau <= r_sigma"),
         (lambda: STRF(16, pools=("max", "sum")), "pool max or avg"),
         (lambda: STRF(16, pools=("max",)), "a pool for t and one for s"),
-        (lambda: STRF(8), "a reduction of 1 to 8, not 1 and 16"),
+        (lambda: STRF(8), "a reduction of 1 to 8, not t, max, 1 and 16"),
         (lambda: STRF(8, reduction=0), "a reduction of 1 to 8"),
         (lambda: FactorizedAttentionMask(16, "x", 1), "dimension t or s"),
         (lambda: STRFNet(5, layer="2d"), "STRFNet takes layer"),
