@@ -915,7 +915,7 @@ class TrackletSampler(PKSampler):
 
 _CLOTHES = [ImageColor.getrgb(name) for name in (
     "firebrick", "royalblue", "seagreen", "gold", "whitesmoke", "#26262a", "darkorange", "hotpink",
-    "rebeccapurple", "darkcyan", "#2c3e70", "gray", "tan", "saddlebrown", "darkolivegreen")]
+    "rebeccapurple", "saddlebrown", "gray")]
 _HAIR = [ImageColor.getrgb(name) for name in ("#1c1816", "#54361e", "#cea85c", "sienna", "#9c9c9e")]
 _SKIN = [ImageColor.getrgb(name) for name in ("#f0ccb2", "#d8a882", "#a87450", "#62402c")]
 _CUTS = ("trousers", "shorts", "skirt", "coat")
@@ -1120,7 +1120,7 @@ def _draw_tracklet(who, passer, camera, frames, size, occlusion, rng):
         if kind == "pole":
             ImageDraw.Draw(image).rectangle([x - 0.06 * w, 0, x + 0.06 * w, h], tint)
         elif kind == "box":
-            ImageDraw.Draw(image).rectangle([x - 0.4 * w, 0.65 * h, x + 0.4 * w, h], tint)
+            ImageDraw.Draw(image).rectangle([x - 0.3 * w, 0.7 * h, x + 0.3 * w, h], tint)
         elif kind == "passer":
             _draw_person(image, passer, i, math.pi / 2, x, 1.02 * h, 0.95 * h)
         image = image.reduce(_SUPER)
@@ -1141,7 +1141,7 @@ def _write_mat(path, variable, values):
 
 
 def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=(5, 12),
-                   size=(128, 64), group=4, occlusion=0.36, gait=False, seed=0):
+                   size=(128, 64), group=4, occlusion=0.25, gait=False, seed=0):
     """Draws a set of synthetic pedestrians in MARS' layout into `folder`, which must not exist yet.
 
     Every identity has one or two tracklets of frames[0] to frames[1] frames under each camera; the

@@ -8,7 +8,7 @@ attention layers (RAL) weigh what they found by a spatial, a temporal and a chan
 plain 2D network adds the appearance of the single frames.
 
     python m3d.py                             # a small run on synthetic data, on any machine
-    python m3d.py --data mars --gpu 0         # both streams, with the recipe of the 3D networks
+    python m3d.py --data mars --gpu 0         # the paper's recipe: 2D stream, M3D stream, both
     python m3d.py --data mars --gpu 0 --variant m3d --per-tap       # a row of its tables, changed
 
 Eq. 4-6, Fig. 4            M3DLayer, sum_of_taps
@@ -19,12 +19,8 @@ Implementation Details     RECIPE; Tables 1 to 4: ROWS
 
 Changed (printed, and done otherwise; without a flag unless one is named):
   streams       "initialized with well-trained 2D CNN layers", and the 2D network has its own
-                recipe: the default row trains both at once, on the same clips, by the recipe of the
-                3D networks. In the printed order (nothing evaluates the two together yet):
-      python m3d.py --data mars --gpu 0 --variant 2d --chunk 1 --output runs/2d
-      python m3d.py --data mars --gpu 0 --variant m3d+ral --init-2d runs/2d/last.pt
-  test          "2D CNN to extract feature from each still frame": beside the temporal stream it
-                gets whole clips, without the last L mod T frames. --variant 2d: every frame
+                recipe: so in train_in_stages, but the small run trains both streams at once, on
+                the same clips, by the recipe of the 3D networks (--stages, --no-stages)
   input         "The mean value is subtracted from each (B, G, and R) channel": torchvision's mean
                 and standard deviation of RGB, as its weights were trained
   RAL's start   "initializing all convolution layers as zero": a product of three zero masks has no
@@ -50,9 +46,11 @@ Open (not printed; the reading taken):
   RAL           first spatial convolution: 3x3; temporal branch: T -> max(T // 2, 1) -> T
   "softmax"     cross entropy; each stream has a BN neck, behind which f_s or f_t is, and classifier
   SGD           momentum 0.9, weight decay 5e-4; "reduced ten times": divided by 10; random flips
-  epoch         every tracklet once; --variant 2d: a random frame of each (--chunk 1: every frame)
+  epoch         every tracklet once; of the first stage every frame once (--variant 2d alone: a
+                random frame of each tracklet; with --chunk 1 every frame)
   --chunk       training tracklets of Duke and LS-VID are cut in pieces (0: not)
-  test clips    a tracklet shorter than T is repeated up to T frames
+  test clips    of the temporal stream: whole ones, a tracklet shorter than T is repeated up to T
+                frames; the 2D stream takes "each still frame", as printed
 """
 import copy
 
@@ -62,9 +60,8 @@ import torch.nn.functional as F
 import torchvision
 
 from common import (Row, Run, all_splits, bars, command_line, complexity_table, energy, figures,
-                    gather, load_file, overlays, parse_args, watch)
-from data import (TrackletSampler, UserError, load_dataset, normalize, sample_adjacent,
-                  split_whole)
+                    gather, load_part, overlays, parse_args, part_of, watch)
+from data import TrackletSampler, load_dataset, normalize, sample_adjacent, split_whole
 
 
 # ------------------------------------------------------------- Eq. 4-6: multi-scale 3D convolution
@@ -370,6 +367,12 @@ class TwoStreamM3D(nn.Module):
         for classifier in self.classifier.values():
             nn.init.normal_(classifier.weight, std=0.001)
 
+    def test_parts(self):
+        """[(network, frames a clip)] whose embeddings a test joins: the 2D stream takes still
+        frames, all of a tracklet, the temporal stream clips of T."""
+        return [(nn.Sequential(self.streams[name], neck), 1 if name == "spatial" else self.frames)
+                for name, neck in self.neck.items()]
+
     def forward(self, clips):
         if clips.shape[1] != self.frames:
             raise ValueError(f"the network was built for clips of {self.frames} frames, not "
@@ -413,6 +416,8 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "ral": (("s", "c", "t"), ("s", "c", "t"), "RAL's branches or none (Table 2)", ("s", "c", "t")),
     "reduction": (16, 16, "r of RAL's channel branch (Eq. 12)"),
     "init_2d": (None, None, "last.pt of --variant 2d that starts the temporal stream (M3D layer)"),
+    "stages": (True, False, "two streams: 2D first, by its row's recipe, then M3D (M3D layer)"),
+    "join": ((), (), "evaluate as one: last.pt of a 2D and of a temporal stream (Eq. 1)"),
 }
 SAMPLER = TrackletSampler      # a batch: clips of different tracklets, whatever their identities
 SAMPLE = sample_adjacent       # a training clip: T adjacent frames
@@ -461,24 +466,19 @@ ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printe
 COUNTING = {"base": "2d", "without": ("neck", "classifier")}
 
 
-def state_of_2d_stream(path):
-    """The 2D stream's state_dict in the last.pt of a run that has one."""
-    prefix = "streams.spatial.net."
-    saved = load_file(path).get("model")
-    model = saved if isinstance(saved, dict) else {}
-    state = {k.removeprefix(prefix): v for k, v in model.items() if str(k).startswith(prefix)}
-    if not state:
-        raise UserError(f"--init-2d {path}: holds no 2D stream; train one with --variant 2d")
-    return state
-
-
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
-    new = not args.resume
-    init_2d = state_of_2d_stream(args.init_2d) if args.init_2d and new else None
-    return TwoStreamM3D(num_classes, args.frames, args.stream, args.layer, args.ral, args.per_tap,
-                        args.pool, args.weights if new else "none", init_2d, args.everywhere,
-                        args.reduction, args.p3d_a_linear)
+    if args.join and not (args.evaluate and len(args.join) == 2 and args.stream == "two"):
+        raise ValueError("--join takes two checkpoints, with --evaluate or --figure, --stream two")
+    new = not (args.resume or args.join)
+    init_2d = load_part(args.init_2d, "streams.spatial.net.") if args.init_2d and new else None
+    model = TwoStreamM3D(num_classes, args.frames, args.stream, args.layer, args.ral, args.per_tap,
+                         args.pool, args.weights if new else "none", init_2d, args.everywhere,
+                         args.reduction, args.p3d_a_linear)
+    for path, stream in zip(args.join, ("spatial", "temporal")):
+        load_part(path, f"streams.{stream}.", model.streams[stream])
+        load_part(path, f"neck.{stream}.", model.neck[stream])
+    return model
 
 
 def make_optimizer(model, args):
@@ -523,14 +523,27 @@ def train(args):  # same in every script
     return run.finish()
 
 
+def train_in_stages(args):
+    """The printed order: the 2D stream by the recipe of row 2d, with every frame once an epoch; the
+    temporal stream, which starts from it; both in one test. The first two have folders of their
+    own in --output and go on where they were stopped."""
+    if args.stream != "two" or args.evaluate or args.init_2d or not args.stages:
+        return train(args)
+    files = [f"{args.output}/{stage}/last.pt" for stage in ("2d", "temporal")]
+    train(part_of(args, ROWS, "2d", variant="2d", chunk=1))
+    train(part_of(args, ROWS, "temporal", variant="m3d+ral", layer=args.layer, ral=args.ral,
+                  init_2d=files[0]))
+    return train(part_of(args, ROWS, "both", evaluate=True, join=files))
+
+
 def main():  # same in every script
     args = parse_args(RECIPE, ROWS, __doc__, __file__)
     if args.complexity:
         complexity_table(ROWS, RECIPE, build, COUNTING)
     elif args.split == "all":
-        all_splits(train, args, ROWS)
+        all_splits(train_in_stages, args, ROWS)
     else:
-        train(args)
+        train_in_stages(args)
 
 
 # ------------------------------------------------------------------------------------- the picture

@@ -1,6 +1,7 @@
 """M3D's modules against slow float64 versions of the paper's equations, its invariants, its recipe
 and rows, and its complexity."""
 
+import re
 import sys
 
 import pytest
@@ -9,9 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import m3d
-from common import complexity, row_of, settings
-from conftest import check_gradients, close, maps, parameters, randomize, wake
-from data import UserError
+from common import complexity, row_of, settings, test_features as features_of
+from conftest import TINY, check_gradients, close, maps, parameters, randomize, read_log, wake
+from data import Tracklet, UserError, load_dataset, read_clip, normalize, split_whole
 from m3d import (
     RECIPE,
     ROWS,
@@ -500,8 +501,79 @@ def test_init_2d(tmp_path):
         meta("m3d", init_2d=str(path))
     for wrong in ({}, {"model": 3}, {"model": {"streams.temporal.net.x": torch.zeros(1)}}):
         torch.save(wrong, path)
-        with pytest.raises(UserError, match="--init-2d .*2d.pt: holds no 2D stream"):
+        with pytest.raises(UserError, match="2d.pt: holds no streams.spatial.net of a run"):
             meta("m3d", init_2d=str(path))
     torch.save({"model": {"streams.spatial.net.x": torch.zeros(1)}}, path)
     with pytest.raises(ValueError, match="init_2d does not fit the 2D stream"):
         meta("m3d", init_2d=str(path))
+
+
+# ----------------------------------------------------------------------------------- three stages
+
+
+def test_in_the_test_the_2d_stream_sees_every_frame(small_root):
+    """[f_s, f_t] of a tracklet: the means over all still frames, and over the whole clips of T."""
+    model = wake(network("two-stream", 3, frames=4)).eval()
+    dataset = load_dataset("synthetic", small_root)
+    (long,) = [t for t in dataset.query if len(t.frames) % 4 == 3 and len(t.frames) > 4][:1]
+    short = Tracklet(long.frames[:3], long.pid, long.cam)
+    dataset = dataset._replace(query=[long], gallery=[short])
+    found = torch.cat(features_of(model, dataset, split_whole, 4, (64, 32)))
+    frames = normalize(read_clip(long.frames, (64, 32)))
+    with torch.no_grad():
+        for tracklet, clips in ((long, [frames[:4]]), (short, [frames[[0, 1, 2, 0]]])):
+            spatial = [
+                model.streams["spatial"](f[None, None]) for f in frames[: len(tracklet.frames)]
+            ]
+            f_s = model.neck["spatial"](sum(spatial) / len(spatial))
+            f_t = model.neck["temporal"](model.streams["temporal"](torch.stack(clips)))
+            expected = torch.cat([f_s, f_t], 1)[0]
+            # float32: sums of at most 7 features near 1, of networks that run in other batches
+            torch.testing.assert_close(found[tracklet is short], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_stages(run, small_root, tmp_path):
+    """The 2D stream, the M3D stream that starts from it, and both in one test; what was trained
+    before is left alone, and each stage can be run and evaluated by itself."""
+    small = ("--root", small_root, *TINY, "--epochs", 1, "--frames", 2)
+    done = run("m3d.py", *small, "--stages", "--output", "x")
+    assert done.returncode == 0, done.stderr
+    folders = [tmp_path / "x/2d", tmp_path / "x/temporal"]
+    first, second = (torch.load(f / "last.pt", weights_only=True) for f in folders)
+    settings_of = [
+        {k: c["args"][k] for k in ("stream", "layer", "frames", "chunk", "variant")}
+        for c in (first, second)
+    ]
+    assert settings_of == [
+        dict(stream="spatial", layer="2d", frames=1, chunk=1, variant="2d"),
+        dict(stream="temporal", layer="m3d", frames=2, chunk=0, variant="m3d+ral"),
+    ]
+    assert first["model"].keys() & second["model"].keys() == set()
+    dataset = load_dataset("synthetic", small_root)
+    frames = sum(len(t.frames) for t in dataset.train)
+    counts = re.findall(r"^  train +6 +([\d,]+)", done.stdout, re.M)
+    assert counts == [f"{frames:,}", f"{len(dataset.train)}", f"{len(dataset.train)}"]
+    both = done.stdout.splitlines()[-1]
+    joined = [f"x/{stage}/last.pt" for stage in ("2d", "temporal")]
+    alone = run("m3d.py", *small, "--evaluate", "--join", *joined)
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout.splitlines()[-1].split(" gallery")[0] == both.split(" gallery")[0]
+
+    again = run("m3d.py", *small, "--stages", "--output", "x", "--resume")
+    assert again.returncode == 0 and again.stdout.count("going on after epoch 1") == 2
+    (folders[1] / "last.pt").unlink()
+    (folders[1] / "log.csv").unlink()
+    rest = run("m3d.py", *small, "--stages", "--output", "x")
+    assert rest.returncode == 0 and rest.stdout.count("going on after epoch 1") == 1
+    assert rest.stdout.splitlines()[-1].split(" gallery")[0] == both.split(" gallery")[0]
+    assert len(read_log(folders[1])) == 1
+    other = run("m3d.py", *small, "--stages", "--output", "x", "--lr", 0.5)
+    assert other.returncode == 2 and "was trained with --lr" in other.stderr
+
+
+def test_join_refuses(refuses, tmp_path):
+    torch.save({"model": network("2d", 3).state_dict()}, tmp_path / "2d.pt")
+    refuses(("--join", "a", "b"), "--join takes two checkpoints", script="m3d.py")
+    refuses(("--evaluate", "--join", "a"), "--join takes two checkpoints", script="m3d.py")
+    two = ("--evaluate", "--join", "2d.pt", "2d.pt")
+    refuses(two, "2d.pt: holds no streams.temporal of a run", script="m3d.py")
