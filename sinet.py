@@ -5,8 +5,7 @@ The authors' release: https://github.com/baist/SINet
 
 The frames of a clip tend to attend to the same salient region. SBM lets the first s frames find it
 and damps it in the later ones, which then attend to broader regions; what is lost is passed to the
-other frames. IDM mixes all channels and positions of a clip through learnt low-rank matrices, so
-that every frame is richer before.
+other frames. IDM makes every frame richer before: learnt low-rank matrices mix the whole clip.
 
     python sinet.py                           # a small run on synthetic data, on any machine
     python sinet.py --data mars --gpu 0       # the paper's recipe
@@ -21,24 +20,23 @@ Sec. 3.2, Eq. 7, Fig. 3    IntegrationDistributionModule (IDM)
 Sec. 4.5, Table 3          NonLocalBlock, GlobalContextBlock
 Sec. 3.3, Fig. 4           SINet
 Sec. 3.3, Eq. 8            losses, mutual_information_loss
-Sec. 4.2                   RECIPE; Tables 2 and 3, Fig. 5: ROWS
+Sec. 4.2                   RECIPE, then SAMPLER, SAMPLE, SPLIT, METRIC; Tables 1 to 3, Fig. 5: ROWS
+A class is copied alone, or with what its docstring names under "copied with".
 
 Changed (printed, and done otherwise):
   Eq. 3         "softmax(Q * K)": the response is averaged over the k x k window and divided by
-                sqrt(c), as TCLNet's Eq. 3 is. On the plain sum the softmax over the h w positions
-                is one-hot: S then damps one cell and leaves the rest, and hardly any gradient
-                reaches KGM. --no-scaled: as printed.
+                sqrt(c), as TCLNet's Eq. 3 is. On the plain sum the softmax is one-hot: S damps one
+                cell, and hardly any gradient reaches KGM. --no-scaled: as printed.
 
 Open (not printed; the reading taken):
   KGM           1x1 convolution to k^2 maps, BatchNorm, ReLU; the L1 norms have an eps, so that an
                 all-zero map gives S = 1
   Eq. 1         w_ctr for each clip, without gradient
-  SE            one vector for each clip, without biases. Its reduction: the cited block has 16; the
-                printed 0.014 GFLOPs of SBM fits the convolutions alone or 16; 4 is what the
-                authors' release has: --se-reduction
-  convolution   replicate padding; S multiplies X, not Q, as printed
-  IDM           no bias and no BatchNorm, as Eq. 7; G^D starts at zero, so that training starts from
-                the backbone; one IDM: after block 4 of layer2, three: after blocks 2, 3, 4
+  SE            one vector for each clip, without biases; --se-reduction 4 is the authors' release's
+                (the cited block has 16; the printed 0.014 GFLOPs of SBM fits 16, or no SE)
+  convolution   replicate padding
+  IDM           no bias and no BatchNorm, as Eq. 7; G^D starts at zero; one IDM: after block 4 of
+                layer2, three: after blocks 2, 3, 4
   "evenly"      SBM after blocks 2, 4, 6 of layer3; "Same Pos.": all three after block 6
   L_mi          is in a supplement: see mutual_information_loss; it takes the pooled frame vectors
                 before the neck through a linear layer (an addition); rows without SBM, for whose
@@ -46,12 +44,12 @@ Open (not printed; the reading taken):
   triplet       on the embedding behind the BN neck, cosine distance, margin 0.3
   backbone      the last stride of ResNet-50 is removed
   test clips    one frame of each of T equal parts, in order, as in training; every frame is used,
-                some twice where T does not divide the length
+                some twice where T does not divide the length (10 frames: 3 clips of 4)
   epoch         every identity at least once, K clips of it
   Table 3       at both IDM places Non-local with half the channels, GC block with reduction 16;
                 Non-local (1): the mean over all positions; (inverse): softmax of -affinity
-  Fig. 5        prints no numbers but the peaks at k = 3 and reduction 4; the other ticks and the
-                network without the other module are our guess
+  Fig. 5        prints only the peaks, k = 3 and reduction 4; the other ticks, and the network
+                without the other module, are our guess
 """
 import math
 
@@ -68,11 +66,9 @@ from data import PKSampler, load_dataset, normalize, sample_segments, split_segm
 # ---------------------------------------------------------------- Sec. 3.1: salient-to-broad module
 
 class ChannelAttentionLayer(nn.Module):
-    """CAL, Eq. 1-2: weighs channels by squeeze-and-excitation and keeps those that look at the
-    centre of the frame.
+    """CAL, Eq. 1-2: keeps the channels that look at the centre, weighed by squeeze-and-excitation.
 
-    X (B, T, C, H, W) -> (B, T, C, H, W), H and W at least 3 (ValueError).
-    reduction: of the squeeze-and-excitation block.
+    X (B, T, C, H, W) -> (B, T, C, H, W), H and W at least 3 (ValueError). reduction: of its SE.
     """
 
     def __init__(self, channels, reduction=4):
@@ -96,18 +92,16 @@ class KernelGenerationModule(nn.Module):
     P (B, s, C, H, W) -> K (B, k*k, C), the taps in row-major order. kernel_size: k, odd.
     """
 
-    def __init__(self, channels, kernel_size=3, eps=1e-12):
+    def __init__(self, channels, kernel_size=3):
         super().__init__()
         taps = kernel_size ** 2
         self.attention = nn.Sequential(
             nn.Conv2d(channels, taps, 1, bias=False), nn.BatchNorm2d(taps), nn.ReLU())
-        self.eps = eps
 
     def forward(self, p):
         a = self.attention(p.flatten(0, 1)).unflatten(0, p.shape[:2])     # (B, s, k*k, H, W)
-        a = F.normalize(a, p=1, dim=2, eps=self.eps)                      # over the k*k maps,
-        a = a.transpose(1, 2).flatten(2)
-        a = F.normalize(a, p=1, dim=2, eps=self.eps)                      # then over s*H*W
+        a = F.normalize(a, p=1, dim=2)                                    # over the k*k maps,
+        a = F.normalize(a.transpose(1, 2).flatten(2), p=1, dim=2)         # then over s*H*W
         return a @ p.movedim(2, 4).flatten(1, 3)                          # K = P A_p^T
 
 
@@ -131,7 +125,7 @@ class SuppressOperation(nn.Module):
 
     Q (B, L, C, H, W), K (B, k*k, C) -> S (B, L, 1, H, W) in (0, 1].
     beta: strength, > 0; scaled: the response of Eq. 3 is averaged over the k x k window and divided
-    by sqrt(C) (False: as printed).
+    by sqrt(C) (False: as printed). Copied with conv_by_matmul.
     """
 
     def __init__(self, beta=5.0, scaled=True):
@@ -152,11 +146,9 @@ class SuppressOperation(nn.Module):
 
 
 class CrossPropagationModule(nn.Module):
-    """CPM, Eq. 5-6: former frames get what the later ones lost, and later frames get the former
-    ones' mean features.
+    """CPM, Eq. 5-6: former frames get what the later ones lost, later ones the former ones' means.
 
-    X (B, T, C, H, W), Y (B, T - s, C, H, W), the suppressed X of the later frames -> Z, as X.
-    alpha: degree.
+    X (B, T, C, H, W), Y (B, T - s, C, H, W), its later frames suppressed -> Z, as X. alpha: degree.
     """
 
     def __init__(self, alpha=0.1):
@@ -177,19 +169,18 @@ class SalientToBroadModule(nn.Module):
 
     X (B, T, C, H, W) -> Z (B, T, C, H, W), T > split, H and W at least 3 (any size without CAL).
     split: s, the number of former frames; kernel_size: k, odd; beta: strength of the suppression;
-    alpha: degree of the propagation; reduction: of CAL's squeeze-and-excitation; cal, cpm: False
-    leaves the component out; scaled: see SuppressOperation.
-    Raises ValueError when split or kernel_size is impossible.
+    alpha: degree of the propagation; se_reduction: of CAL; cal, cpm: False leaves the component
+    out; scaled: see SuppressOperation. Raises ValueError for an impossible split or kernel_size.
+    Copied with the four classes above and conv_by_matmul.
     """
 
-    def __init__(self, channels, split, kernel_size=3, beta=5.0, alpha=0.1, reduction=4, cal=True,
-                 cpm=True, scaled=True):
+    def __init__(self, channels, split, kernel_size=3, beta=5.0, alpha=0.1, se_reduction=4,
+                 cal=True, cpm=True, scaled=True):
         super().__init__()
         if split < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"SBM needs split >= 1 and an odd kernel_size, not {split} and "
-                             f"{kernel_size}")
+            raise ValueError(f"SBM needs split >= 1 and an odd k, not {split} and {kernel_size}")
         self.split = split
-        self.cal = ChannelAttentionLayer(channels, reduction) if cal else nn.Identity()
+        self.cal = ChannelAttentionLayer(channels, se_reduction) if cal else nn.Identity()
         self.kgm = KernelGenerationModule(channels, kernel_size)
         self.so = SuppressOperation(beta, scaled)
         self.cpm = CrossPropagationModule(alpha if cpm else 0.0)
@@ -197,8 +188,7 @@ class SalientToBroadModule(nn.Module):
     def forward(self, x):
         s = self.split
         if x.shape[1] <= s:
-            raise ValueError(f"SBM with split {s} needs clips of more than {s} frames, not "
-                             f"{x.shape[1]}")
+            raise ValueError(f"SBM with split {s} needs more than {s} frames, not {x.shape[1]}")
         weighted = self.cal(x)
         p, q = weighted[:, :s], weighted[:, s:]
         y = self.so(q, self.kgm(p)) * x[:, s:]                            # Y = S X
@@ -208,12 +198,10 @@ class SalientToBroadModule(nn.Module):
 # ---------------------------------------------------- Sec. 3.2: integration and distribution module
 
 class IntegrationDistributionModule(nn.Module):
-    """IDM, Eq. 7: F' = G^D G^I F (L^I L^D + I), plus F; the matrices mix channels (G) and all
-    positions of a clip (L).
+    """IDM, Eq. 7: F' = G^D G^I F (L^I L^D + I), plus F; mixes channels (G) and all positions (L).
 
-    X (B, T, C, H, W) -> (B, T, C, H, W), for the one clip size m = T*H*W of its construction
-    (ValueError). frames, height, width: T, H, W of the maps; reduction: c/c' and m/m'. Computed in
-    the order of Fig. 3. Starts as identity.
+    X (B, T, C, H, W) -> (B, T, C, H, W), only of the m = T*H*W it was built for (ValueError).
+    frames, height, width: T, H, W; reduction: c/c' and m/m'. Starts as identity.
     """
 
     def __init__(self, channels, frames, height, width, reduction=4):
@@ -228,8 +216,7 @@ class IntegrationDistributionModule(nn.Module):
     def forward(self, x):
         B, T, C, H, W = x.shape
         if T * H * W != self.l_i.in_features:
-            raise ValueError(f"IDM was built for clips of {self.l_i.in_features} positions, not "
-                             f"{T}x{H}x{W}")
+            raise ValueError(f"IDM was built for {self.l_i.in_features} positions, not {T}x{H}x{W}")
         f = self.g_i(x.flatten(0, 1))                                             # G^I F
         f = f.view(B, T, -1, H, W).transpose(1, 2).flatten(2)             # (B, c', m)
         f = self.l_d(self.l_i(f)) + f                                     # (L^I L^D + I)
@@ -259,16 +246,15 @@ class NonLocalBlock(nn.Module):
     def forward(self, x):
         B, T, C, H, W = x.shape
 
-        def positions(layer):                                             # (B, m, C/2)
+        def positions(layer):                                             # (B, 1, m, C/2)
             y = layer(x.flatten(0, 1)).view(B, T, -1, H, W)
-            return y.movedim(2, 4).reshape(B, T * H * W, -1)
+            return y.movedim(2, 4).reshape(B, 1, T * H * W, -1)
         g = positions(self.g)
         if self.affinity == "ones":
-            y = g.mean(1, keepdim=True).expand_as(g)
+            y = g.mean(2, keepdim=True).expand_as(g)
         else:
             theta = -positions(self.theta) if self.affinity == "inverse" else positions(self.theta)
-            y = F.scaled_dot_product_attention(theta[:, None], positions(self.phi)[:, None],
-                                               g[:, None], scale=1.0)[:, 0]
+            y = F.scaled_dot_product_attention(theta, positions(self.phi), g, scale=1.0)
         y = y.reshape(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + x
 
@@ -317,34 +303,31 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 class SINet(nn.Module):
-    """SINet, Fig. 4: ResNet-50 with IDMs in layer2 and SBMs in layer3, pooled over space and time,
-    and a BN neck.
+    """SINet, Fig. 4: ResNet-50, IDMs behind blocks 2 and 4 of layer2, SBMs behind blocks 2, 4 and 6
+    of layer3, pooled over space and time, and a BN neck. Copied with classes and functions above.
 
     Clips (B, T, 3, H, W), normalised -> in eval mode embeddings (B, 2048); in train mode also the
     logits (B, num_classes) and the projected frame embeddings (B, T, 2048) for L_mi.
 
-    frames, height, width: T, H, W; IDMs fix all three. sbm: False leaves the SBMs out; positions:
-    blocks of layer3, 1 to 6, each with an SBM behind it; splits: s of each; idms: number, 0 to 3;
-    cal, cpm, kernel_size, beta, alpha, se_reduction, scaled: see SBM; block: what stands at the
-    IDMs' places, "idm", "softmax", "ones", "inverse" (Non-local) or "gc"; reduction: of the IDMs;
-    project: with the projection for L_mi; pool: "avg" or "max" over the final map; weights: see
-    resnet50. Raises ValueError for what it cannot take.
+    frames, height, width: T, H, W; IDMs fix all three. sbm: False leaves SBMs out; idms: 0 to 3;
+    positions: blocks of layer3, 1 to 6, each with an SBM behind it; splits: s of each; cal and
+    options: see SBM; block: what stands at the IDMs' places, "idm", "softmax", "ones", "inverse"
+    (Non-local) or "gc"; reduction: of the IDMs; project: with the projection for L_mi; pool: "avg"
+    or "max" over the final map; weights: see resnet50. ValueError for what it cannot take.
     """
 
     def __init__(self, num_classes, frames=4, height=256, width=128, sbm=True, idms=2,
-                 positions=(2, 4, 6), splits=(1, 2, 3), cal=True, cpm=True, kernel_size=3, beta=5.0,
-                 alpha=0.1, block="idm", reduction=4, se_reduction=4, scaled=True, project=True,
-                 pool="avg", weights="none"):
+                 positions=(2, 4, 6), splits=(1, 2, 3), cal=True, block="idm", reduction=4,
+                 project=True, pool="avg", weights="none", **options):
         super().__init__()
         if sbm and (len(positions) != len(splits) or not set(positions) <= {1, 2, 3, 4, 5, 6}):
             raise ValueError(f"SINet takes a position of 1 to 6 for each split, not {positions} "
                              f"for {splits}")
         if sbm and frames <= max(splits, default=0):
-            raise ValueError(f"SINet's SBMs split a clip after {max(splits)} frames: it needs at "
-                             f"least {max(splits) + 1} frames, not {frames}")
+            raise ValueError(f"SBMs with s = {splits} need at least {max(splits) + 1} frames, not "
+                             f"{frames}")
         if sbm and cal and min(height, width) < 33:
-            raise ValueError("SINet's SBMs need maps of 3x3 at 1/16 of the frame: at least 33x33 "
-                             f"pixels, not {height}x{width}")
+            raise ValueError(f"CAL needs frames of at least 33x33 pixels, not {height}x{width}")
         if idms not in range(4):
             raise ValueError(f"SINet takes 0 to 3 IDMs, not {idms}")
         net = resnet50(weights)
@@ -358,12 +341,11 @@ class SINet(nn.Module):
                 module = IntegrationDistributionModule(512, *size, reduction)
             else:
                 module = GlobalContextBlock(512) if block == "gc" else NonLocalBlock(512, block)
-            after[f"layer2_{i}"] = [module]
+            after[f"layer2_{i}"] = nn.Sequential(module)
         for i, s in zip(positions, splits) if sbm else ():
-            module = SalientToBroadModule(1024, s, kernel_size, beta, alpha, se_reduction, cal, cpm,
-                                          scaled)
-            after.setdefault(f"layer3_{i}", []).append(module)
-        self.after = nn.ModuleDict({place: nn.Sequential(*m) for place, m in after.items()})
+            modules = after.setdefault(f"layer3_{i}", nn.Sequential())
+            modules.append(SalientToBroadModule(1024, s, cal=cal, **options))
+        self.after = nn.ModuleDict(after)
         self.pool = pool
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes, bias=False)
@@ -393,13 +375,11 @@ def mutual_information_loss(frames, pids, temperature=0.07):
     """L_mi of Eq. 8: frames of a clip should tell different things, which the same frames of other
     clips tell, too.
 
-    The paper defines it in a supplement; the reading here: for frame i of a clip, positives are the
-    frames i of the other clips of its identity, negatives all frames with another index in all its
-    clips; the loss is the mean over positive pairs of
-    -log(e^{s+/t} / (e^{s+/t} + sum over negatives of e^{s-/t})), s the cosine.
+    Our reading: for frame i of a clip, positives are the frames i of its identity's other clips,
+    negatives the frames of another index in all its identity's clips; mean over the positive pairs,
+    0 without any, of -log(e^{s+/t} / (e^{s+/t} + sum over negatives of e^{s-/t})), s the cosine.
 
-    frames: projected frame embeddings (B, T, D); pids: (B,); temperature: t. Clips alone of their
-    identity count nothing.
+    frames: projected frame embeddings (B, T, D); pids: (B,); temperature: t.
     """
     B, T = frames.shape[:2]
     z = F.normalize(frames.float().flatten(0, 1), dim=1)
@@ -435,7 +415,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.2)"),
     "epochs": (160, 8, "(Sec. 4.2)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.2)"),
-    "lr_step": (40, 7, "epochs after which it is divided by 10 (Sec. 4.2)"),
+    "lr_step": (40, 7, "it is divided by 10 every so many epochs (Sec. 4.2)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (Sec. 4.2)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
     "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
@@ -451,7 +431,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "se_reduction": (4, 4, "of CAL's squeeze-and-excitation (our choice)"),
     "idms": (2, 2, "number of IDMs, 0 to 3 (Sec. 3.3, Table 3)", range(4)),
     "reduction": (4, 4, "c/c' and m/m' of IDM (Fig. 5b)"),
-    "block": ("idm", "idm", "at the IDMs' places (Table 3)",
+    "block": ("idm", "idm", "in IDM's place (Table 3)",
               ("idm", "softmax", "ones", "inverse", "gc")),
     "lambda1": (1.0, 1.0, "weight of the triplet loss (Eq. 8, Sec. 4.2)"),
     "lambda2": (0.01, 0.01, "weight of L_mi (Eq. 8, Sec. 4.2); 0: without its projection"),
@@ -461,7 +441,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
 SAMPLE = sample_segments       # a training clip: one random frame of each of T equal parts
 SPLIT = split_segments         # the test: all frames, in clips of one frame of each of T parts
-METRIC = "cosine"              # distance of the test
+METRIC = "cosine"              # distance of the test, between means of the clips' embeddings
 
 ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
     # Tables 1 and 2: the two modules (Table 3 prints 85.8 mAP for "+ 2 IDM")
@@ -472,12 +452,11 @@ ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printe
     "base+idm": Row(sbm=False, idms=2, lambda2=0.0, mars=(85.9, 90.5), lsvid=(78.0, 86.2),
                     more_gflops=1.081),
     # Table 3: other methods at the IDMs' places
-    "base+nonlocal": Row(sbm=False, idms=2, lambda2=0.0, block="softmax", mars=(85.1, 89.7),
+    "base+nonlocal": Row(sbm=False, lambda2=0.0, block="softmax", mars=(85.1, 89.7),
                          more_gflops=2.216),
-    "base+nonlocal-ones": Row(sbm=False, idms=2, lambda2=0.0, block="ones", mars=(85.1, 90.0)),
-    "base+nonlocal-inverse": Row(sbm=False, idms=2, lambda2=0.0, block="inverse",
-                                 mars=(85.0, 89.7)),
-    "base+gc": Row(sbm=False, idms=2, lambda2=0.0, block="gc", mars=(85.0, 89.8)),
+    "base+nonlocal-ones": Row(sbm=False, lambda2=0.0, block="ones", mars=(85.1, 90.0)),
+    "base+nonlocal-inverse": Row(sbm=False, lambda2=0.0, block="inverse", mars=(85.0, 89.7)),
+    "base+gc": Row(sbm=False, lambda2=0.0, block="gc", mars=(85.0, 89.8)),
     # Table 3: components
     "base+sbm-cal": Row(sbm=True, idms=0, cal=False, mars=(85.1, 89.9)),
     "base+sbm-cpm": Row(sbm=True, idms=0, cpm=False, mars=(85.4, 90.0)),
@@ -504,10 +483,11 @@ COUNTING = {"base": "base", "without": ("neck", "classifier", "projection")}
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
     return SINet(num_classes, args.frames, args.height, args.width, args.sbm, args.idms,
-                 args.positions, args.splits, args.cal, args.cpm, args.k, args.beta, args.alpha,
-                 args.block, args.reduction, args.se_reduction, args.scaled,
+                 args.positions, args.splits, args.cal, args.block, args.reduction,
                  project=args.lambda2 > 0, pool=args.pool,
-                 weights="none" if args.resume else args.weights)
+                 weights="none" if args.resume else args.weights, cpm=args.cpm, kernel_size=args.k,
+                 beta=args.beta, alpha=args.alpha, se_reduction=args.se_reduction,
+                 scaled=args.scaled)
 
 
 def make_optimizer(model, args):

@@ -10,7 +10,6 @@ part. TSB first gives every frame what the others show of its salient part, agai
     python tclnet.py                          # a small run on synthetic data, on any machine
     python tclnet.py --data mars --gpu 0      # the paper's recipe
     python tclnet.py --data mars --gpu 0 --variant base+tse --h-e 6     # a row, changed
-    python tclnet.py --data mars --gpu 0 --variant base+tse --frames 1  # single images
 
 Sec. 3.1, Eq. 3            CorrelationLayer
 Sec. 3.1, Fig. 2 (b)       BlockBinarization
@@ -19,29 +18,28 @@ Sec. 3.1, Eq. 1-2, Fig. 2  TemporalSaliencyErasing (TSE)
 Sec. 3.2, Eq. 6, Fig. 3    probability_map, TemporalSaliencyBoosting (TSB)
 Sec. 4.4, Table 4          NonLocalBlock, TemporalConv
 Sec. 3.3, Eq. 7, Fig. 4    TCLNet; losses
-Sec. 4.1                   RECIPE; Tables 1 to 4: ROWS
-Sec. 4.3                   --frames 1: one image for all learners (Market-1501, printed: 85.3 mAP,
-                           base 80.3; there is no loader for it)
+Sec. 4.1                   RECIPE, then SAMPLER, SAMPLE, SPLIT, METRIC; Tables 1 to 4: ROWS
+Sec. 4.3                   --variant base+tse --frames 1: one image for all learners (Market-1501,
+                           printed: 85.3 mAP, base 80.3; there is no loader for it)
+A class is copied alone, or with what its docstring names under "copied with".
 
 Changed (printed, and done otherwise):
   Eq. 3         "F^T (w^T f)": divided by sqrt(D), because on the plain products the softmax of
                 Eq. 5 saturates. --no-scaled: as printed.
-  f_k           gets no gradient from Eq. 3, as in the authors' release; the paper prints no stop.
-                --no-stop-gradient: as printed.
+  f_k           gets no gradient from Eq. 3, as in the release. --no-stop-gradient: as printed.
   E = BN(o) + Q o is duplicated along the positions behind the BN, not "before entering" it: the
                 same but for the running variance's factor n / (n - 1). No flag.
   test          "an input of entire video": in clips of T frames, so that TSB's memory is that of a
                 clip, as in training; --frames T makes it longer.
-  "four frames" cannot be cut into segments of 3: row base+tse-n3 takes 3 frames, for its printed
-                cost is that of 3 frames times 4/3. --frames 6: two segments.
+  "four frames" cannot be cut into segments of 3: row base+tse-n3 takes 3 (printed is their cost
+                times 4/3). --frames 6: two segments.
 
 Open (not printed; the reading taken):
-  erased map    F * B + BN(sum over positions of G * F), the sum for all positions, BN starting at
-                zero: lets gradients reach w, and needs only the BN's 2,048 parameters more
+  erased map    F * B, plus at all positions BN(sum of G * F), which starts at zero: lets gradients
+                reach w, and needs only the BN's 2,048 parameters more
   first frame   B = 1, and G = softmax(1): uniform, the product of no correlation maps being 1
-  SEO           one BN for all frames of a segment, those with n = 1 and a uniform G, too; it and
-                the shared blocks take frame n of all segments at a time; f_k is average pooled with
-                --pool max, too
+  SEO           one BN for all frames of a segment, also the first; it and the shared blocks take
+                frame n of all segments at a time; f_k is an average with --pool max, too
   block         the first of equal maxima; h_e and w_e scale with the map from 16x8, strides do not
   TSB           tau = 5, BN starting at zero
   backbone      the last stride of ResNet-50 is removed, which the printed GFLOPs confirm
@@ -49,7 +47,7 @@ Open (not printed; the reading taken):
   losses        summed over the learners; triplet with cosine distance, margin 0.4
   batch of 32   8 identities x 4 clips; weight decay 5e-4; an epoch: every identity at least once
   frames        8 apart in training, less in a short tracklet; adjacent in test, the last clip
-                filled by cycling the tracklet
+                filled by cycling the tracklet (10 frames: 3 clips of 4)
   pieces        training tracklets of Duke and LS-VID are cut; --chunk 0: not at all
   parameters    29.9 million are printed for N = 2 with SEO and without Non-local; the modules have
                 30.07, which the rows with N = 3 and 4 confirm
@@ -78,8 +76,7 @@ class CorrelationLayer(nn.Module):
     """Eq. 3: how much each position of a frame resembles what former learners have seen.
 
     F_n (B, D, H, W), f (B, K, D1), the vectors of K former frames -> R (B, K, H, W).
-    channels: D; features: D1; scaled: divided by sqrt(D) (False: as printed); stop_gradient: none
-    flows into f (False: as printed).
+    channels: D; features: D1; scaled: by 1 / sqrt(D), stop_gradient: at f (False: as printed).
     """
 
     def __init__(self, channels, features, scaled=True, stop_gradient=True):
@@ -100,8 +97,7 @@ class BlockBinarization(nn.Module):
     """Block binarization layer: 0 in the block of the highest correlation, 1 elsewhere.
 
     R (..., H, W) -> B (..., H, W), always with exactly h_e w_e zeros; no gradient.
-    block: (h_e, w_e), at most (H, W); stride: (s_h, s_w), the vertical and the horizontal step; all
-    at least 1 (ValueError).
+    block: (h_e, w_e), at most (H, W); stride: (s_h, s_w); all at least 1 (ValueError).
     """
 
     def __init__(self, block, stride=(1, 1)):
@@ -133,7 +129,7 @@ class SaliencyErasingOperation(nn.Module):
     """SEO, Fig. 2 (b): erases from a frame what the learners of the former frames have seen.
 
     F_n (B, D, H, W), f (B, n - 1, D1), the vectors of the former frames -> (B, D, H, W).
-    Arguments: see CorrelationLayer and BlockBinarization.
+    Arguments: see CorrelationLayer and BlockBinarization; copied with both.
     """
 
     def __init__(self, channels, features, block, stride=(1, 1), scaled=True, stop_gradient=True):
@@ -161,18 +157,17 @@ class TemporalSaliencyErasing(nn.Module):
     divisible by N (ValueError), or 1: then the frame is repeated for all learners.
     shared: the layers that all learners share; learners: N modules, L_n without the shared ones;
     seo: False leaves SEO out; pool: "avg" or "max" of the vectors returned (SEO takes averages);
-    the other arguments are those of SEO.
+    all others: see SEO. Copied with the three classes above.
     """
 
-    def __init__(self, shared, learners, channels, features, block, stride=(1, 1), scaled=True,
-                 seo=True, pool="avg", stop_gradient=True):
+    def __init__(self, shared, learners, channels, features, block, seo=True, pool="avg",
+                 **options):
         super().__init__()
         self.shared, self.learners = shared, nn.ModuleList(learners)
         self.features, self.pool = features, pool
         self.seo = None
         if seo and len(learners) > 1:
-            self.seo = SaliencyErasingOperation(channels, features, block, stride, scaled,
-                                                stop_gradient)
+            self.seo = SaliencyErasingOperation(channels, features, block, **options)
 
     def forward(self, x):
         B, T, *size = x.shape
@@ -180,8 +175,7 @@ class TemporalSaliencyErasing(nn.Module):
         if T == 1:
             x, T = x.expand(-1, N, -1, -1, -1), N
         if T % N:
-            raise ValueError(f"TSE with {N} learners needs clips of a multiple of {N} frames, not "
-                             f"{T}")
+            raise ValueError(f"TSE with {N} learners needs a multiple of {N} frames, not {T}")
         x = x.reshape(B * T // N, N, *size)                               # all segments C_k at once
         f, c = x.new_empty(len(x), 0, self.features), []                  # f_1 ... f_(n-1)
         for n, learner in enumerate(self.learners):
@@ -218,6 +212,7 @@ class TemporalSaliencyBoosting(nn.Module):
     """TSB, Fig. 3: every frame gets what the other frames show of its own salient part.
 
     Q (B, T, D, H, W) -> E (B, T, D, H, W), T >= 2 (ValueError). Starts as identity. tau: of Eq. 6.
+    Copied with probability_map.
     """
 
     def __init__(self, channels, tau=5.0):
@@ -305,22 +300,22 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 class TCLNet(nn.Module):
-    """TCLNet, Fig. 4: ResNet-50 with TSBs between its stages, TSE made of stage 4, and BN necks.
+    """TCLNet, Fig. 4: ResNet-50 with a TSB behind stage 2 and TSE made of stage 4, whose last block
+    each learner has for itself; a BN neck for each. Copied with all classes and functions above.
 
     Clips (B, T, 3, H, W), normalised -> in train mode embeddings (B, N, 2048) and logits
     (B, N, num_classes); in eval mode (B, N * 2048), whose average over clips goes to `finish`.
 
     frames, height, width: T, H, W; T a multiple of N, or 1; learners: N; seo: False is
     "TSE-wo-SEO"; block: (h_e, w_e) of a 16x8 map, scaled to that of H x W, which N - 1 blocks must
-    not cover; stride: (s_h, s_w); tsb: stages with a TSB behind, of 1, 2, 3; tau: see TSB; scaled,
-    stop_gradient: see CorrelationLayer; extra: "none" or what Table 4 compares with, "nl",
-    "dropblock" or "3d"; pool: "avg" or "max" over the final map; weights: see resnet50. Raises
-    ValueError for what it cannot take.
+    not cover; tsb: stages with a TSB behind, of 1, 2, 3; tau: see TSB; extra: "none" or what Table
+    4 compares with, "nl", "dropblock" or "3d"; pool: "avg" or "max" over the final map; weights:
+    see resnet50; options: see SEO. Raises ValueError for what it cannot take.
     """
 
     def __init__(self, num_classes, frames=4, height=256, width=128, learners=2, seo=True,
-                 block=(3, 8), tsb=(2,), tau=5.0, scaled=True, extra="none", pool="avg",
-                 weights="none", stride=(1, 1), stop_gradient=True):
+                 block=(3, 8), tsb=(2,), tau=5.0, extra="none", pool="avg", weights="none",
+                 **options):
         super().__init__()
         if learners < 1 or not set(tsb) <= {1, 2, 3}:
             raise ValueError("TCLNet takes 1 learner or more and TSBs behind stages 1, 2, 3, not "
@@ -339,8 +334,7 @@ class TCLNet(nn.Module):
         w_e = max(1, int(block[1] * columns / 8 + 0.5))
         if seo and math.ceil(rows / h_e) * math.ceil(columns / w_e) < learners:
             raise ValueError(f"{learners - 1} erased block(s) of {h_e}x{w_e} can cover the whole "
-                             f"{rows}x{columns} map of {height}x{width} frames: use a larger "
-                             "height or a smaller block")
+                             f"{rows}x{columns} map of {height}x{width} frames")
         net = resnet50(weights)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layer1, self.layer2, self.layer3 = net.layer1, net.layer2, net.layer3
@@ -359,7 +353,7 @@ class TCLNet(nn.Module):
                 bottleneck.conv1 = TemporalConv(bottleneck.conv1, frames)
         self.tse = TemporalSaliencyErasing(
             nn.Sequential(*shared), [copy.deepcopy(last) for _ in range(learners)], 1024, 2048,
-            (h_e, w_e), stride, scaled, seo, pool, stop_gradient)
+            (h_e, w_e), seo, pool, **options)
         self.neck = nn.ModuleList(nn.BatchNorm1d(2048) for _ in range(learners))
         self.classifier = nn.ModuleList(nn.Linear(2048, num_classes, bias=False)
                                         for _ in range(learners))
@@ -367,8 +361,6 @@ class TCLNet(nn.Module):
             nn.init.normal_(layer.weight, std=0.001)
 
     def forward(self, clips):
-        """In eval mode the BN outputs of all learners side by side: BN is affine there, so that
-        their average over clips is BN of the average over all segments of a tracklet, v_i."""
         B, T = clips.shape[:2]
         x = self.stem(clips.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         for name in ("layer1", "layer2", "layer3"):
@@ -378,14 +370,13 @@ class TCLNet(nn.Module):
         c = self.tse(x.unflatten(0, (B, T)))                              # Eq. 7: (B, L, N, 2048)
         v = c.mean(1).to(self.neck[0].weight.dtype)                       # TAP: v_1 ... v_N
         embeddings = [neck(v[:, n]) for n, neck in enumerate(self.neck)]
-        if not self.training:
+        if not self.training:                           # BN, affine here, commutes with averages
             return torch.cat(embeddings, 1)
         logits = [layer(e) for layer, e in zip(self.classifier, embeddings)]
         return torch.stack(embeddings, 1), torch.stack(logits, 1)
 
     def finish(self, features):
-        """The video representation v = [v_1 / |v_1|, ..., v_N / |v_N|] (Sec. 3.3) of tracklets,
-        from the averages of their clips' outputs in eval mode. (B, N * 2048), same shape out."""
+        """Sec. 3.3: v = [v_1 / |v_1|, ..., v_N / |v_N|], from the means of clips' outputs."""
         v = features.unflatten(1, (len(self.neck), -1))
         return F.normalize(v, dim=2).flatten(1)
 
@@ -398,8 +389,8 @@ def losses(outputs, pids, args):
     embeddings, logits = outputs
     parts = {"xent": sum(F.cross_entropy(x, pids) for x in logits.float().unbind(1))}
     if args.loss == "xent+tri":
-        triplets = [batch_hard_triplet(x, pids, args.margin) for x in embeddings.unbind(1)]
-        parts["triplet"] = sum(triplets)
+        parts["triplet"] = sum(batch_hard_triplet(x, pids, args.margin)
+                               for x in embeddings.unbind(1))
     return parts
 
 
@@ -414,7 +405,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.0, 0.0, "probability of random erasing (Sec. 4.1, Table 4a)"),
     "epochs": (150, 8, "(Sec. 4.1)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
-    "lr_step": (40, 7, "epochs after which it is divided by 10 (Sec. 4.1)"),
+    "lr_step": (40, 7, "it is divided by 10 every so many epochs (Sec. 4.1)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (our choice)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
     "pool": ("avg", "max", "over the final map (GAP: Eq. 1-2)", ("avg", "max")),
@@ -435,58 +426,53 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
 SAMPLE = functools.partial(sample_strided, stride=8)  # a training clip: T frames, 8 apart
 SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive ones
-METRIC = "cosine"              # distance of the test
+METRIC = "cosine"              # distance of the test, of TCLNet.finish(mean of the clips' outputs)
 
 ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
     # Table 1, "TCLNet-tri"; all other rows are trained with the cross entropy alone (Sec. 4.3)
-    "tclnet": Row(learners=2, seo=True, tsb=(2,), loss="xent+tri", mars=(85.1, 89.8),
-                  duke=(96.2, 96.9), ilids=(None, 86.6), gflops_of_4_frames=16.259,
-                  million_parameters=29.9),
+    "tclnet": Row(learners=2, tsb=(2,), loss="xent+tri", mars=(85.1, 89.8), duke=(96.2, 96.9),
+                  ilids=(None, 86.6), gflops_of_4_frames=16.259, million_parameters=29.9),
     # Tables 1 and 2, "TCLNet"; Table 2: the two modules
-    "tclnet-xent": Row(learners=2, seo=True, tsb=(2,), loss="xent", mars=(83.0, 88.8),
-                       duke=(95.2, 96.3), ilids=(None, 84.3), gflops_of_4_frames=16.259,
-                       million_parameters=29.9),
+    "tclnet-xent": Row(learners=2, tsb=(2,), loss="xent", mars=(83.0, 88.8), duke=(95.2, 96.3),
+                       ilids=(None, 84.3), gflops_of_4_frames=16.259, million_parameters=29.9),
     "base": Row(learners=1, tsb=(), loss="xent", mars=(79.6, 86.8), gflops_of_4_frames=16.246,
                 million_parameters=23.5),
     "base+tse-wo-seo": Row(learners=2, seo=False, tsb=(), loss="xent", mars=(80.9, 87.2),
                            gflops_of_4_frames=16.246, million_parameters=27.9),
-    "base+tse": Row(learners=2, seo=True, tsb=(), loss="xent", mars=(82.5, 88.2),
+    "base+tse": Row(learners=2, tsb=(), loss="xent", mars=(82.5, 88.2),
                     gflops_of_4_frames=16.251, million_parameters=29.9),
     "base+tsb": Row(learners=1, tsb=(2,), loss="xent", mars=(82.3, 87.6),
                     gflops_of_4_frames=16.254, million_parameters=23.5),
     # Table 2: stages with a TSB
-    "tclnet-tsb1": Row(learners=2, seo=True, tsb=(1,), loss="xent", mars=(82.2, 87.4),
+    "tclnet-tsb1": Row(learners=2, tsb=(1,), loss="xent", mars=(82.2, 87.4),
                        gflops_of_4_frames=16.267, million_parameters=29.9),
     "tclnet-tsb2": "tclnet-xent",
-    "tclnet-tsb3": Row(learners=2, seo=True, tsb=(3,), loss="xent", mars=(82.6, 88.2),
+    "tclnet-tsb3": Row(learners=2, tsb=(3,), loss="xent", mars=(82.6, 88.2),
                        gflops_of_4_frames=16.255, million_parameters=29.9),
-    "tclnet-tsb23": Row(learners=2, seo=True, tsb=(2, 3), loss="xent", mars=(82.7, 88.2),
+    "tclnet-tsb23": Row(learners=2, tsb=(2, 3), loss="xent", mars=(82.7, 88.2),
                         gflops_of_4_frames=16.263, million_parameters=29.9),
     # Table 3 (a): the number of learners
     "base+tse-n1": "base",
     "base+tse-n2": "base+tse",
     "base+tse-n3": Row(learners=3, frames=3, tsb=(), loss="xent", mars=(82.4, 88.4),
                        gflops_of_4_frames=16.252, million_parameters=34.5),
-    "base+tse-n4": Row(learners=4, frames=4, tsb=(), loss="xent", mars=(81.0, 87.0),
+    "base+tse-n4": Row(learners=4, tsb=(), loss="xent", mars=(81.0, 87.0),
                        gflops_of_4_frames=16.253, million_parameters=38.9),
     # Table 3 (b): the height of the erased block
-    "base+tse-he2": Row(learners=2, seo=True, h_e=2, tsb=(), loss="xent",
-                        mars=(81.8, 87.2)),
+    "base+tse-he2": Row(learners=2, h_e=2, tsb=(), loss="xent", mars=(81.8, 87.2)),
     "base+tse-he3": "base+tse",
-    "base+tse-he4": Row(learners=2, seo=True, h_e=4, tsb=(), loss="xent",
-                        mars=(82.0, 87.4)),
-    "base+tse-he5": Row(learners=2, seo=True, h_e=5, tsb=(), loss="xent",
-                        mars=(81.7, 87.2)),
+    "base+tse-he4": Row(learners=2, h_e=4, tsb=(), loss="xent", mars=(82.0, 87.4)),
+    "base+tse-he5": Row(learners=2, h_e=5, tsb=(), loss="xent", mars=(81.7, 87.2)),
     # Table 4 (a): other ways to erase
     "base+dropblock": Row(learners=1, tsb=(), extra="dropblock", loss="xent", mars=(79.8, 86.9)),
     "base+re": Row(learners=1, tsb=(), erase=0.5, loss="xent", mars=(81.5, 86.6)),
-    "base+tse+re": Row(learners=2, seo=True, tsb=(), erase=0.5, loss="xent", mars=(82.9, 88.1)),
+    "base+tse+re": Row(learners=2, tsb=(), erase=0.5, loss="xent", mars=(82.9, 88.1)),
     # Table 4 (b): other ways to mix the frames
     "base+3d": Row(learners=1, tsb=(), extra="3d", loss="xent", mars=(80.0, 86.1),
                    gflops_of_4_frames=22.756, million_parameters=33.7),
     "base+nl": Row(learners=1, tsb=(), extra="nl", loss="xent", mars=(82.4, 87.6),
                    gflops_of_4_frames=21.615, million_parameters=25.6),
-    "base+tse+nl": Row(learners=2, seo=True, tsb=(), extra="nl", loss="xent", mars=(82.6, 87.6),
+    "base+tse+nl": Row(learners=2, tsb=(), extra="nl", loss="xent", mars=(82.6, 87.6),
                        gflops_of_4_frames=21.619, million_parameters=32.1),
 }
 
@@ -508,9 +494,9 @@ COUNTING = {"per_bn": 1, "more": left_out, "without": ("neck", "classifier"),
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
     return TCLNet(num_classes, args.frames, args.height, args.width, args.learners, args.seo,
-                  (args.h_e, args.w_e), args.tsb, args.tau, args.scaled, args.extra, args.pool,
-                  weights="none" if args.resume else args.weights,
-                  stride=(args.s_h, args.s_w), stop_gradient=args.stop_gradient)
+                  (args.h_e, args.w_e), args.tsb, args.tau, args.extra, args.pool,
+                  "none" if args.resume else args.weights, stride=(args.s_h, args.s_w),
+                  scaled=args.scaled, stop_gradient=args.stop_gradient)
 
 
 def make_optimizer(model, args):
