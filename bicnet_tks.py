@@ -248,17 +248,19 @@ class BiCnet(nn.Module):
     logits (B, num_classes) and the attention maps A (B, M, h, w) of each branch.
 
     frames, height, width: N, H, W. shares: how the frames divide over branches of 1, 1/2, 1/4 ...
-    of the size, (1, alpha) in the paper; csp_stages, tks: stages, 1 to 4, with a CSP or a TKS
-    behind; dao: with DAO behind stage 3; pool: "avg" or "max" over the final map; weights: see
-    resnet50; own_statistics: BatchNorm's running averages for each branch alone; grid, selection:
-    arguments of TKS. Raises ValueError for what it cannot take, and says what it can.
+    of the size, (1, alpha) in the paper; csp, dao: False leaves them out; csp_stages, tks: stages,
+    1 to 4, with a CSP or a TKS behind; kernels, select, grid, reduction, bottleneck, excite_bn: see
+    TKS; pool: "avg" or "max" over the final map; weights: see resnet50; own_statistics: BatchNorm's
+    running averages for each branch alone. Raises ValueError for what it cannot take.
     """
 
     def __init__(self, num_classes, frames=8, height=256, width=128, shares=(1, 3),
-                 csp_stages=(1, 2, 3), dao=True, tks=(2,), grid=(4, 2), pool="avg", weights="none",
-                 own_statistics=False, **selection):
+                 csp=True, dao=True, tks=(2,), kernels=(3, 5), select=True, grid=(4, 2),
+                 pool="avg", weights="none", csp_stages=(1, 2, 3), reduction=16, bottleneck=True,
+                 excite_bn=True, own_statistics=False):
         super().__init__()
         ratio, total = ":".join(map(str, shares)), sum(shares)
+        csp_stages = csp_stages if csp else ()
         for name, stages in (("TKS", tks), ("CSP", csp_stages)):
             if len(set(stages)) < len(stages) or not set(stages) <= {1, 2, 3, 4}:
                 raise ValueError(f"{name} stands behind different stages of 1 to 4, not {stages}")
@@ -297,7 +299,8 @@ class BiCnet(nn.Module):
             f"layer{stage}": CrossScalePath(channels[stage], shares[1] // shares[0])
             for stage in csp_stages})
         self.tks = nn.ModuleDict({
-            f"layer{stage}": TemporalKernelSelection(channels[stage], grid=grid, **selection)
+            f"layer{stage}": TemporalKernelSelection(channels[stage], kernels, grid, reduction,
+                                                     select, bottleneck, excite_bn)
             for stage in tks})
         self.dao = nn.ModuleList()
         for i, count in enumerate(self.counts):
@@ -462,10 +465,9 @@ COUNTING = {"without": ("neck", "classifier"), "more": full_size_stem,
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
     return BiCnet(num_classes, args.frames, args.height, args.width, args.shares,
-                  args.csp_stages if args.csp else (), args.dao, args.tks, args.grid, args.pool,
-                  "none" if args.resume else args.weights, args.own_statistics,
-                  kernels=args.kernels, select=args.select, reduction=args.reduction,
-                  bottleneck=args.bottleneck, excite_bn=args.excite_bn)
+                  args.csp, args.dao, args.tks, args.kernels, args.select, args.grid, args.pool,
+                  "none" if args.resume else args.weights, args.csp_stages, args.reduction,
+                  args.bottleneck, args.excite_bn, args.own_statistics)
 
 
 def make_optimizer(model, args):

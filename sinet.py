@@ -169,18 +169,18 @@ class SalientToBroadModule(nn.Module):
 
     X (B, T, C, H, W) -> Z (B, T, C, H, W), T > split, H and W at least 3 (any size without CAL).
     split: s, the number of former frames; kernel_size: k, odd; beta: strength of the suppression;
-    alpha: degree of the propagation; se_reduction: of CAL; cal, cpm: False leaves the component
-    out; scaled: see SuppressOperation. Raises ValueError for an impossible split or kernel_size.
+    alpha: degree of the propagation; reduction: of CAL; cal, cpm: False leaves the component out;
+    scaled: see SuppressOperation. Raises ValueError for an impossible split or kernel_size.
     Copied with the four classes above and conv_by_matmul.
     """
 
-    def __init__(self, channels, split, kernel_size=3, beta=5.0, alpha=0.1, se_reduction=4,
-                 cal=True, cpm=True, scaled=True):
+    def __init__(self, channels, split, kernel_size=3, beta=5.0, alpha=0.1, reduction=4, cal=True,
+                 cpm=True, scaled=True):
         super().__init__()
         if split < 1 or kernel_size % 2 == 0:
             raise ValueError(f"SBM needs split >= 1 and an odd k, not {split} and {kernel_size}")
         self.split = split
-        self.cal = ChannelAttentionLayer(channels, se_reduction) if cal else nn.Identity()
+        self.cal = ChannelAttentionLayer(channels, reduction) if cal else nn.Identity()
         self.kgm = KernelGenerationModule(channels, kernel_size)
         self.so = SuppressOperation(beta, scaled)
         self.cpm = CrossPropagationModule(alpha if cpm else 0.0)
@@ -310,15 +310,17 @@ class SINet(nn.Module):
     logits (B, num_classes) and the projected frame embeddings (B, T, 2048) for L_mi.
 
     frames, height, width: T, H, W; IDMs fix all three. sbm: False leaves SBMs out; idms: 0 to 3;
-    positions: blocks of layer3, 1 to 6, each with an SBM behind it; splits: s of each; cal and
-    options: see SBM; block: what stands at the IDMs' places, "idm", "softmax", "ones", "inverse"
-    (Non-local) or "gc"; reduction: of the IDMs; project: with the projection for L_mi; pool: "avg"
-    or "max" over the final map; weights: see resnet50. ValueError for what it cannot take.
+    positions: blocks of layer3, 1 to 6, each with an SBM behind it; splits: s of each; cal, cpm,
+    kernel_size, beta, alpha, se_reduction, scaled: see SBM; block: what stands at the IDMs' places,
+    "idm", "softmax", "ones", "inverse" (Non-local) or "gc"; reduction: of the IDMs; project: with
+    the projection for L_mi; pool: "avg" or "max" over the final map; weights: see resnet50. Raises
+    ValueError for what it cannot take.
     """
 
     def __init__(self, num_classes, frames=4, height=256, width=128, sbm=True, idms=2,
-                 positions=(2, 4, 6), splits=(1, 2, 3), cal=True, block="idm", reduction=4,
-                 project=True, pool="avg", weights="none", **options):
+                 positions=(2, 4, 6), splits=(1, 2, 3), cal=True, cpm=True, kernel_size=3, beta=5.0,
+                 alpha=0.1, block="idm", reduction=4, se_reduction=4, scaled=True, project=True,
+                 pool="avg", weights="none"):
         super().__init__()
         if sbm and (len(positions) != len(splits) or not set(positions) <= {1, 2, 3, 4, 5, 6}):
             raise ValueError(f"SINet takes a position of 1 to 6 for each split, not {positions} "
@@ -344,7 +346,8 @@ class SINet(nn.Module):
             after[f"layer2_{i}"] = nn.Sequential(module)
         for i, s in zip(positions, splits) if sbm else ():
             modules = after.setdefault(f"layer3_{i}", nn.Sequential())
-            modules.append(SalientToBroadModule(1024, s, cal=cal, **options))
+            modules.append(SalientToBroadModule(1024, s, kernel_size, beta, alpha, se_reduction,
+                                                cal, cpm, scaled))
         self.after = nn.ModuleDict(after)
         self.pool = pool
         self.neck = nn.BatchNorm1d(2048)
@@ -452,11 +455,12 @@ ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printe
     "base+idm": Row(sbm=False, idms=2, lambda2=0.0, mars=(85.9, 90.5), lsvid=(78.0, 86.2),
                     more_gflops=1.081),
     # Table 3: other methods at the IDMs' places
-    "base+nonlocal": Row(sbm=False, lambda2=0.0, block="softmax", mars=(85.1, 89.7),
+    "base+nonlocal": Row(sbm=False, idms=2, lambda2=0.0, block="softmax", mars=(85.1, 89.7),
                          more_gflops=2.216),
-    "base+nonlocal-ones": Row(sbm=False, lambda2=0.0, block="ones", mars=(85.1, 90.0)),
-    "base+nonlocal-inverse": Row(sbm=False, lambda2=0.0, block="inverse", mars=(85.0, 89.7)),
-    "base+gc": Row(sbm=False, lambda2=0.0, block="gc", mars=(85.0, 89.8)),
+    "base+nonlocal-ones": Row(sbm=False, idms=2, lambda2=0.0, block="ones", mars=(85.1, 90.0)),
+    "base+nonlocal-inverse": Row(sbm=False, idms=2, lambda2=0.0, block="inverse",
+                                 mars=(85.0, 89.7)),
+    "base+gc": Row(sbm=False, idms=2, lambda2=0.0, block="gc", mars=(85.0, 89.8)),
     # Table 3: components
     "base+sbm-cal": Row(sbm=True, idms=0, cal=False, mars=(85.1, 89.9)),
     "base+sbm-cpm": Row(sbm=True, idms=0, cpm=False, mars=(85.4, 90.0)),
@@ -483,11 +487,9 @@ COUNTING = {"base": "base", "without": ("neck", "classifier", "projection")}
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
     return SINet(num_classes, args.frames, args.height, args.width, args.sbm, args.idms,
-                 args.positions, args.splits, args.cal, args.block, args.reduction,
-                 project=args.lambda2 > 0, pool=args.pool,
-                 weights="none" if args.resume else args.weights, cpm=args.cpm, kernel_size=args.k,
-                 beta=args.beta, alpha=args.alpha, se_reduction=args.se_reduction,
-                 scaled=args.scaled)
+                 args.positions, args.splits, args.cal, args.cpm, args.k, args.beta, args.alpha,
+                 args.block, args.reduction, args.se_reduction, args.scaled, args.lambda2 > 0,
+                 args.pool, "none" if args.resume else args.weights)
 
 
 def make_optimizer(model, args):

@@ -157,17 +157,18 @@ class TemporalSaliencyErasing(nn.Module):
     divisible by N (ValueError), or 1: then the frame is repeated for all learners.
     shared: the layers that all learners share; learners: N modules, L_n without the shared ones;
     seo: False leaves SEO out; pool: "avg" or "max" of the vectors returned (SEO takes averages);
-    all others: see SEO. Copied with the three classes above.
+    the other arguments are those of SEO. Copied with the three classes above.
     """
 
-    def __init__(self, shared, learners, channels, features, block, seo=True, pool="avg",
-                 **options):
+    def __init__(self, shared, learners, channels, features, block, stride=(1, 1), scaled=True,
+                 seo=True, pool="avg", stop_gradient=True):
         super().__init__()
         self.shared, self.learners = shared, nn.ModuleList(learners)
         self.features, self.pool = features, pool
         self.seo = None
         if seo and len(learners) > 1:
-            self.seo = SaliencyErasingOperation(channels, features, block, **options)
+            self.seo = SaliencyErasingOperation(channels, features, block, stride, scaled,
+                                                stop_gradient)
 
     def forward(self, x):
         B, T, *size = x.shape
@@ -308,14 +309,15 @@ class TCLNet(nn.Module):
 
     frames, height, width: T, H, W; T a multiple of N, or 1; learners: N; seo: False is
     "TSE-wo-SEO"; block: (h_e, w_e) of a 16x8 map, scaled to that of H x W, which N - 1 blocks must
-    not cover; tsb: stages with a TSB behind, of 1, 2, 3; tau: see TSB; extra: "none" or what Table
-    4 compares with, "nl", "dropblock" or "3d"; pool: "avg" or "max" over the final map; weights:
-    see resnet50; options: see SEO. Raises ValueError for what it cannot take.
+    not cover; stride: (s_h, s_w); tsb: stages with a TSB behind, of 1, 2, 3; tau: see TSB; scaled,
+    stop_gradient: see CorrelationLayer; extra: "none" or what Table 4 compares with, "nl",
+    "dropblock" or "3d"; pool: "avg" or "max" over the final map; weights: see resnet50. Raises
+    ValueError for what it cannot take.
     """
 
     def __init__(self, num_classes, frames=4, height=256, width=128, learners=2, seo=True,
-                 block=(3, 8), tsb=(2,), tau=5.0, extra="none", pool="avg", weights="none",
-                 **options):
+                 block=(3, 8), tsb=(2,), tau=5.0, scaled=True, extra="none", pool="avg",
+                 weights="none", stride=(1, 1), stop_gradient=True):
         super().__init__()
         if learners < 1 or not set(tsb) <= {1, 2, 3}:
             raise ValueError("TCLNet takes 1 learner or more and TSBs behind stages 1, 2, 3, not "
@@ -353,7 +355,7 @@ class TCLNet(nn.Module):
                 bottleneck.conv1 = TemporalConv(bottleneck.conv1, frames)
         self.tse = TemporalSaliencyErasing(
             nn.Sequential(*shared), [copy.deepcopy(last) for _ in range(learners)], 1024, 2048,
-            (h_e, w_e), seo, pool, **options)
+            (h_e, w_e), stride, scaled, seo, pool, stop_gradient)
         self.neck = nn.ModuleList(nn.BatchNorm1d(2048) for _ in range(learners))
         self.classifier = nn.ModuleList(nn.Linear(2048, num_classes, bias=False)
                                         for _ in range(learners))
@@ -376,7 +378,8 @@ class TCLNet(nn.Module):
         return torch.stack(embeddings, 1), torch.stack(logits, 1)
 
     def finish(self, features):
-        """Sec. 3.3: v = [v_1 / |v_1|, ..., v_N / |v_N|], from the means of clips' outputs."""
+        """Sec. 3.3: v = [v_1 / |v_1|, ..., v_N / |v_N|], (B, N * 2048), from the means of clips'
+        outputs in eval mode, of the same shape."""
         v = features.unflatten(1, (len(self.neck), -1))
         return F.normalize(v, dim=2).flatten(1)
 
@@ -430,49 +433,51 @@ METRIC = "cosine"              # distance of the test, of TCLNet.finish(mean of 
 
 ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
     # Table 1, "TCLNet-tri"; all other rows are trained with the cross entropy alone (Sec. 4.3)
-    "tclnet": Row(learners=2, tsb=(2,), loss="xent+tri", mars=(85.1, 89.8), duke=(96.2, 96.9),
-                  ilids=(None, 86.6), gflops_of_4_frames=16.259, million_parameters=29.9),
+    "tclnet": Row(learners=2, seo=True, tsb=(2,), loss="xent+tri", mars=(85.1, 89.8),
+                  duke=(96.2, 96.9), ilids=(None, 86.6), gflops_of_4_frames=16.259,
+                  million_parameters=29.9),
     # Tables 1 and 2, "TCLNet"; Table 2: the two modules
-    "tclnet-xent": Row(learners=2, tsb=(2,), loss="xent", mars=(83.0, 88.8), duke=(95.2, 96.3),
-                       ilids=(None, 84.3), gflops_of_4_frames=16.259, million_parameters=29.9),
+    "tclnet-xent": Row(learners=2, seo=True, tsb=(2,), loss="xent", mars=(83.0, 88.8),
+                       duke=(95.2, 96.3), ilids=(None, 84.3), gflops_of_4_frames=16.259,
+                       million_parameters=29.9),
     "base": Row(learners=1, tsb=(), loss="xent", mars=(79.6, 86.8), gflops_of_4_frames=16.246,
                 million_parameters=23.5),
     "base+tse-wo-seo": Row(learners=2, seo=False, tsb=(), loss="xent", mars=(80.9, 87.2),
                            gflops_of_4_frames=16.246, million_parameters=27.9),
-    "base+tse": Row(learners=2, tsb=(), loss="xent", mars=(82.5, 88.2),
+    "base+tse": Row(learners=2, seo=True, tsb=(), loss="xent", mars=(82.5, 88.2),
                     gflops_of_4_frames=16.251, million_parameters=29.9),
     "base+tsb": Row(learners=1, tsb=(2,), loss="xent", mars=(82.3, 87.6),
                     gflops_of_4_frames=16.254, million_parameters=23.5),
     # Table 2: stages with a TSB
-    "tclnet-tsb1": Row(learners=2, tsb=(1,), loss="xent", mars=(82.2, 87.4),
+    "tclnet-tsb1": Row(learners=2, seo=True, tsb=(1,), loss="xent", mars=(82.2, 87.4),
                        gflops_of_4_frames=16.267, million_parameters=29.9),
     "tclnet-tsb2": "tclnet-xent",
-    "tclnet-tsb3": Row(learners=2, tsb=(3,), loss="xent", mars=(82.6, 88.2),
+    "tclnet-tsb3": Row(learners=2, seo=True, tsb=(3,), loss="xent", mars=(82.6, 88.2),
                        gflops_of_4_frames=16.255, million_parameters=29.9),
-    "tclnet-tsb23": Row(learners=2, tsb=(2, 3), loss="xent", mars=(82.7, 88.2),
+    "tclnet-tsb23": Row(learners=2, seo=True, tsb=(2, 3), loss="xent", mars=(82.7, 88.2),
                         gflops_of_4_frames=16.263, million_parameters=29.9),
     # Table 3 (a): the number of learners
     "base+tse-n1": "base",
     "base+tse-n2": "base+tse",
     "base+tse-n3": Row(learners=3, frames=3, tsb=(), loss="xent", mars=(82.4, 88.4),
                        gflops_of_4_frames=16.252, million_parameters=34.5),
-    "base+tse-n4": Row(learners=4, tsb=(), loss="xent", mars=(81.0, 87.0),
+    "base+tse-n4": Row(learners=4, frames=4, tsb=(), loss="xent", mars=(81.0, 87.0),
                        gflops_of_4_frames=16.253, million_parameters=38.9),
     # Table 3 (b): the height of the erased block
-    "base+tse-he2": Row(learners=2, h_e=2, tsb=(), loss="xent", mars=(81.8, 87.2)),
+    "base+tse-he2": Row(learners=2, seo=True, h_e=2, tsb=(), loss="xent", mars=(81.8, 87.2)),
     "base+tse-he3": "base+tse",
-    "base+tse-he4": Row(learners=2, h_e=4, tsb=(), loss="xent", mars=(82.0, 87.4)),
-    "base+tse-he5": Row(learners=2, h_e=5, tsb=(), loss="xent", mars=(81.7, 87.2)),
+    "base+tse-he4": Row(learners=2, seo=True, h_e=4, tsb=(), loss="xent", mars=(82.0, 87.4)),
+    "base+tse-he5": Row(learners=2, seo=True, h_e=5, tsb=(), loss="xent", mars=(81.7, 87.2)),
     # Table 4 (a): other ways to erase
     "base+dropblock": Row(learners=1, tsb=(), extra="dropblock", loss="xent", mars=(79.8, 86.9)),
     "base+re": Row(learners=1, tsb=(), erase=0.5, loss="xent", mars=(81.5, 86.6)),
-    "base+tse+re": Row(learners=2, tsb=(), erase=0.5, loss="xent", mars=(82.9, 88.1)),
+    "base+tse+re": Row(learners=2, seo=True, tsb=(), erase=0.5, loss="xent", mars=(82.9, 88.1)),
     # Table 4 (b): other ways to mix the frames
     "base+3d": Row(learners=1, tsb=(), extra="3d", loss="xent", mars=(80.0, 86.1),
                    gflops_of_4_frames=22.756, million_parameters=33.7),
     "base+nl": Row(learners=1, tsb=(), extra="nl", loss="xent", mars=(82.4, 87.6),
                    gflops_of_4_frames=21.615, million_parameters=25.6),
-    "base+tse+nl": Row(learners=2, tsb=(), extra="nl", loss="xent", mars=(82.6, 87.6),
+    "base+tse+nl": Row(learners=2, seo=True, tsb=(), extra="nl", loss="xent", mars=(82.6, 87.6),
                        gflops_of_4_frames=21.619, million_parameters=32.1),
 }
 
@@ -494,9 +499,9 @@ COUNTING = {"per_bn": 1, "more": left_out, "without": ("neck", "classifier"),
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
     return TCLNet(num_classes, args.frames, args.height, args.width, args.learners, args.seo,
-                  (args.h_e, args.w_e), args.tsb, args.tau, args.extra, args.pool,
-                  "none" if args.resume else args.weights, stride=(args.s_h, args.s_w),
-                  scaled=args.scaled, stop_gradient=args.stop_gradient)
+                  (args.h_e, args.w_e), args.tsb, args.tau, args.scaled, args.extra, args.pool,
+                  "none" if args.resume else args.weights, (args.s_h, args.s_w),
+                  args.stop_gradient)
 
 
 def make_optimizer(model, args):
