@@ -131,15 +131,13 @@ def load_dataset(name, root, split=0, chunk=0, draw=True):
         raise UserError(f"{folder}: no query has a match, a gallery tracklet of its identity "
                         "under another camera")
     if chunk:
-        dataset = dataset._replace(train=[p for t in dataset.train for p in _pieces(t, chunk)])
+        pieces = []
+        for t in dataset.train:
+            for start in range(0, max(1, len(t.frames) - chunk + 1), chunk):
+                end = start + chunk if start + 2 * chunk <= len(t.frames) else None
+                pieces.append(t._replace(frames=t.frames[start:end]))
+        dataset = dataset._replace(train=pieces)
     return dataset
-
-
-def _pieces(tracklet, chunk):
-    frames = tracklet.frames
-    starts = range(0, max(1, len(frames) - chunk + 1), chunk)
-    ends = [*starts[1:], len(frames)]
-    return [tracklet._replace(frames=frames[a:b]) for a, b in zip(starts, ends)]
 
 
 def _need(folder, wanted, layout):
@@ -162,7 +160,8 @@ def _numbered(names, first):
 
 _IMAGES = (".jpg", ".jpeg", ".png")
 _OTHER_IMAGES = (".bmp", ".gif", ".tif", ".tiff", ".webp")
-_odd = collections.defaultdict(list)  # what is odd, and can be used all the same: places
+_NO_DIGITS = str.maketrans("", "", "0123456789")
+_odd = collections.defaultdict(list)  # {what is odd, but usable: places}, for load_dataset to say
 _ANOTHER = "another person or camera in the file name than in the folder's"
 
 
@@ -185,9 +184,10 @@ def _images(folder):
 
 def _frames(folder, names):
     """The paths of a tracklet's frames, in natural order."""
-    names = sorted(names, key=natural)
-    form = re.sub(r"\d+", "", names[-1])
-    others = [f"{folder}/{name}" for name in names if re.sub(r"\d+", "", name) != form]
+    same = len(os.path.commonprefix(names).rstrip("0123456789"))
+    names = sorted(names, key=lambda name: natural(name[same:]))
+    form = names[-1].translate(_NO_DIGITS)
+    others = [f"{folder}/{name}" for name in names if name.translate(_NO_DIGITS) != form]
     _odd["a frame that is named otherwise than the last of its tracklet"] += others[:1]
     return tuple([f"{folder}/{name}" for name in names])
 
@@ -251,8 +251,7 @@ def _mars_part(folder, part):
     names = listing.read_text("utf-8-sig", "replace").split()
     rows = _read_table(table, f"track_{part}_info")
     if rows.shape[1:] != (4,):
-        raise UserError(f"{table}: found shape {rows.shape}, not rows of first and last line, pid, "
-                        "camera")
+        raise UserError(f"{table}: found shape {rows.shape}, not rows of four numbers")
     well_formed = re.compile(r"[\d-]{4}C\d+T\d+F\d+\.jpg").fullmatch
     free = set(range(1, len(names) + 1))  # lines of the name list
     tracklets = []
@@ -319,29 +318,29 @@ def load_lsvid(folder, name="lsvid"):
     images = functools.cache(_images)
     taken = set()  # frames of the lines so far
 
-    def tracklets(path):
+    def tracklets(listing):
         found = []
-        text = path.read_text("utf-8-sig", "replace").rstrip()
+        text = listing.read_text("utf-8-sig", "replace").rstrip()
         for number, line in enumerate(text.splitlines(), 1):
-            where = f"{path}: line {number}"
+            where = f"{listing}: line {number}"
             try:
                 prefix, pid = line.split()
                 pid = int(pid)
             except ValueError:
                 raise UserError(f"{where} is not '<path prefix> <pid>': {line[:80]!r}") from None
-            parent, _, start = prefix.replace("\\", "/").rpartition("/")
-            parent = folder / parent
+            path = folder / prefix.replace("\\", "/")
+            start = path.name
             try:
-                names = images(parent)
+                names = images(path.parent)
                 last = bisect.bisect_left(names, start + "\U0010ffff")
                 names = names[bisect.bisect_left(names, start):last]
                 if start[-1:].isdecimal():  # ..._1 is not the start of ..._10
                     names = [name for name in names if not name[len(start)].isdecimal()]
                 cam, = {int(name.split("_")[2]) for name in names}
             except (OSError, IndexError, ValueError):
-                raise UserError(f"{where}: no frames start with {parent}/{start}, or the third "
-                                "field of their names is not one camera") from None
-            frames = _frames(parent, names)
+                raise UserError(f"{where}: no frames start with {path}, or the third field of "
+                                "their names is not one camera") from None
+            frames = _frames(path.parent, names)
             if not taken.isdisjoint(frames):
                 raise UserError(f"{where}: frames of {start} belong to another line, too")
             taken.update(frames)
@@ -689,18 +688,18 @@ class AllClips(torch.utils.data.Dataset):
     """
 
     def __init__(self, tracklets, split, T, size):
+        self.tracklets = tracklets
         self.size = size
-        self.clips = []  # (number of the tracklet, frames)
-        for number, tracklet in enumerate(tracklets):
-            for clip in split(len(tracklet.frames), T):
-                self.clips.append((number, [tracklet.frames[i] for i in clip]))
+        self.clips = [(number, clip) for number, tracklet in enumerate(tracklets)
+                      for clip in split(len(tracklet.frames), T)]
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, item):
-        number, frames = self.clips[item]
-        return read_clip(frames, self.size), number
+        number, clip = self.clips[item]
+        frames = self.tracklets[number].frames
+        return read_clip([frames[i] for i in clip], self.size), number
 
 
 class PKSampler(torch.utils.data.Sampler):
