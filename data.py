@@ -12,8 +12,8 @@ import argparse
 import bisect
 import collections
 import colorsys
+import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -35,9 +35,9 @@ from tqdm import tqdm
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Pillow merely warns of images that are cut short or too large; _check_size refuses the latter.
+# Pillow merely warns of images that are cut short or too large to be true: these are errors.
 warnings.filterwarnings("error", "Truncated", module="PIL")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class UserError(Exception):
@@ -77,8 +77,7 @@ class Dataset(NamedTuple):
         """A table of the three subsets, ready to print."""
         lines = [f"{self.name:8} identities  tracklets  cameras     frames"
                  "   per tracklet: min   mean  max"]
-        for subset in ("train", "query", "gallery"):
-            tracklets = getattr(self, subset)
+        for subset, tracklets in zip(self._fields[1:], self[1:]):
             lengths = [len(t.frames) for t in tracklets]
             # a pid of 0 is a label in `train` and the distractors elsewhere
             pids = {t.pid for t in tracklets if t.pid > 0 or subset == "train"}
@@ -86,7 +85,8 @@ class Dataset(NamedTuple):
             lines.append(f"  {subset:7}{len(pids):10,}{len(tracklets):11,}{len(cams):9}"
                          f"{sum(lengths):11,}{min(lengths):20}"
                          f"{sum(lengths) / len(lengths):7.1f}{max(lengths):5}")
-        single = sum(len(cams) == 1 for cams in _cameras(self.train).values())
+        cameras = collections.Counter(pid for pid, _ in {(t.pid, t.cam) for t in self.train})
+        single = list(cameras.values()).count(1)
         if single:
             lines.append(f"  {single:,} training identities are seen by one camera only")
         own = {t.frames[0] for t in self.query} & {t.frames[0] for t in self.gallery}
@@ -96,25 +96,18 @@ class Dataset(NamedTuple):
         return "\n".join(lines)
 
 
-def _cameras(tracklets):
-    """{pid: its cameras}."""
-    cameras = collections.defaultdict(set)
-    for t in tracklets:
-        cameras[t.pid].add(t.cam)
-    return cameras
-
-
 def load_dataset(name, root, split=0, chunk=0, draw=True):
     """Reads the index of data set `name`, one of DATA_SETS, in `root`/`name` or in `root` itself.
 
     split: 0 to 9, of "ilids" and "prid"; draw: draw "synthetic" when it is missing; chunk: cut
     training tracklets into pieces of so many frames (0: not), the last of which takes the
-    remainder, too, and has up to 2 * chunk - 1 frames. Prints a warning when the counts are not
-    the published ones. Raises UserError when a file is missing or the files disagree.
+    remainder, too, and has up to 2 * chunk - 1 frames. Warns of what is odd, and when the counts
+    are not the published ones. Raises UserError when a file is missing or the files disagree.
     """
-    loader, signs = DATA_SETS[name]
+    loader, signs, published = DATA_SETS[name]
     folder = Path(root) / name
     options = {"split": split} if name in SPLIT_SETS else {}
+    _odd.clear()
     try:
         if not folder.is_dir() and any((Path(root) / sign).is_dir() for sign in signs):
             folder = Path(root)  # the set itself
@@ -125,30 +118,26 @@ def load_dataset(name, root, split=0, chunk=0, draw=True):
     except OSError as error:
         where = error.filename or folder
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
-    for subset in ("train", "query", "gallery"):
-        found = len(getattr(dataset, subset))
+    for what, places in _odd.items():
+        if places:
+            _warn(f"{places[0]}: {what} ({len(places):,} in all)")
+    for subset, found, expected in zip(dataset._fields[1:], map(len, dataset[1:]), published):
         if not found:
             raise UserError(f"{folder}: no {subset} tracklets")
-        expected = PUBLISHED.get(name, {}).get(subset, found)
-        if found != expected:
-            verdict = "are missing" if found < expected else "too many"
-            _warn(f"{folder}: {expected:,} {subset} tracklets expected, {found:,} found: "
-                  f"{abs(expected - found):,} {verdict}")
-    cameras = _cameras(dataset.gallery)
-    if not any(cameras[t.pid] - {t.cam} for t in dataset.query if t.pid > 0):
+        if expected not in (None, found):
+            _warn(f"{folder}: {expected:,} {subset} tracklets expected, {found:,} found")
+    if not any(t.pid == query.pid and t.cam != query.cam
+               for query in dataset.query for t in dataset.gallery):
         raise UserError(f"{folder}: no query has a match, a gallery tracklet of its identity "
                         "under another camera")
     if chunk:
-        pieces = [piece for t in dataset.train for piece in _pieces(t, chunk)]
+        pieces = []
+        for t in dataset.train:
+            for start in range(0, max(1, len(t.frames) - chunk + 1), chunk):
+                end = start + chunk if start + 2 * chunk <= len(t.frames) else None
+                pieces.append(t._replace(frames=t.frames[start:end]))
         dataset = dataset._replace(train=pieces)
     return dataset
-
-
-def _pieces(tracklet, chunk):
-    frames = tracklet.frames
-    starts = range(0, max(1, len(frames) - chunk + 1), chunk)
-    ends = [*starts[1:], len(frames)]
-    return [tracklet._replace(frames=frames[a:b]) for a, b in zip(starts, ends)]
 
 
 def _need(folder, wanted, layout):
@@ -160,104 +149,77 @@ def _need(folder, wanted, layout):
 def natural(name):
     """A sorting key that takes numbers in a name as numbers: F2 before F10."""
     parts = re.split(r"(\d+)", str(name))
-    return [int(part) if part.isdecimal() else part for part in parts], str(name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts, str(name)
 
 
-def _warn_of(odd):
-    """A warning for each kind of oddity that can be used all the same; odd: {what: paths}."""
-    for what, paths in odd.items():
-        _warn(f"{min(paths)}: {what} ({len(paths):,} in all)")
-
-
-def _folders(folder, odd):
-    """The folders in a folder, by name, in natural order; hidden ones are left out."""
-    names = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                names.append(entry.name)
-            elif entry.name.lower().endswith(_IMAGES + _OTHER_IMAGES):
-                odd["an image beside the folders, left out"].append(f"{folder}/{entry.name}")
-    return sorted(names, key=natural)
-
-
-def _walk(folder, depth, layout, odd, names=()):
-    """(names of the folders on the way, frames) of the tracklets, `depth` folders deep."""
-    if depth == 0:
-        yield names, _images(folder, odd)
-        return
-    below = _folders(folder, odd)
-    if not below:
-        raise UserError(f"{folder}: no folders in it; expected {layout}")
-    for name in below:
-        yield from _walk(f"{folder}/{name}", depth - 1, layout, odd, (*names, name))
+def _numbered(names, first):
+    """{name: its number}, in natural order from `first`."""
+    return {name: i for i, name in enumerate(sorted(set(names), key=natural), first)}
 
 
 _IMAGES = (".jpg", ".jpeg", ".png")
 _OTHER_IMAGES = (".bmp", ".gif", ".tif", ".tiff", ".webp")
+_NO_DIGITS = str.maketrans("", "", "0123456789")
+_odd = collections.defaultdict(list)  # {what is odd, but usable: places}, for load_dataset to say
+_ANOTHER = "another person or camera in the file name than in the folder's"
 
 
-def _image_names(folder, odd):
-    """The names of the images in a folder, sorted; hidden ones are left out."""
-    everything = os.listdir(folder)
-    names = sorted(n for n in everything if n.lower().endswith(_IMAGES) and n[0] != ".")
-    if len(names) < len(everything):
-        for name in everything:
-            if name.lower().endswith(_OTHER_IMAGES):
-                odd["an image of another format, left out"].append(f"{folder}/{name}")
+def _names(folder, kinds, what):
+    """The names in a folder, sorted; images of these kinds are left out later, which is odd."""
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
+    _odd[what] += [f"{folder}/{name}" for name in names if name.lower().endswith(kinds)]
     return names
 
 
-def _frames(folder, names, odd):
-    """The paths of a tracklet's frames, whose names are given in alphabetical order, in natural
-    order; fast where they differ in one number only."""
-    same = len(os.path.commonprefix((names[0], names[-1])).rstrip("0123456789"))
-    numbers = [name[same:name.rindex(".")] for name in names]
-    endings = {name[-4:] for name in names}
-    start = f"{folder}/"
-    if len(endings) > 1:
-        odd["frames with several file name extensions in one tracklet"].append(start + names[0])
-    if "".join(numbers).isdecimal() and all(numbers) and len(endings) == 1:
-        names = [name for _, name in sorted(zip(map(int, numbers), names))]
-    else:
-        names = sorted(names, key=natural)
-        copies = [name for name in names if re.search(r" \(\d+\)\.\w+$", name)]
-        if 0 < len(copies) < len(names):
-            odd["a second copy of a frame by its name"].append(start + copies[0])
-    return tuple([start + name for name in names])
+def _folders(folder):
+    names = _names(folder, _IMAGES + _OTHER_IMAGES, "an image beside the folders, left out")
+    return sorted((n for n in names if os.path.isdir(f"{folder}/{n}")), key=natural)
 
 
-def _images(folder, odd):
-    """The images in a folder, the frames of a tracklet; raises UserError when there is none."""
-    names = _image_names(folder, odd)
+def _images(folder):
+    names = _names(folder, _OTHER_IMAGES, "an image of another format, left out")
+    return [name for name in names if name.lower().endswith(_IMAGES)]
+
+
+def _frames(folder, names):
+    """The paths of a tracklet's frames, in natural order."""
+    same = len(os.path.commonprefix(names).rstrip("0123456789"))
+    names = sorted(names, key=lambda name: natural(name[same:]))
+    form = names[-1].translate(_NO_DIGITS)
+    others = [f"{folder}/{name}" for name in names if name.translate(_NO_DIGITS) != form]
+    _odd["a frame that is named otherwise than the last of its tracklet"] += others[:1]
+    return tuple([f"{folder}/{name}" for name in names])
+
+
+def _walk(folder, depth, layout, above=()):
+    """(names of the folders on the way, frames) of the tracklets, `depth` folders deep."""
+    names = _folders(folder) if depth else _images(folder)
     if not names:
-        raise UserError(f"{folder}: no images in this tracklet")
-    return _frames(folder, names, odd)
-
-
-def _check_names(frames, pattern, owner, odd):
-    """Frames whose names begin with another `pattern` than `owner`, which their folder stands for.
-
-    In natural order they come before or after all others: the first and the last are looked at.
-    """
-    for frame in dict.fromkeys((frames[0], frames[-1])):
-        found = re.match(pattern, frame.rsplit("/", 1)[1])
-        if found and found[0] != owner and natural(found[0])[0] != natural(owner)[0]:
-            odd["another person or camera in the file name than in the folder's"].append(frame)
+        kind = "folders" if depth else "images"
+        raise UserError(f"{folder}: no {kind} in it; expected {layout}")
+    if depth == 0:
+        yield above, _frames(folder, names)
+        return
+    for name in names:
+        yield from _walk(f"{folder}/{name}", depth - 1, layout, (*above, name))
 
 
 def _relabel(name, train, query, gallery):
-    """Identities as labels in natural order of their names: of `train` from 0, of the others
-    together from 1."""
-    def relabel(tracklets, pids, first):
-        label = {pid: i for i, pid in enumerate(sorted(pids, key=natural), first)}
-        return [t._replace(pid=label[t.pid]) for t in tracklets]
-    own = {t.pid for t in train}
-    others = {t.pid for t in query + gallery}
-    return Dataset(name, relabel(train, own, 0), relabel(query, others, 1),
-                   relabel(gallery, others, 1))
+    """The data set with numbers for identities: those of `train` from 0, the others from 1."""
+    own = _numbered([t.pid for t in train], 0)
+    others = _numbered([t.pid for t in query + gallery], 1)
+    return Dataset(name, [t._replace(pid=own[t.pid]) for t in train],
+                   *([t._replace(pid=others[t.pid]) for t in part] for part in (query, gallery)))
+
+
+def _queries(table, variable, persons):
+    """The tracklets whose numbers a table holds; persons: {number: tracklet}."""
+    numbers = _read_table(table, variable).ravel().tolist()
+    for number, times in collections.Counter(numbers).items():
+        if number not in persons or times > 1:
+            raise UserError(f"{table}: {number} is not a tracklet of a person, or stands twice")
+    return [persons[number] for number in numbers]
 
 
 def load_mars(folder, name="mars"):
@@ -267,72 +229,51 @@ def load_mars(folder, name="mars"):
     Of the 12,180 test tracklets the 870 junk ones (pid -1, false detections) are dropped and the
     3,248 distractors (pid 0) kept. The gallery contains the query tracklets (9,330 + 1,980):
     without them 140 queries have no match.
-
-    folder: holds bbox_train/, bbox_test/ and info/ with two name lists and three .mat tables.
-    Raises UserError when one is missing or unreadable, when a name list and its table disagree, or
-    when a frame belongs to two rows.
     """
-    folder = Path(folder)
     wanted = ["bbox_train", "bbox_test", "info/train_name.txt", "info/test_name.txt",
               "info/tracks_train_info.mat", "info/tracks_test_info.mat", "info/query_IDX.mat"]
     _need(folder, wanted, "{bbox_train/0001/*.jpg, bbox_test/0000/*.jpg, info/*} (the info folder "
           "is the one of MARS-evaluation)")
-    train = _mars_part(folder, "train")
+    train = [t for t in _mars_part(folder, "train") if t.pid > 0]
+    labels = _numbered([t.pid for t in train], 0)
+    train = [t._replace(pid=labels[t.pid]) for t in train]
     test = _mars_part(folder, "test")
-    labels = {pid: i for i, pid in enumerate(sorted({t.pid for t in train if t.pid > 0}))}
-    train = [t._replace(pid=labels[t.pid]) for t in train if t.pid > 0]
-    table = folder / "info/query_IDX.mat"
-    query = []
-    for number in _read_table(table, "query_IDX").ravel().tolist():
-        if not 1 <= number <= len(test) or test[number - 1].pid < 1:
-            raise UserError(f"{table}: {number} is not a tracklet of a person")
-        query.append(test[number - 1])
-    if len(set(query)) < len(query):
-        raise UserError(f"{table}: a query stands twice")
+    persons = {number: t for number, t in enumerate(test, 1) if t.pid > 0}
+    query = _queries(folder / "info/query_IDX.mat", "query_IDX", persons)
     return Dataset(name, train, query, [t for t in test if t.pid >= 0])
 
 
 def _mars_part(folder, part):
-    """All tracklets of "train" or "test" in MARS' layout, with the pids of the table."""
+    """All tracklets of "train" or "test" in MARS' layout, with the pids of the table, whose rows
+    are first and last line of the name list, pid, camera."""
     table = folder / f"info/tracks_{part}_info.mat"
     listing = folder / f"info/{part}_name.txt"
     names = listing.read_text("utf-8-sig", "replace").split()
-    well_formed = re.compile(r"[\d-]{4}C\d+T\d+F\d+\.jpg", re.ASCII).fullmatch
-    for frame in itertools.filterfalse(well_formed, names):
-        raise UserError(f"{listing}: line {names.index(frame) + 1} is {frame[:60]!r}, no file name "
-                        "like 0001C1T0001F001.jpg")
     rows = _read_table(table, f"track_{part}_info")
     if rows.shape[1:] != (4,):
-        raise UserError(f"{table}: found shape {rows.shape}, not rows of first and last line, pid, "
-                        "camera")
-    owner = np.zeros(len(names), int)  # the row that takes a line
-    mixed = []
+        raise UserError(f"{table}: found shape {rows.shape}, not rows of four numbers")
+    well_formed = re.compile(r"[\d-]{4}C\d+T\d+F\d+\.jpg").fullmatch
+    free = set(range(1, len(names) + 1))  # lines of the name list
     tracklets = []
     for number, (first, last, pid, cam) in enumerate(rows.tolist(), 1):
-        if not 1 <= first <= last <= len(names):
+        lines = range(first, last + 1)
+        if not lines or not free.issuperset(lines):
             raise UserError(f"{table}: row {number} takes lines {first} to {last} of "
-                            f"{listing.name}, which has {len(names)}")
-        if owner[first - 1:last].any():
-            raise UserError(f"{table}: row {number} takes lines of {listing.name} that row "
-                            f"{owner[first - 1:last].max()} takes, too")
-        owner[first - 1:last] = number
+                            f"{listing.name}, some of which are not there or another row's")
+        free.difference_update(lines)
         person = f"{pid:0>4}"  # 0001, 0000 for distractors, 00-1 for junk
         prefix = f"{person}C{cam}T"
         frames = names[first - 1:last]
         for line, frame in enumerate(frames, first):
-            if not frame.startswith(prefix):
-                raise UserError(f"{listing}: line {line} is {frame}, but row {number} of "
-                                f"{table.name} says pid {pid}, camera {cam}")
+            if not (frame.startswith(prefix) and well_formed(frame)):
+                raise UserError(f"{listing}: line {line} is {frame[:60]!r}, no file name like "
+                                f"{prefix}0001F001.jpg, as row {number} of {table.name} says")
         if frames[0].split("F")[0] != frames[-1].split("F")[0] or sorted(set(frames)) != frames:
-            mixed.append(number)
+            _odd["mixes tracklets, or is not in the order of its frames"].append(
+                f"{table}: row {number}")
         start = f"{folder}/bbox_{part}/{person}/"
         tracklets.append(Tracklet(tuple([start + frame for frame in frames]), pid, cam))
-    if mixed:
-        _warn(f"{table}: {len(mixed):,} rows mix tracklets or are not in the order of their "
-              f"frames, first: row {mixed[0]}")
-    if not owner.all():
-        _warn(f"{listing}: {(owner == 0).sum():,} lines belong to no row of {table.name}, "
-              f"first: {names[owner.argmin()]}")
+    _odd[f"belongs to no row of {table.name}"] += [f"{listing}: line {i}" for i in sorted(free)]
     return tracklets
 
 
@@ -343,29 +284,24 @@ def load_duke(folder, name="duke"):
     File names carry the camera and the frame, 0001C6F0099X30823.jpg or 0001_C6_F0099_X30823.jpg;
     frame numbers may start at 2. The queries are not in the gallery.
     """
-    folder = Path(folder)
     layout = "{train,query,gallery}/<pid>/<tracklet>/*.jpg"
     _need(folder, ("train", "query", "gallery"), layout)
-    odd = collections.defaultdict(list)
 
     def tracklets(part):
         found = []
-        for (pid, number), frames in _walk(folder / part, 2, layout, odd):
-            _check_names(frames, r"\d+", pid, odd)
-            marks = [re.search(r"C(\d+)_?F(\d+)", frame.rsplit("/", 1)[1]) for frame in frames]
-            if None in marks:
-                raise UserError(f"{frames[marks.index(None)]}: the file name carries no camera and "
-                                "frame (C1 and F0001)")
-            cams = {int(mark[1]) for mark in marks}
-            if len(cams) > 1:
-                raise UserError(f"{folder}/{part}/{pid}/{number}: frames of cameras "
-                                f"{', '.join(map(str, sorted(cams)))} in one tracklet")
-            order = sorted(zip([int(mark[2]) for mark in marks], frames))
-            found.append(Tracklet(tuple(frame for _, frame in order), pid, *cams))
+        for (pid, _), frames in _walk(folder / part, 2, layout):
+            cam = None
+            for frame in frames:
+                mark = re.search(r"(\d*)_?C(\d+)_?F\d", os.path.basename(frame))
+                if not mark or cam not in (None, int(mark[2])):
+                    raise UserError(f"{frame}: the file name carries no camera and frame (C1 and "
+                                    "F0001), or another camera than those before it")
+                if mark[1] not in ("", pid):
+                    _odd[_ANOTHER].append(frame)
+                cam = int(mark[2])
+            found.append(Tracklet(frames, pid, cam))
         return found
-    dataset = _relabel(name, *map(tracklets, ("train", "query", "gallery")))
-    _warn_of(odd)
-    return dataset
+    return _relabel(name, *map(tracklets, ("train", "query", "gallery")))
 
 
 def load_lsvid(folder, name="lsvid"):
@@ -374,62 +310,46 @@ def load_lsvid(folder, name="lsvid"):
     842 training and 2,730 test identities, 2,831 training, 3,504 query and 7,829 other gallery
     tracklets, 15 cameras. A line of list_sequence/list_seq_{train,test}.txt is
     "<path prefix> <pid>", the frames are the files with that prefix, the camera is the third field
-    of the file name. The gallery contains the queries, as for MARS (a release that leaves them out
-    has other numbers).
+    of the file name. The gallery contains the queries, as for MARS.
     """
-    folder = Path(folder)
     wanted = ["list_sequence/list_seq_train.txt", "list_sequence/list_seq_test.txt",
               "test/data/info_test.mat"]
     _need(folder, wanted, f"{{{', '.join(wanted)}}} and the frames")
-    odd = collections.defaultdict(list)
-    listings = {}  # folder: its images, sorted, and which of them a line has taken
+    images = functools.cache(_images)
+    taken = set()  # frames of the lines so far
 
-    def camera(frame):
-        return (frame.rsplit(".", 1)[0] + "__").split("_")[2]
-
-    def tracklet(where, line):
-        try:
-            prefix, pid = line.split()
-            pid = int(pid)
-        except ValueError:
-            raise UserError(f"{where} is not '<path prefix> <pid>': {line[:80]!r}") from None
-        parent, _, start = prefix.replace("\\", "/").removeprefix("./").rpartition("/")
-        if parent not in listings:
+    def tracklets(listing):
+        found = []
+        text = listing.read_text("utf-8-sig", "replace").rstrip()
+        for number, line in enumerate(text.splitlines(), 1):
+            where = f"{listing}: line {number}"
             try:
-                names = _image_names(folder / parent, odd)
-            except (OSError, ValueError):
-                raise UserError(f"{where}: no folder {folder / parent}") from None
-            listings[parent] = names, bytearray(len(names))
-        names, taken = listings[parent]
-        last = bisect.bisect_left(names, start + "\U0010ffff")
-        mine = range(bisect.bisect_left(names, start), last)
-        if start[-1:].isdecimal():  # ..._1 is not the start of ..._10
-            mine = [i for i in mine if not names[i][len(start):len(start) + 1].isdecimal()]
-        if not start or not mine:
-            raise UserError(f"{where}: no frames start with {folder / parent}/{start}")
-        for i in mine:
-            if taken[i]:
-                raise UserError(f"{where}: {names[i]} belongs to another line, too")
-            taken[i] = True
-        mine = [names[i] for i in mine]
-        cams = {start.split("_")[2]} if start.count("_") > 2 else {camera(name) for name in mine}
-        cam = cams.pop()
-        if cams or not cam.isdecimal():
-            raise UserError(f"{where}: the third field of the names is not one camera")
-        return Tracklet(_frames(folder / parent, mine, odd), pid, int(cam))
-
-    def tracklets(path):
-        lines = enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1)
-        return [tracklet(f"{path}: line {i}", line) for i, line in lines if line.strip()]
+                prefix, pid = line.split()
+                pid = int(pid)
+            except ValueError:
+                raise UserError(f"{where} is not '<path prefix> <pid>': {line[:80]!r}") from None
+            path = folder / prefix.replace("\\", "/")
+            start = path.name
+            try:
+                names = images(path.parent)
+                last = bisect.bisect_left(names, start + "\U0010ffff")
+                names = names[bisect.bisect_left(names, start):last]
+                if start[-1:].isdecimal():  # ..._1 is not the start of ..._10
+                    names = [name for name in names if not name[len(start)].isdecimal()]
+                cam, = {int(name.split("_")[2]) for name in names}
+            except (OSError, IndexError, ValueError):
+                raise UserError(f"{where}: no frames start with {path}, or the third field of "
+                                "their names is not one camera") from None
+            frames = _frames(path.parent, names)
+            if not taken.isdisjoint(frames):
+                raise UserError(f"{where}: frames of {start} belong to another line, too")
+            taken.update(frames)
+            found.append(Tracklet(frames, pid, cam))
+        return found
 
     train, test = (tracklets(folder / path) for path in wanted[:2])
-    table = folder / wanted[2]
-    numbers = _read_table(table, "query").ravel().tolist()
-    if len(set(numbers)) != len(numbers) or not all(1 <= n <= len(test) for n in numbers):
-        raise UserError(f"{table}: query must hold different lines of list_seq_test.txt, "
-                        f"1 to {len(test)}")
-    _warn_of(odd)
-    return _relabel(name, train, [test[n - 1] for n in numbers], test)
+    query = _queries(folder / wanted[2], "query", dict(enumerate(test, 1)))
+    return _relabel(name, train, query, test)
 
 
 def load_ilids(folder, name="ilids", split=0):
@@ -439,25 +359,20 @@ def load_ilids(folder, name="ilids", split=0):
     splits. Query: camera 1, gallery: camera 2. split: row of `ls_set`, 0 to 9, whose first half are
     the persons of the test, 1-based in the order of the sorted folders.
     """
-    folder = Path(folder)
     cams = [f"i-LIDS-VID/sequences/cam{cam}" for cam in (1, 2)]
     table = "train-test people splits/train_test_splits_ilidsvid.mat"
     _need(folder, [*cams, table], f"{{i-LIDS-VID/sequences/cam{{1,2}}/person*/*.png, {table}}}")
-    odd = collections.defaultdict(list)
-    tracks = _two_cameras(folder, cams, 1, odd)
+    tracks = _two_cameras(folder, cams, 1)
+    for person, pair in tracks.items():
+        for cam, frames in enumerate(pair, 1):
+            start = f"/cam{cam}_{person}_"
+            _odd[_ANOTHER] += [frame for frame in frames if start not in frame]
+    order = _read_table(folder / table, "ls_set")[split:split + 1].ravel().tolist()
+    if sorted(order) != list(range(1, len(tracks) + 1)):
+        raise UserError(f"{folder / table}: row {split} of ls_set is no order of the {len(tracks)} "
+                        "persons with images under both cameras")
     persons = list(tracks)
-    for person in persons:
-        for cam, frames in enumerate(tracks[person], 1):
-            _check_names(frames, r"cam\d+_person\d+", f"cam{cam}_{person}", odd)
-    rows = _read_table(folder / table, "ls_set")
-    if rows.ndim != 2 or split >= len(rows):
-        raise UserError(f"{folder / table}: ls_set has no row {split}, its shape is {rows.shape}")
-    order = rows[split].tolist()
-    if sorted(order) != list(range(1, len(persons) + 1)):
-        raise UserError(f"{folder / table}: row {split} of ls_set is no order of the "
-                        f"{len(persons)} persons with images under both cameras")
     order = [persons[number - 1] for number in order]
-    _warn_of(odd)
     return _halves(name, tracks, order[len(order) // 2:], order[:len(order) // 2])
 
 
@@ -469,72 +384,55 @@ def load_prid(folder, name="prid", split=0):
     0 to 9, of splits_prid2011.json, a list of {"train": [...], "test": [...]}; where it is missing,
     ten splits are drawn with a fixed seed and, when all 178 persons are there, written to it.
     """
-    folder = Path(folder)
     cams = ["multi_shot/cam_a", "multi_shot/cam_b"]
     _need(folder, cams, "multi_shot/cam_{a,b}/person_0001/*.png")
-    odd = collections.defaultdict(list)
-    tracks = _two_cameras(folder, cams, 22, odd)
-    _warn_of(odd)
+    tracks = _two_cameras(folder, cams, 22)
     path = folder / "splits_prid2011.json"
-    if path.exists():
-        try:
-            splits = json.loads(path.read_text("utf-8-sig", "replace"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
-    else:
-        splits = _draw_splits(path, list(tracks))
     try:
+        if path.exists():
+            splits = json.loads(path.read_text("utf-8-sig", "replace"))
+        else:
+            splits = _draw_splits(path, list(tracks))
         train = splits[split]["train"]
         test = splits[split]["test"]
-        unknown = [person for person in [*train, *test] if person not in tracks]
-        twice = len({*train, *test}) < len(train) + len(test)
-    except (LookupError, TypeError):
+        named = collections.Counter([*train, *test])
+    except (ValueError, LookupError, TypeError) as error:
         layout = '{"train": [...], "test": [...]}'
-        raise UserError(f"{path}: no split {split} like {layout}") from None
-    if unknown:
-        raise UserError(f"{path}: split {split} names {str(unknown[0])[:60]!r}, who is no person "
-                        "with more than 21 frames under both cameras")
-    if twice:
-        raise UserError(f"{path}: split {split} names a person twice")
-    left_out = len(tracks) - len(train) - len(test)
-    if left_out:
-        _warn(f"{path}: split {split} leaves out {left_out} of the {len(tracks)} persons")
+        raise UserError(f"{path}: not JSON, or no split {split} like {layout} ({error})") from None
+    for person, times in named.items():
+        if person not in tracks or times > 1:
+            raise UserError(f"{path}: split {split} names {str(person)[:60]!r}, who is no person "
+                            "with more than 21 frames under both cameras, or is named twice")
     return _halves(name, tracks, train, test)
 
 
 def _draw_splits(path, persons):
     """Ten random halvings of PRID's persons; written to `path` when no person is missing."""
     rng = np.random.default_rng(0)
-    splits = []
-    for _ in range(10):
-        order = [persons[i] for i in rng.permutation(len(persons))]
-        half = len(order) // 2
-        splits.append({"train": sorted(order[:half]), "test": sorted(order[half:])})
-    whole = len(persons) == PRID_PERSONS  # splits of a half-copied set must not stay
-    written = "and written there" if whole else (
-        f"but not written there: {PRID_PERSONS} persons expected, {len(persons)} found")
-    print(f"{path} is missing: ten splits are drawn with a fixed seed {written}", flush=True)
-    try:
-        if whole:
-            aside = path.with_name(f".{path.name}-{os.getpid()}")
+    half = len(persons) // 2
+    orders = [rng.permutation(persons).tolist() for _ in range(10)]
+    splits = [{"train": sorted(order[:half]), "test": sorted(order[half:])} for order in orders]
+    print(f"{path} is missing: ten splits are drawn with a fixed seed", flush=True)
+    if len(persons) == PRID_PERSONS:
+        aside = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
             aside.write_text(json.dumps(splits, indent=1) + "\n")
             aside.replace(path)
-    except OSError as error:
-        _warn(f"{path}: cannot be written ({error.strerror}); the same splits are drawn next time")
+        except OSError as error:
+            _warn(f"{path}: cannot be written ({error.strerror}); next time the same are drawn")
     return splits
 
 
-def _two_cameras(folder, cams, least, odd):
+def _two_cameras(folder, cams, least):
     """{person: frames under each of two cameras}, of those with `least` or more under both."""
-    persons = set(_folders(folder / cams[1], odd))
-    tracks = {}
-    for person in _folders(folder / cams[0], odd):
-        if person in persons:
-            paths = [f"{folder}/{cam}/{person}" for cam in cams]
-            names = [_image_names(path, odd) for path in paths]
-            if min(map(len, names)) >= least:
-                tracks[person] = [_frames(p, n, odd) for p, n in zip(paths, names)]
-    return tracks
+    tracks = collections.defaultdict(list)
+    for cam in cams:
+        for person in _folders(folder / cam):
+            path = folder / cam / person
+            names = _images(path)
+            if len(names) >= least:
+                tracks[person].append(_frames(path, names))
+    return {person: pair for person, pair in tracks.items() if len(pair) == 2}
 
 
 def _halves(name, tracks, train, test):
@@ -551,14 +449,12 @@ def load_folder(folder, name="folder"):
     Frames are in natural order. The cameras of all parts are numbered together. Without `query`,
     the first tracklet of each (pid, cam) of `gallery` is a query, too.
     """
-    folder = Path(folder)
     layout = "{train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}"
     _need(folder, ("train", "gallery"), layout)
-    odd = collections.defaultdict(list)
 
     def tracklets(part):
         return [Tracklet(frames, pid, cam)
-                for (pid, cam, _), frames in _walk(folder / part, 3, layout, odd)]
+                for (pid, cam, _), frames in _walk(folder / part, 3, layout)]
     train = tracklets("train")
     gallery = tracklets("gallery")
     if (folder / "query").is_dir():
@@ -567,12 +463,10 @@ def load_folder(folder, name="folder"):
         query = list({(t.pid, t.cam): t for t in reversed(gallery)}.values())[::-1]
         print(f"{folder}/query is missing: the first of the gallery's tracklets of each identity "
               f"and camera is a query, {len(query):,} in all", flush=True)
-    for pid in {t.pid for t in train} & {t.pid for t in query + gallery}:
-        path = f"{folder}/train/{pid}"
-        odd["a training identity of the same name as one of the test"].append(path)
-    _warn_of(odd)
-    names = sorted({t.cam for t in train + query + gallery}, key=natural)
-    cams = {cam: number for number, cam in enumerate(names, 1)}
+    shared = {t.pid for t in train} & {t.pid for t in query + gallery}
+    _odd["a training identity of the same name as one of the test"] += [
+        f"{folder}/train/{pid}" for pid in sorted(shared)]
+    cams = _numbered([t.cam for t in train + query + gallery], 1)
     return _relabel(name, *([t._replace(cam=cams[t.cam]) for t in part]
                             for part in (train, query, gallery)))
 
@@ -584,41 +478,32 @@ def _read_table(path, variable):
     try:
         if h5py.is_hdf5(path):
             with h5py.File(path, "r") as file:
-                values = file[variable][()]
+                values = np.asarray(file[variable][()])
         else:
-            values = loadmat(path, variable_names=[variable])[variable]
-    except KeyError:
-        raise UserError(f"{path}: no variable {variable}") from None
+            values = np.asarray(loadmat(path, variable_names=[variable])[variable])
     except Exception as error:  # a damaged file raises many kinds
         text = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a readable .mat file ({text})") from None
-    if getattr(values, "dtype", np.dtype("O")).kind not in "iuf":
-        raise UserError(f"{path}: {variable} is no matrix of real numbers")
-    if not ((abs(values.astype(float)) <= 2 ** 53) & (values == np.floor(values))).all():
-        raise UserError(f"{path}: {variable} holds other values than whole numbers")
+        raise UserError(f"{path}: not a readable .mat file with {variable} ({text})") from None
+    if (values.dtype.kind not in "iuf"
+            or not ((abs(values) < 2 ** 53) & (values == np.rint(values))).all()):
+        raise UserError(f"{path}: {variable} is no matrix of whole numbers")
     return values.astype(np.int64)
 
 
-# name: loader, and folders in it, each of which tells it from the folder above
+# name: loader; folders in it, each of which tells it from the folder above; published numbers of
+# training, query and gallery tracklets
 DATA_SETS = {
-    "mars": (load_mars, ("info", "bbox_train", "bbox_test")),
-    "duke": (load_duke, ("train", "query", "gallery")),
-    "lsvid": (load_lsvid, ("list_sequence", "test")),
-    "ilids": (load_ilids, ("i-LIDS-VID", "train-test people splits")),
-    "prid": (load_prid, ("multi_shot",)),
-    "synthetic": (load_mars, ("info", "bbox_train", "bbox_test")),
-    "folder": (load_folder, ("train", "query", "gallery")),
+    "mars": (load_mars, ("info", "bbox_train", "bbox_test"), (8298, 1980, 11310)),
+    "duke": (load_duke, ("train", "query", "gallery"), (2196, 702, 2636)),
+    "lsvid": (load_lsvid, ("list_sequence", "test"), (2831, 3504, 11333)),
+    "ilids": (load_ilids, ("i-LIDS-VID", "train-test people splits"), (300, 150, 150)),
+    "prid": (load_prid, ("multi_shot",), (178, 89, 89)),
+    "synthetic": (load_mars, ("info", "bbox_train", "bbox_test"), (None, None, None)),
+    "folder": (load_folder, ("train", "query", "gallery"), (None, None, None)),
 }
 SPLIT_SETS = ("ilids", "prid")
 PRID_PERSONS = 178  # under both cameras with more than 21 frames
 CHUNK = {"duke": 32, "lsvid": 64}  # default of --chunk; others: 0
-PUBLISHED = {
-    "mars": dict(train=8298, query=1980, gallery=11310),
-    "duke": dict(train=2196, query=702, gallery=2636),
-    "lsvid": dict(train=2831, query=3504, gallery=11333),
-    "ilids": dict(train=300, query=150, gallery=150),
-    "prid": dict(train=178, query=89, gallery=89),
-}
 
 
 # ------------------------------------------------------------------------------------ clip sampling
@@ -673,27 +558,21 @@ def _decode(path):
     if content.startswith(b"\xff\xd8"):  # a JPEG, whatever its name
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        except ValueError as error:
-            if "subsampling" not in str(error):
-                raise  # otherwise an unusual subsampling, which simplejpeg does not take
-        else:
-            _check_size(width, height)
+            if width * height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{width} x {height} pixels by its header, too many to be true")
             four = colours in ("CMYK", "YCCK")
             frame = simplejpeg.decode_jpeg(content, "CMYK" if four else "RGB", strict=True)
             if not four:
                 return frame
+        except ValueError as error:
+            if "subsampling" not in str(error):  # an unusual one, which simplejpeg does not take
+                raise
     with Image.open(path) as image:
-        _check_size(*image.size)
         image.verify()  # the checksums of a PNG; the image has to be opened again
     with Image.open(path) as image:
         if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
         return np.asarray(image.convert("RGB"))
-
-
-def _check_size(width, height):
-    if width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{width} x {height} pixels by its header, too many to be true")
 
 
 def read_clip(paths, size):
@@ -725,17 +604,14 @@ def check_images(dataset):
         except UserError as error:
             return str(error)
 
-    subsets = (dataset.train, dataset.query, dataset.gallery)
-    paths = sorted({frame for tracklets in subsets for t in tracklets for frame in t.frames})
+    paths = sorted({frame for tracklets in dataset[1:] for t in tracklets for frame in t.frames})
     bad = 0
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool, \
-            tqdm(total=len(paths), desc="checking", unit=" frames", disable=None) as bar:
-        for start in range(0, len(paths), 4096):
-            for line in pool.map(problem, paths[start:start + 4096]):
-                bar.update()
-                if line:
-                    bad += 1
-                    bar.write(line, file=sys.stdout)
+    with ThreadPool(16) as pool:
+        for line in tqdm(pool.imap(problem, paths, 64), "checking", len(paths), unit=" frames",
+                         disable=None):
+            if line:
+                bad += 1
+                tqdm.write(line)
     print(f"{len(paths):,} frames checked, {bad:,} bad")
     return bad
 
@@ -786,15 +662,14 @@ class TrainClips(torch.utils.data.Dataset):
     depend on these numbers alone, not on the worker, so that a run can be repeated with any number
     of workers.
 
-    sample: a function of (n, T, rng) that draws frame indices; flip, erase: probabilities.
+    sample: a function of (n, T, rng) that draws frame indices; erase: probability.
     """
 
-    def __init__(self, tracklets, sample, T, size, flip=0.5, erase=0.5):
+    def __init__(self, tracklets, sample, T, size, erase=0.5):
         self.tracklets = tracklets
         self.sample = sample
         self.T = T
         self.size = size
-        self.flip = flip
         self.erase = erase
 
     def __getitem__(self, item):
@@ -802,7 +677,7 @@ class TrainClips(torch.utils.data.Dataset):
         rng = np.random.default_rng(seed)
         frames, pid, _ = self.tracklets[index]
         clip = read_clip([frames[i] for i in self.sample(len(frames), self.T, rng)], self.size)
-        return random_erase(random_flip(clip, rng, self.flip), rng, self.erase), pid
+        return random_erase(random_flip(clip, rng), rng, self.erase), pid
 
 
 class AllClips(torch.utils.data.Dataset):
@@ -814,20 +689,17 @@ class AllClips(torch.utils.data.Dataset):
 
     def __init__(self, tracklets, split, T, size):
         self.tracklets = tracklets
-        self.split = split
-        self.T = T
         self.size = size
-        counts = [len(split(len(t.frames), T)) for t in tracklets]
-        self.clips = [(i, j) for i, count in enumerate(counts) for j in range(count)]
+        self.clips = [(number, clip) for number, tracklet in enumerate(tracklets)
+                      for clip in split(len(tracklet.frames), T)]
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, item):
-        index, clip = self.clips[item]
-        frames = self.tracklets[index].frames
-        mine = self.split(len(frames), self.T)[clip]
-        return read_clip([frames[i] for i in mine], self.size), index
+        number, clip = self.clips[item]
+        frames = self.tracklets[number].frames
+        return read_clip([frames[i] for i in clip], self.size), number
 
 
 class PKSampler(torch.utils.data.Sampler):
@@ -842,28 +714,23 @@ class PKSampler(torch.utils.data.Sampler):
     each batch. Call `set_epoch(epoch, start)` before each epoch; `start` skips batches of an epoch
     that was begun already.
     """
+    unit = "identities"
 
     def __init__(self, pids, P, K, seed=0, rank=0, world=1):
         self.tracklets = collections.defaultdict(list)
         for index, pid in enumerate(pids):
             self.tracklets[pid].append(index)
-        self.pids = sorted(self.tracklets)
+        if P > len(self.tracklets):
+            raise UserError(f"a batch needs {P} {self.unit}, the training set has "
+                            f"{len(self.tracklets)}: use fewer --ids or --clips")
+        if P % world:
+            raise UserError(f"{P} {self.unit} a batch do not divide over {world} processes: "
+                            f"use a multiple of {world}")
+        if P * K == world:
+            raise UserError(f"a batch of {P * K} leaves each of {world} processes a single clip, "
+                            "BatchNorm needs two: use more --ids or --clips")
         self.P = P
         self.K = K
-        self._share("identities", len(self.pids), P, P * K, seed, rank, world)
-
-    def _share(self, what, count, batch, clips, seed, rank, world):
-        """Of `count` identities or tracklets, `batch` are in a batch, with `clips` clips."""
-        if batch > count:
-            raise UserError(f"a batch needs {batch} {what}, the training set has {count}: "
-                            "use fewer --ids or --clips")
-        if batch % world:
-            raise UserError(f"{batch} {what} a batch do not divide over {world} processes: "
-                            f"use a multiple of {world}")
-        if clips == world:
-            raise UserError(f"a batch of {clips} leaves each of {world} processes a single clip, "
-                            "BatchNorm needs two: use more --ids or --clips")
-        self.batches = -(-count // batch)
         self.seed = seed
         self.rank = rank
         self.world = world
@@ -874,39 +741,28 @@ class PKSampler(torch.utils.data.Sampler):
         self.start = start
 
     def __len__(self):
-        return self.batches - self.start
+        return -(-len(self.tracklets) // self.P) - self.start
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(self.pids)
+        order = rng.permutation(sorted(self.tracklets))
         fill = order[:-len(order) % self.P]  # other identities than those of the last batch
         order = np.concatenate([order, fill]).reshape(-1, self.P)
         for number, batch in enumerate(order):
-            picks = []
-            for pid in batch:
-                mine = self.tracklets[pid]
-                picks.append([mine[i] for i in np.resize(rng.permutation(len(mine)), self.K)])
+            picks = [np.resize(rng.permutation(self.tracklets[pid]), self.K) for pid in batch]
             if number >= self.start:
-                place = number * self.P * self.K
-                yield [(picks[p][k], self.seed, self.epoch, place + p * self.K + k)
+                first = number * self.P * self.K
+                yield [(int(picks[p][k]), self.seed, self.epoch, first + p * self.K + k)
                        for p in range(self.rank, self.P, self.world) for k in range(self.K)]
 
 
 class TrackletSampler(PKSampler):
     """Batches of P * K tracklets, whatever their identities; an epoch shows every tracklet once,
     the last batch is filled up with the first ones. Otherwise as PKSampler."""
+    unit = "tracklets"
 
     def __init__(self, pids, P, K, seed=0, rank=0, world=1):
-        self.count = len(pids)
-        self.batch = P * K
-        self._share("tracklets", self.count, self.batch, self.batch, seed, rank, world)
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        order = np.resize(order, self.batches * self.batch).tolist()
-        for number in range(self.start, self.batches):
-            places = range(number * self.batch + self.rank, (number + 1) * self.batch, self.world)
-            yield [(order[place], self.seed, self.epoch, place) for place in places]
+        super().__init__(range(len(pids)), P * K, 1, seed, rank, world)
 
 
 # ------------------------------------------------------------------------------ the synthetic set
@@ -1245,7 +1101,7 @@ def _main():
         refuse("--width must be a quarter to all of the height")
     draw_synthetic(args.synthetic, args.identities, args.test_identities, args.cameras,
                    args.frames, (args.height, args.width), args.seed)
-    print(load_mars(args.synthetic, "synthetic").summary())
+    print(load_dataset("synthetic", args.synthetic).summary())
     return 0
 
 
