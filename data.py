@@ -14,6 +14,7 @@ import collections
 import colorsys
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -1078,11 +1079,15 @@ def _main():
         "cameras": (4, 2, 9, "cameras"),
         "height": (128, 32, 1024, "height of a frame in pixels"),
         "width": (64, 8, 1024, "width of a frame in pixels, a quarter to all of the height"),
+        "group": (4, 1, 4999, "people in a group who share the upper clothes"),
+        "occlusion": (25, 0, 100, "percent of the tracklets with something passing in front"),
         "seed": (0, 0, 2 ** 32, "same seed, same bytes"),
     }
     for name, (default, low, high, meaning) in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N",
                             help=f"{meaning}, {low} to {high}")
+    parser.add_argument("--gait", action="store_true",
+                        help="people of a group differ in their way to walk only")
 
     def refuse(message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -1100,7 +1105,8 @@ def _main():
     if not args.height <= 4 * args.width <= 4 * args.height:
         refuse("--width must be a quarter to all of the height")
     draw_synthetic(args.synthetic, args.identities, args.test_identities, args.cameras,
-                   args.frames, (args.height, args.width), args.seed)
+                   args.frames, (args.height, args.width), args.group, args.occlusion / 100,
+                   args.gait, args.seed)
     print(load_dataset("synthetic", args.synthetic).summary())
     return 0
 
