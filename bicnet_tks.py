@@ -61,8 +61,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, all_splits, bars, batch_hard_triplet, command_line, complexity_table,
-                    energy, figures, gather, overlays, parse_args, watch)
+from common import (Row, Run, bars, batch_hard_triplet, command_line, energy, figures, gather,
+                    overlays, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -512,13 +512,7 @@ def train(args):  # same in every script
 
 
 def main():  # same in every script
-    args = parse_args(RECIPE, ROWS, __doc__, __file__)
-    if args.complexity:
-        complexity_table(ROWS, RECIPE, build, COUNTING)
-    elif args.split == "all":
-        all_splits(train, args, ROWS)
-    else:
-        train(args)
+    run_script(train, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
 
 
 # ------------------------------------------------------------------------------------- the picture

@@ -11,11 +11,13 @@ plain 2D network adds the appearance of the single frames.
     python m3d.py --data mars --gpu 0         # the paper's recipe: 2D stream, M3D stream, both
     python m3d.py --data mars --gpu 0 --variant m3d --per-tap       # a row of its tables, changed
 
-Eq. 4-6, Fig. 4            M3DLayer, sum_of_taps
-Eq. 7-12, Fig. 5           ResidualAttentionLayer (RAL), attend, mean_over_frames
+Eq. 4-6, Fig. 4            M3DLayer, sum_of_taps; at the 3x3 of each stage's first block
+Eq. 7-12, Fig. 5           ResidualAttentionLayer (RAL), attend, mean_over_frames; after stages 1-3
 Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, -B, -C)
 Eq. 1-3, Fig. 3            Stream, TwoStreamM3D; losses
-Implementation Details     RECIPE; Tables 1 to 4: ROWS
+Implementation Details     RECIPE, then SAMPLER, SAMPLE, SPLIT, METRIC; train_in_stages
+Tables 1 to 4              ROWS
+A class is copied with the functions above it that it names, Stream with resnet50 and the layers.
 
 Changed (printed, and done otherwise; without a flag unless one is named):
   streams       "initialized with well-trained 2D CNN layers", and the 2D network has its own
@@ -36,8 +38,8 @@ Open (not printed; the reading taken):
   W^(i)         of Eq. 5: one C x C matrix for the sum of the three taps: the printed +4.2 MB.
                 --per-tap: a dilated 3x1x1 convolution (+12.5 MB), "equals to P3D-C" for n = 1
   time          zeros beyond the ends of a clip; nothing between S and T of M3D, P3D-B and -C
-  where         M3D at the 3x3 convolution of each stage's first block, RAL after stages 1 to 3;
-                "all the 2D convolution layers", I3D and P3D: all sixteen 3x3, and I3D's stem
+  where         as above; "all the 2D convolution layers", I3D and P3D: all sixteen 3x3, and I3D's
+                stem
   backbone      the last stride of ResNet-50 stays
   start         as the 2D network: temporal kernels zero, P3D-A's identity, I3D's centre tap 2D
   P3D-A         "serial connection ... increases the nonlinearity": BatchNorm and ReLU between S and
@@ -49,8 +51,8 @@ Open (not printed; the reading taken):
   epoch         every tracklet once; of the first stage every frame once (--variant 2d alone: a
                 random frame of each tracklet; with --chunk 1 every frame)
   --chunk       training tracklets of Duke and LS-VID are cut in pieces (0: not)
-  test clips    of the temporal stream: whole ones, a tracklet shorter than T is repeated up to T
-                frames; the 2D stream takes "each still frame", as printed
+  test clips    of the temporal stream: whole ones (10 frames: one of 8), a tracklet shorter than T
+                is repeated up to T frames; the 2D stream takes "each still frame", as printed
 """
 import copy
 
@@ -59,8 +61,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, all_splits, bars, command_line, complexity_table, energy, figures,
-                    gather, load_part, overlays, parse_args, part_of, watch)
+from common import (Row, Run, bars, command_line, energy, figures, gather, load_part, overlays,
+                    part_of, run_script, watch)
 from data import TrackletSampler, load_dataset, normalize, sample_adjacent, split_whole
 
 
@@ -403,7 +405,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (400, 3, "(Implementation Details)"),
     "lr": (0.01, 0.0015, "learning rate of SGD (Implementation Details)"),
-    "lr_step": (300, 2, "epochs after which it is divided by 10 (Implementation Details)"),
+    "lr_step": (300, 2, "it is divided by 10 every so many epochs (Implementation Details)"),
     "momentum": (0.9, 0.9, "of SGD (our choice)"),
     "weight_decay": (5e-4, 5e-4, "of SGD (our choice)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (M3D layer)"),
@@ -537,13 +539,7 @@ def train_in_stages(args):
 
 
 def main():  # same in every script
-    args = parse_args(RECIPE, ROWS, __doc__, __file__)
-    if args.complexity:
-        complexity_table(ROWS, RECIPE, build, COUNTING)
-    elif args.split == "all":
-        all_splits(train_in_stages, args, ROWS)
-    else:
-        train_in_stages(args)
+    run_script(train_in_stages, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
 
 
 # ------------------------------------------------------------------------------------- the picture

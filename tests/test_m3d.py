@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import m3d
-from common import complexity, row_of, settings, test_features as features_of
+from common import complexity, parse_args, row_of, settings, test_features as features_of
 from conftest import TINY, check_gradients, close, maps, parameters, randomize, read_log, wake
 from data import Tracklet, UserError, load_dataset, read_clip, normalize, split_whole
 from m3d import (
@@ -457,7 +457,7 @@ def test_where_the_modules_stand():
 
 def arguments(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["m3d.py", *flags])
-    return m3d.parse_args(RECIPE, ROWS, m3d.__doc__, m3d.__file__)
+    return parse_args(RECIPE, ROWS, m3d.__doc__, m3d.__file__)
 
 
 def test_the_command_line(monkeypatch):
