@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import copy
 import datetime
-import io
 import json
 import math
 import os
@@ -27,8 +26,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, TrainClips, UserError, load_dataset,
-                  normalize, read_clip)
+from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, TrainClips, UserError, normalize,
+                  read_clip)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
@@ -147,18 +146,17 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
         d = 1 - (a * b).sum(1) if metric == "cosine" else (a - b).square().sum(1)
         weights[some] = np.exp(-d.cpu().numpy() / farthest[p[some]])
     V = csr_array((weights, (p, members)), shape=(n, n))
-    if k2 > 1:  # local query expansion
-        p = np.repeat(np.arange(n), k2)
-        V = csr_array((np.full(n * k2, 1 / k2, V.dtype), (p, near[:, :k2].ravel()))) @ V
+    p = np.repeat(np.arange(n), k2)  # local query expansion
+    V = csr_array((np.full(n * k2, 1 / k2, V.dtype), (p, near[:, :k2].ravel()))) @ V
     columns, total = V[len(q):].tocsc(), V.sum(1)
     out = np.empty((len(q), len(g)), np.float32)
     for rows, d in distance_blocks(x[:len(q)], x[len(q):], metric):
         for p, row in zip(range(rows.start, rows.stop), d.cpu().numpy() ** power):
-            both = np.zeros(len(g), V.dtype)  # sum of the element-wise minima
             mine = slice(V.indptr[p], V.indptr[p + 1])
-            for column, value in zip(V.indices[mine], V.data[mine]):
-                span = slice(columns.indptr[column], columns.indptr[column + 1])
-                both[columns.indices[span]] += np.minimum(value, columns.data[span])
+            minima = columns[:, V.indices[mine]]
+            values = np.repeat(V.data[mine], np.diff(minima.indptr))
+            minima.data = np.minimum(minima.data, values)
+            both = minima.sum(1)
             jaccard = 1 - both / (total[p] + total[len(q):] - both)
             out[p] = weight * row / farthest[p] + (1 - weight) * jaccard
     return out
@@ -227,22 +225,15 @@ def test_ids(dataset):
 def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
              **extraction):
     """All-frames retrieval on the test part of `dataset`: prints mAP and CMC-1/5/10/20 in percent
-    and returns them, {"mAP", "rank-1", "rank-5", "rank-10", "rank-20"}.
-
-    label: stands before the result; the other arguments are those of `extract` and `rerank`.
-    """
+    behind `label` and returns them, {"mAP", "rank-1", ...}; the other arguments are those of
+    `extract` and `rerank`."""
     start = time.time()
     q, g = test_features(model, dataset, split, T, size, **extraction)
-    found = [None]
-    if rank() == 0:  # the others wait for it
-        d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
-        found = [cmc_map(d, *test_ids(dataset))]
-    if world() > 1:
-        dist.broadcast_object_list(found)
-    cmc, mean_ap, matched = found[0]
+    d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
+    cmc, mean_ap, matched = cmc_map(d, *test_ids(dataset))
     result = {"mAP": 100 * mean_ap} | {f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}
-    tested = dataset.query + dataset.gallery
-    whole = all(split(len(t.frames), T).size >= len(t.frames) for t in tested)
+    whole = all(split(len(t.frames), T).size >= len(t.frames)
+                for t in dataset.query + dataset.gallery)
     frames = "all frames" if whole else f"whole clips of {T} frames"
     places = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
     skipped = f", {len(q) - matched:,} more have no match and are left out" * (matched < len(q))
@@ -254,16 +245,15 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
 
 # --------------------------------------------------------------------------------------- complexity
 
-def complexity(model, T, height, width):
-    """(parameters, multiply-adds of one clip's inference), counted without computing.
-
-    Multiply-adds are those of convolutions and matrix products, what the papers call FLOPs.
-    Parameters are all learnable ones, those of training heads included.
-    """
+def complexity(model, T, height, width, without=()):
+    """(parameters, multiply-adds of one clip's inference), counted without computing: learnable
+    parameters, but of the parts whose names start as in `without`, and multiply-adds of
+    convolutions and matrix products, what the papers call FLOPs."""
     shadow = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.empty(1, T, 3, height, width, device="meta"))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+    counted = (p for name, p in model.named_parameters() if not name.startswith(without))
+    return sum(p.numel() for p in counted), counter.get_total_flops() // 2
 
 
 # the figures that a Row may have: the unit, and its value from (parameters, multiply-adds, frames)
@@ -293,9 +283,8 @@ def complexity_table(rows, recipe, build, counting):
         for module in model.modules():
             if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
                 module.register_forward_hook(lambda *call: elements.append(call[-1].numel()))
-        parameters = sum(p.numel() for key, p in model.named_parameters()
-                         if not key.startswith(counting.get("without", ())))
-        _, macs = complexity(model, args.frames, args.height, args.width)
+        parameters, macs = complexity(model, args.frames, args.height, args.width,
+                                      counting.get("without", ()))
         more = counting.get("per_bn", 0) * sum(elements)
         more += counting["more"](args) if "more" in counting else 0
         return args, macs, (parameters, macs + more, args.frames)
@@ -311,8 +300,8 @@ def complexity_table(rows, recipe, build, counting):
             cut = 0.5 / 10 ** places if key in counting.get("truncate", ()) else 0
             theirs.append(f"{figure} {unit}")
             ours.append(f"{value - cut:.{places}f}")
-            equal.append("yes" if ours[-1] == f"{figure:.{places}f}" else
-                         f"{100 * (value / figure - 1):+.2f} %")
+            off = f"{100 * (value / figure - 1):+.2f} %"
+            equal.append("yes" if ours[-1] == str(figure) else off)
         table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{counted[0]:,}",
                       f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}",
                       *map(", ".join, (theirs, ours, equal))])
@@ -336,10 +325,7 @@ def rank():
 
 def pick_device(gpu=None):
     """The device of this process, by --gpu ("0" ..., "cpu", or None: the first GPU, else the CPU).
-
-    Under torchrun every process takes a GPU of its own, or with "cpu" or without GPUs the CPU, and
-    joins the process group (NCCL or gloo). Raises UserError for a GPU that is not there.
-    """
+    Under torchrun every process takes a GPU of its own, and joins the process group."""
     count, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > 1 and gpu not in (None, "cpu"):
@@ -357,7 +343,7 @@ def pick_device(gpu=None):
     if processes > 1 and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(device)
-        # the others wait while the first one ranks or re-ranks; torchrun ends them when one dies
+        # the others wait while the first one downloads or draws; torchrun ends them when one dies
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     name = torch.cuda.get_device_name(device) if cuda else "no GPU found"
     print(f"device: {device}" + f" ({name})" * (cuda or not count)
@@ -441,8 +427,8 @@ def command_line(main):
             message = "out of memory: use fewer --ids or --clips, smaller frames, or --amp"
         elif _asked and "dataloader worker" in says:  # the signal was sent to every process
             code = 128 + _asked
-            message = f"stopped by {signal.Signals(_asked).name} in a step; {again}, from the " \
-                      "last checkpoint"
+            stop = signal.Signals(_asked).name
+            message = f"stopped by {stop} in a step; {again}, from the last checkpoint"
         elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in says):
             code, message = 1, f"another process is gone ({first_line(error)})"
         else:
@@ -570,10 +556,9 @@ def settings(recipe, rows, name, small=False, **others):
     """The recipe with what the row `name` changes, the paper's or that of the small run, and with
     `others` changed."""
     values = {key: entry[1 if small else 0] for key, entry in recipe.items()}
-    for key, value in row_of(rows, name).settings.items():
-        if not (small and key in SCHEDULE):
-            values[key] = value
-    return argparse.Namespace(**{"variant": name, "resume": None, **values, **others})
+    changed = {key: value for key, value in row_of(rows, name).settings.items()
+               if not (small and key in SCHEDULE)}
+    return argparse.Namespace(**{"variant": name, "resume": None, **values, **changed, **others})
 
 
 LEAST = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
@@ -651,12 +636,10 @@ def describe(rows):
 
 
 def parse_args(recipe, rows, text, script):
-    """The command line of a script -> its arguments, with the checkpoint of --resume or None as
-    `checkpoint` and the figures that the paper prints for the row and the data set as `printed`.
-
-    What the user leaves out comes from the checkpoint, then from the row, then from the recipe.
-    recipe, rows: those of the script; text: its docstring; script: its path.
-    """
+    """The command line of a script, whose docstring is `text` -> its arguments, with the checkpoint
+    of --resume or None as `checkpoint` and the figures that the paper prints for the row and the
+    data set as `printed`. What the user leaves out comes from the checkpoint, then from the row,
+    then from the recipe."""
     first, script = next(iter(rows)), Path(script)
     parser = argparse.ArgumentParser(
         description=text.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -710,9 +693,6 @@ def parse_args(recipe, rows, text, script):
 def all_splits(train, args, rows):
     """--split all: train(arguments) of the ten splits one after another, with the mean; finished
     ones are left out, and an unfinished one goes on."""
-    with contextlib.redirect_stdout(io.StringIO()):  # what is wrong shows before the first run
-        for split in range(10):
-            load_dataset(args.data, args.root, split, args.chunk)
     results = []
     for split in map(str, range(10)):
         changes = {"split": split, "output": f"{args.output}/split-{split}", "resume": None}
@@ -759,9 +739,9 @@ class Run:
         self.printed = vars(args).pop("printed", None)
         self.checkpoint = vars(args).pop("checkpoint", None)
         self.args, self.device = args, pick_device(args.gpu)
+        self.cuda = self.device.type == "cuda"
         if args.workers is None:
-            cuda = self.device.type == "cuda"
-            args.workers = min(8, (os.cpu_count() or 1) // world()) if cuda else 0
+            args.workers = min(8, (os.cpu_count() or 1) // world()) if self.cuda else 0
         torch.manual_seed(args.seed)
         self.size, self.batch = (args.height, args.width), args.ids * args.clips
         self.extraction = dict(batch=self.batch, workers=args.workers, amp=args.amp)
@@ -769,7 +749,6 @@ class Run:
         self.history, self.steps, self.totals, self.states = [], 0, {}, {}
         if self.checkpoint:
             self.history = self.checkpoint["history"]
-            self.num_identities = self.checkpoint["num_classes"]
 
     @contextlib.contextmanager
     def setting_up(self):
@@ -799,12 +778,12 @@ class Run:
 
     def num_classes(self, dataset):
         """Identities of the classifier: the data set's, or in an evaluation the checkpoint's."""
-        if not self.checkpoint:
-            self.num_identities = dataset.num_identities
-        elif not self.args.evaluate and self.num_identities != dataset.num_identities:
-            raise UserError(f"{self.args.resume}: was trained on {self.num_identities} identities, "
-                            f"{self.args.data} has {dataset.num_identities}")
-        return self.num_identities
+        here = dataset.num_identities
+        self.num_identities = saved = self.checkpoint["num_classes"] if self.checkpoint else here
+        if not self.args.evaluate and saved != here:
+            raise UserError(f"{self.args.resume}: was trained on {saved} identities, "
+                            f"{self.args.data} has {here}")
+        return saved
 
     def prepare(self, model):
         """The network on the device, in channels_last, compiled with --compile, and with the
@@ -813,7 +792,7 @@ class Run:
         parameters, macs = complexity(model, args.frames, *self.size)
         print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) "
               f"a clip of {args.frames} frames of {args.height}x{args.width}")
-        if world() > 1 and self.device.type == "cuda":
+        if world() > 1 and self.cuda:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         for layer in model.to(self.device).modules():
             if isinstance(layer, torch.nn.Conv2d):  # 5-dimensional weights cannot be
@@ -831,23 +810,21 @@ class Run:
     def loader(self, tracklets, sampler, sample):
         """Batches of augmented training clips (uint8, on the CPU) and their identities; sampler,
         sample: see PKSampler, TrainClips."""
-        args, workers = self.args, self.args.workers
-        batches = sampler([t.pid for t in tracklets], args.ids, args.clips, args.seed, rank(),
-                          world())
-        clips = TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase)
+        args, pids = self.args, [t.pid for t in tracklets]
         return torch.utils.data.DataLoader(
-            clips, batch_sampler=batches, num_workers=workers, worker_init_fn=own_group,
-            pin_memory=self.device.type == "cuda", persistent_workers=workers > 0,
-            generator=torch.Generator())
+            TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase),
+            batch_sampler=sampler(pids, args.ids, args.clips, args.seed, rank(), world()),
+            num_workers=args.workers, persistent_workers=args.workers > 0,
+            worker_init_fn=own_group, pin_memory=self.cuda, generator=torch.Generator())
 
     def start(self, **states):
         """Begins to train, or goes on with --resume: states are what a checkpoint keeps, model,
         optimizer and scheduler. Signals are obeyed after a step from here on."""
-        args, folder = self.args, self.last.parent
+        args = self.args
         going_on = self.checkpoint and Path(args.resume).resolve() == self.last.resolve()
         if not going_on and (self.last.exists() or self.log_file.exists()):
-            raise UserError(f"{folder} holds a run already: go on with --resume {self.last}, or "
-                            "name another --output")
+            raise UserError(f"{args.output} holds a run already: go on with --resume {self.last}, "
+                            "or name another --output")
         self.states = states = {**states, "random": RandomStates()}
         if self.checkpoint:
             restore(args.resume, self.checkpoint, **states)
@@ -856,7 +833,7 @@ class Run:
             print(f"going on after epoch {len(self.history)}{step} of {args.resume}")
         catch_signals()
         if rank() == 0:
-            with replacing(folder / "args.json") as file:
+            with replacing(self.last.with_name("args.json")) as file:
                 file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
             if self.checkpoint:  # a kill may have left an older log
                 save_rows(self.history, self.log_file)
@@ -865,9 +842,7 @@ class Run:
 
     def parallel(self, model):
         """The network for training on this process' part of the batch."""
-        if world() == 1:
-            return model
-        return torch.nn.parallel.DistributedDataParallel(model)
+        return model if world() == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
     def epochs(self):
         """The epochs to train, from 1; the last one of a checkpoint again when it is complete, for
@@ -956,8 +931,8 @@ class Run:
     def finish(self):
         """Prints the last epoch's result beside the paper's figures of the row, and returns it."""
         args, result = self.args, self.history[-1]
-        figures = ", ".join(f"{name} {value}" for name, value in
-                            zip(("mAP", "rank-1"), self.printed or ()) if value is not None)
+        printed = zip(("mAP", "rank-1"), self.printed or ())
+        figures = ", ".join(f"{name} {value}" for name, value in printed if value is not None)
         says = f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
         if result["mAP"] != "":
             print(f"{args.variant} on {args.data}, epoch {len(self.history)}: mAP "
@@ -970,15 +945,14 @@ class Run:
 
 def watch(model, clips, *modules):
     """Runs the network on clips; of each module a list of its calls, (inputs, output)."""
-    calls = [[] for _ in modules]
-    training = model.training
+    calls, training = {module: [] for module in modules}, model.training
     with contextlib.ExitStack() as hooks, torch.no_grad():
-        for module, seen in zip(modules, calls):
-            hook = module.register_forward_hook(lambda _, *call, seen=seen: seen.append(call))
+        for module in calls:
+            hook = module.register_forward_hook(lambda own, *call: calls[own].append(call))
             hooks.enter_context(hook)
         model.eval()(clips)
     model.train(training)
-    return calls
+    return [*calls.values()]
 
 
 def energy(x):
@@ -1003,7 +977,6 @@ def overlays(frames, maps, low=None, high=None):
     maps = np.ma.masked_invalid(maps.float().cpu().numpy())
     colours = cm.ScalarMappable(colors.Normalize(low, high), "coolwarm")
     colours.norm.autoscale_None(maps)
-    colours.norm.vmax = max(colours.norm.vmax, colours.norm.vmin + 1e-6)  # of equal values
     cells = torch.from_numpy(colours.cmap(colours.norm(maps), bytes=True)).permute(0, 3, 1, 2)
     cells = F.interpolate(cells[:, :3].float(), frames.shape[2:])  # the nearest
     mixed = (0.6 * cells + 0.4 * frames.cpu().float().mean(1, keepdim=True)).byte()
