@@ -9,12 +9,10 @@ import argparse
 import contextlib
 import copy
 import datetime
-import io
 import json
 import math
 import os
 import signal
-import statistics
 import sys
 import textwrap
 import time
@@ -28,8 +26,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, TrainClips, UserError, load_dataset,
-                  normalize, read_clip)
+from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, TrainClips, UserError, normalize,
+                  read_clip)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
@@ -78,9 +76,8 @@ def match_ranks(d, q_pids, q_cams, g_pids, g_cams):
         same = g_pids == pid
         junk = same & (g_cams == cam) | (g_pids == -1)
         matches = np.flatnonzero(same & ~junk)
+        matches = matches[np.argsort(row[matches], kind="stable")]
         values = row[matches]
-        order = np.argsort(values, kind="stable")
-        matches, values = matches[order], values[order]
         ranking = np.sort(row[~junk])
         # a match ranks behind all smaller distances, and behind equal ones before it in the gallery
         ranks = np.searchsorted(ranking, values, "left")
@@ -96,19 +93,19 @@ def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
 
     CMC[k - 1] is the share of queries with a match among the first k; the average precision of a
     query is the mean, over its matches, of the precision at the match (not interpolated).
-    d: as of `match_ranks`, or an iterable of (slice of queries, distances of these).
+    d: as of `match_ranks`, or what `distance_blocks` yields.
     """
-    first, precision = [], []
+    found = []
     for rows, block in [(slice(None), d)] if hasattr(d, "shape") else d:
-        for ranks in match_ranks(np.asarray(block), q_pids[rows], q_cams[rows], g_pids, g_cams):
-            if len(ranks):
-                first.append(ranks[0])
-                precision.append(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
-    if not first:
+        block = torch.as_tensor(block).numpy(force=True)
+        found += match_ranks(block, q_pids[rows], q_cams[rows], g_pids, g_cams)
+    found = [ranks for ranks in found if len(ranks)]
+    if not found:
         raise UserError("no query has a match in the gallery: another camera must have seen the "
                         "same identity")
-    cmc = (np.array(first)[:, None] < np.arange(1, top + 1)).mean(0)
-    return cmc, float(np.mean(precision)), len(first)
+    first = np.array([ranks[0] for ranks in found])
+    precision = [np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)) for ranks in found]
+    return (first[:, None] < np.arange(1, top + 1)).mean(0), float(np.mean(precision)), len(found)
 
 
 def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
@@ -127,40 +124,39 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
     k1, k2 = min(k1, n - 1), min(k2, n)
     near, farthest = torch.empty(n, k1 + 1, dtype=torch.long), torch.empty(n)
     for rows, d in distance_blocks(x, x, metric):
-        d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1   # before its duplicates
+        d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1  # before its duplicates
         near[rows] = d.topk(k1 + 1, largest=False).indices.cpu()
         farthest[rows] = d.amax(1).cpu() ** power
     near, farthest = near.numpy(), farthest.clamp(min=1e-12).numpy()
 
-    def reciprocal(k):                                  # R(p, k): neighbours with p as neighbour
+    def reciprocal(k):  # R(p, k): neighbours with p as neighbour
         lists = near[:, :k + 1]
         mutual = (lists[lists] == np.arange(n)[:, None, None]).any(2)
         p = np.repeat(np.arange(n), mutual.sum(1))
         return csr_array((np.ones(len(p), np.float32), (p, lists[mutual])), shape=(n, n))
 
     full, half = reciprocal(k1), reciprocal(round(k1 / 2))
-    common = (full @ half.T).multiply(full).tocoo()     # of the neighbours' half sets, in R(p, k1)
+    common = (full @ half.T).multiply(full).tocoo()  # of the neighbours' half sets, in R(p, k1)
     mostly = common.data >= 2 / 3 * half.sum(1)[common.col]
     chosen = csr_array((common.data[mostly], (common.row[mostly], common.col[mostly])), (n, n))
-    p, members = (full + chosen @ half).nonzero()       # R*(p, k1): with half sets mostly in it
+    p, members = (full + chosen @ half).nonzero()  # R*(p, k1): with half sets mostly in it
     weights = np.empty(len(p), np.float32)
     for some in np.array_split(np.arange(len(p)), 1 + len(p) // 10 ** 4):
         a, b = x[p[some]], x[members[some]]
         d = 1 - (a * b).sum(1) if metric == "cosine" else (a - b).square().sum(1)
         weights[some] = np.exp(-d.cpu().numpy() / farthest[p[some]])
     V = csr_array((weights, (p, members)), shape=(n, n))
-    if k2 > 1:                                          # local query expansion
-        p = np.repeat(np.arange(n), k2)
-        V = csr_array((np.full(n * k2, 1 / k2, V.dtype), (p, near[:, :k2].ravel()))) @ V
+    p = np.repeat(np.arange(n), k2)  # local query expansion
+    V = csr_array((np.full(n * k2, 1 / k2, V.dtype), (p, near[:, :k2].ravel()))) @ V
     columns, total = V[len(q):].tocsc(), V.sum(1)
     out = np.empty((len(q), len(g)), np.float32)
     for rows, d in distance_blocks(x[:len(q)], x[len(q):], metric):
         for p, row in zip(range(rows.start, rows.stop), d.cpu().numpy() ** power):
-            both = np.zeros(len(g), V.dtype)            # sum of the element-wise minima
             mine = slice(V.indptr[p], V.indptr[p + 1])
-            for column, value in zip(V.indices[mine], V.data[mine]):
-                span = slice(columns.indptr[column], columns.indptr[column + 1])
-                both[columns.indices[span]] += np.minimum(value, columns.data[span])
+            minima = columns[:, V.indices[mine]]
+            values = np.repeat(V.data[mine], np.diff(minima.indptr))
+            minima.data = np.minimum(minima.data, values)
+            both = minima.sum(1)
             jaccard = 1 - both / (total[p] + total[len(q):] - both)
             out[p] = weight * row / farthest[p] + (1 - weight) * jaccard
     return out
@@ -175,59 +171,49 @@ def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
     a single process. Raises Stop when a signal asks for it.
 
     model: maps (B, T, 3, H, W) to (B, D) in eval mode; where it has a method `finish`, this takes
-    the means of the tracklets; split: (n, T) -> frame indices (clips, T);
-    size: (height, width); batch: clips a forward pass; amp: bfloat16 autocast.
+    the means of the tracklets; split: (n, T) -> frame indices (clips, T); batch: clips a forward
+    pass; amp: bfloat16 autocast.
     """
     device, training = next(model.parameters()).device, model.training
     clips = AllClips(tracklets, split, T, size)
     batches = [range(i, min(i + batch, len(clips))) for i in range(0, len(clips), batch)]
-    rounds = -(-len(batches) // world())                # in the last one some repeat a batch
-    mine = [batches[i % len(batches)] for i in range(rank(), rounds * world(), world())]
+    # the numbers of this process' batches, as many in each process: some repeat one at the end
+    mine = torch.utils.data.DistributedSampler(batches, world(), rank(), shuffle=False)
     loader = torch.utils.data.DataLoader(
-        clips, batch_sampler=mine, num_workers=workers, worker_init_fn=own_group,
-        pin_memory=device.type == "cuda", generator=torch.Generator())
-    total, count = None, torch.zeros(len(tracklets), 1, device=device)
+        clips, batch_sampler=[batches[i] for i in mine], num_workers=workers,
+        worker_init_fn=own_group, pin_memory=device.type == "cuda", generator=torch.Generator())
+    owners = torch.tensor([owner for owner, _ in clips.clips], device=device)
+    total = None
     for buffer in model.buffers() if world() > 1 else ():  # BatchNorm's statistics may differ
         dist.broadcast(buffer, 0)
     model.eval()
     with tqdm(total=len(clips), desc="features", leave=False, disable=rank() > 0 or None) as bar:
-        for step, (frames, _) in enumerate(loader):
+        for (frames, _), part in zip(loader, owners.split(batch * world())):
             if asked := stop_asked():
                 raise Stop(asked)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x = model(normalize(frames.to(device, non_blocking=True))).float()
-            if total is None:
-                total = torch.zeros(len(tracklets), x.shape[1], device=device)
-            if world() > 1:
+            if world() > 1:  # all parts but the last one are full
                 x = gather(F.pad(x, (0, 0, 0, batch - len(x))))
-            members = batches[step * world():(step + 1) * world()]
-            for part, numbers in zip(x.split(batch), members):
-                owner = torch.tensor([clips.clips[i][0] for i in numbers], device=device)
-                total.index_add_(0, owner, part[:len(owner)])
-                count.index_add_(0, owner, torch.ones(len(owner), 1, device=device))
-                bar.update(len(owner))
+            if total is None:
+                total = x.new_zeros(len(tracklets), x.shape[1])
+            total.index_add_(0, part, x[:len(part)])
+            bar.update(len(part))
     model.train(training)
-    features = total / count
+    features = total / owners.bincount()[:, None]
     return model.finish(features) if hasattr(model, "finish") else features
 
 
 def test_features(model, dataset, split, T, size, **extraction):
     """Features of the query and the gallery tracklets, (Q, D) and (G, D), each tracklet seen once;
     the arguments are those of `extract`."""
-    tracklets = list({t.frames[0]: t for t in dataset.query + dataset.gallery}.values())
-    place = {t.frames[0]: i for i, t in enumerate(tracklets)}
-    x = extract(model, tracklets, split, T, size, **extraction)
+    tracklets = {t.frames[0]: t for t in dataset.query + dataset.gallery}
+    x = extract(model, [*tracklets.values()], split, T, size, **extraction)
     if not x.isfinite().all():
         raise UserError("the network's features are not finite: the weights are damaged or the "
                         "training diverged")
+    place = {first: i for i, first in enumerate(tracklets)}
     return [x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery)]
-
-
-def ranked(q, g, metric, use_rerank):
-    """Distances of the queries' features to the gallery's, as `cmc_map` takes them."""
-    if use_rerank:
-        return rerank(q, g, metric)
-    return ((rows, d.cpu().numpy()) for rows, d in distance_blocks(q, g, metric))
 
 
 def test_ids(dataset):
@@ -239,21 +225,15 @@ def test_ids(dataset):
 def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
              **extraction):
     """All-frames retrieval on the test part of `dataset`: prints mAP and CMC-1/5/10/20 in percent
-    and returns them, {"mAP", "rank-1", "rank-5", "rank-10", "rank-20"}.
-
-    label: stands before the result; the other arguments are those of `extract` and `distances`.
-    """
+    behind `label` and returns them, {"mAP", "rank-1", ...}; the other arguments are those of
+    `extract` and `rerank`."""
     start = time.time()
     q, g = test_features(model, dataset, split, T, size, **extraction)
-    found = [None]
-    if rank() == 0:                                     # the others wait for it
-        found = [cmc_map(ranked(q, g, metric, use_rerank), *test_ids(dataset))]
-    if world() > 1:
-        dist.broadcast_object_list(found)
-    cmc, mean_ap, matched = found[0]
+    d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
+    cmc, mean_ap, matched = cmc_map(d, *test_ids(dataset))
     result = {"mAP": 100 * mean_ap} | {f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}
-    tested = dataset.query + dataset.gallery
-    whole = all(split(len(t.frames), T).size >= len(t.frames) for t in tested)
+    whole = all(split(len(t.frames), T).size >= len(t.frames)
+                for t in dataset.query + dataset.gallery)
     frames = "all frames" if whole else f"whole clips of {T} frames"
     places = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
     skipped = f", {len(q) - matched:,} more have no match and are left out" * (matched < len(q))
@@ -265,16 +245,15 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
 
 # --------------------------------------------------------------------------------------- complexity
 
-def complexity(model, T, height, width):
-    """(parameters, multiply-adds of one clip's inference), counted without computing.
-
-    Multiply-adds are those of convolutions and matrix products, what the papers call FLOPs.
-    Parameters are all learnable ones, those of training heads included.
-    """
+def complexity(model, T, height, width, without=()):
+    """(parameters, multiply-adds of one clip's inference), counted without computing: learnable
+    parameters, but of the parts whose names start as in `without`, and multiply-adds of
+    convolutions and matrix products, what the papers call FLOPs."""
     shadow = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.empty(1, T, 3, height, width, device="meta"))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+    counted = (p for name, p in model.named_parameters() if not name.startswith(without))
+    return sum(p.numel() for p in counted), counter.get_total_flops() // 2
 
 
 # the figures that a Row may have: the unit, and its value from (parameters, multiply-adds, frames)
@@ -293,43 +272,37 @@ def complexity_table(rows, recipe, build, counting):
     ours as the paper counts.
 
     counting: the paper's conventions, {"base": the row over which it prints increments, "without":
-    first names of the parts whose parameters it leaves out, "per_bn", "per_relu": operations for
-    each element of a BatchNorm and a ReLU, "more": (settings of a row) -> multiply-adds counted
-    beside, "truncate": the COSTS that it cuts, not rounds}; each may be missing.
+    first names of the parts whose parameters it leaves out, "per_bn": operations for each element
+    of a BatchNorm, "more": (settings of a row) -> multiply-adds counted beside, "truncate": the
+    COSTS that it cuts, not rounds}; each may be missing.
     """
     def cost(name):
-        args, elements = settings(recipe, rows, name, weights="none"), {"per_bn": 0, "per_relu": 0}
+        args, elements = settings(recipe, rows, name, weights="none"), []
         with torch.device("meta"):
             model = build(args, 625)
-
-        def count(module, inputs, output):
-            kind = "per_relu" if isinstance(module, torch.nn.ReLU) else "per_bn"
-            elements[kind] += output.numel()
         for module in model.modules():
-            if isinstance(module, (torch.nn.ReLU, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
-                module.register_forward_hook(count)
-        parameters = sum(p.numel() for key, p in model.named_parameters()
-                         if not key.startswith(counting.get("without", ())))
-        _, macs = complexity(model, args.frames, args.height, args.width)
-        more = sum(counting.get(key, 0) * number for key, number in elements.items())
+            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+                module.register_forward_hook(lambda *call: elements.append(call[-1].numel()))
+        parameters, macs = complexity(model, args.frames, args.height, args.width,
+                                      counting.get("without", ()))
+        more = counting.get("per_bn", 0) * sum(elements)
         more += counting["more"](args) if "more" in counting else 0
-        return args, (parameters, macs), (parameters, macs + more, args.frames)
+        return args, macs, (parameters, macs + more, args.frames)
     *_, base = cost(counting.get("base", next(iter(rows))))
     table = [["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "printed in the paper",
               "ours, counted so", "equal"]]
     for name in rows:
-        args, (parameters, macs), counted = cost(name)
+        args, macs, counted = cost(name)
         theirs, ours, equal = [], [], []
         for key, figure in row_of(rows, name).costs.items():
             unit, value_of = COSTS[key]
             places, value = len(str(figure).partition(".")[2]), value_of(counted, base)
-            near = math.floor(value * 10 ** places + 1e-9) / 10 ** places \
-                if key in counting.get("truncate", ()) else round(value, places)
+            cut = 0.5 / 10 ** places if key in counting.get("truncate", ()) else 0
             theirs.append(f"{figure} {unit}")
-            ours.append(f"{near:.{places}f}")
-            equal.append("yes" if ours[-1] == f"{figure:.{places}f}" else
-                         f"{100 * (value / figure - 1):+.2f} %")
-        table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{parameters:,}",
+            ours.append(f"{value - cut:.{places}f}")
+            off = f"{100 * (value / figure - 1):+.2f} %"
+            equal.append("yes" if ours[-1] == str(figure) else off)
+        table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{counted[0]:,}",
                       f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}",
                       *map(", ".join, (theirs, ours, equal))])
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -352,10 +325,7 @@ def rank():
 
 def pick_device(gpu=None):
     """The device of this process, by --gpu ("0" ..., "cpu", or None: the first GPU, else the CPU).
-
-    Under torchrun every process takes a GPU of its own, or with "cpu" or without GPUs the CPU, and
-    joins the process group (NCCL or gloo). Raises UserError for a GPU that is not there.
-    """
+    Under torchrun every process takes a GPU of its own, and joins the process group."""
     count, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > 1 and gpu not in (None, "cpu"):
@@ -365,18 +335,18 @@ def pick_device(gpu=None):
         raise UserError(f"{here} processes, but {count} GPUs: use --nproc_per_node {count}, or "
                         "--gpu cpu")
     gpu = gpu or (os.environ.get("LOCAL_RANK", "0") if count else "cpu")
-    if gpu != "cpu" and not (gpu.isascii() and gpu.isdecimal() and int(gpu) < count):
+    if gpu not in ("cpu", *map(str, range(count))):
         there = f"there are GPUs 0 to {count - 1}" if count else "no GPU is there"
         raise UserError(f"--gpu {gpu}: {there}")
-    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{int(gpu)}")
+    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
+    cuda = device.type == "cuda"
     if processes > 1 and not dist.is_initialized():
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.set_device(device)
-        # the others wait while the first one ranks or re-ranks; torchrun ends them when one dies
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU found"
-    print(f"device: {device}" + f" ({name})" * (device.type == "cuda" or not count)
+        # the others wait while the first one downloads or draws; torchrun ends them when one dies
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    name = torch.cuda.get_device_name(device) if cuda else "no GPU found"
+    print(f"device: {device}" + f" ({name})" * (cuda or not count)
           + f", {processes} processes" * (processes > 1))
     return device
 
@@ -404,7 +374,6 @@ class Stop(Exception):
     """SIGINT or SIGTERM asked for the end of a run; the argument is the signal's number."""
 
 
-_HINT = "the same command with --resume goes on"
 _asked = 0
 
 
@@ -415,9 +384,6 @@ def _note(number, _):
 
 def catch_signals():
     """From here on SIGINT and SIGTERM are only noted, for `stop_asked`."""
-    global _asked
-    if signal.getsignal(signal.SIGTERM) is not _note:   # else one may have come since the last run
-        _asked = 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _note)
 
@@ -431,8 +397,7 @@ def stop_asked():
     """The signal that asked any of the processes to stop, or 0; all of them call it together."""
     if world() == 1:
         return _asked
-    device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
-    asked = torch.tensor(_asked, device=device)
+    asked = torch.tensor(_asked, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(asked, dist.ReduceOp.MAX)
     return int(asked)
 
@@ -440,44 +405,42 @@ def stop_asked():
 def command_line(main):
     """Runs a script's main(). What a user can cause ends in one line on stderr and an exit code:
     2 for errors, 128 + the signal's number."""
-    if os.environ.get("RANK", "0") != "0":              # only the first process prints
+    if os.environ.get("RANK", "0") != "0":  # only the first process prints
         sys.stdout = open(os.devnull, "w")
-
-    def leave(code, message):
-        # before they have found each other, all processes of a machine have the same to say
-        if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
-            name = Path(sys.argv[0]).name + f": process {rank()}" * bool(rank())
-            print(f"{name}: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        if dist.is_initialized():
-            os._exit(code)                              # the usual end can wait for processes gone
-        sys.exit(code)
-
-    def stopped(number):
-        return f"stopped by {signal.Signals(number).name}"
+    code, again = 2, "the same command with --resume goes on"
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except UserError as error:
-        leave(2, str(error))
-    except torch.OutOfMemoryError:
-        leave(2, "out of GPU memory: use fewer --ids or --clips, smaller frames, or --amp")
+        message = str(error)
     except Stop as stop:
-        leave(128 + stop.args[0], f"{stopped(*stop.args)}; {_HINT}")
+        code = 128 + stop.args[0]
+        message = f"stopped by {signal.Signals(*stop.args).name}; {again}"
     except KeyboardInterrupt:
-        leave(130, "interrupted")
+        code, message = 130, "interrupted"
     except (RuntimeError, MemoryError) as error:
         says = str(error).lower()
-        if isinstance(error, MemoryError) or "defaultcpuallocator" in says:
-            leave(2, "out of memory: use fewer --ids, --clips or --frames, or smaller frames")
-        if _asked and "dataloader worker" in says:      # the signal was sent to every process
-            leave(128 + _asked, f"{stopped(_asked)} in a step; {_HINT}, from the last checkpoint")
-        words = ("connection", "gloo", "nccl", "broken pipe", "timed out")
-        gone = isinstance(error, dist.DistError) or any(word in says for word in words)
-        if not dist.is_initialized() or not gone:
+        memory = (MemoryError, torch.OutOfMemoryError)
+        if isinstance(error, memory) or "defaultcpuallocator" in says:
+            message = "out of memory: use fewer --ids or --clips, smaller frames, or --amp"
+        elif _asked and "dataloader worker" in says:  # the signal was sent to every process
+            code = 128 + _asked
+            stop = signal.Signals(_asked).name
+            message = f"stopped by {stop} in a step; {again}, from the last checkpoint"
+        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in says):
+            code, message = 1, f"another process is gone ({first_line(error)})"
+        else:
             raise
-        leave(1, f"another process is gone ({first_line(error)})")
+    # before they have found each other, all processes of a machine have the same to say
+    if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+        name = Path(sys.argv[0]).name + f": process {rank()}" * bool(rank())
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        os._exit(code)  # the usual end can wait for processes gone
+    sys.exit(code)
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -505,21 +468,26 @@ def load_file(path):
     return state
 
 
-def load_checkpoint(path, script, rows, training=True):
+def load_checkpoint(path, script, rows, flags, but, training=True):
     """A checkpoint of `script` ("sinet.py"), as a run writes it; rows: the variants that it has;
-    training: it must hold what going on takes, not only the network."""
+    flags: settings, which must be the checkpoint's, those in `but` left out; training: it must hold
+    what going on takes, not only the network."""
     checkpoint = load_file(path)
     wanted = {"args": dict, "num_classes": int, "history": list, "model": dict}
     whole = all(isinstance(checkpoint.get(key), kind) for key, kind in wanted.items())
-    if checkpoint.get("script") != script or not whole \
-            or not {"data", "variant"} <= checkpoint["args"].keys():
+    saved = checkpoint["args"] if whole else {}
+    if checkpoint.get("script") != script or not {"data", "variant"} <= saved.keys():
         raise UserError(f"{path}: not a checkpoint of {script}")
     for key, names in ("data", DATA_SETS), ("variant", rows):
-        if str(checkpoint["args"][key]) not in names:
-            raise UserError(f"{path}: was trained with --{key} {checkpoint['args'][key]}, which "
-                            f"{script} does not have")
+        if str(saved[key]) not in names:
+            raise UserError(f"{path}: was trained with --{key} {saved[key]}, which {script} does "
+                            "not have")
     if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
         raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further")
+    for key in sorted(flags.keys() & saved.keys() - but):
+        if flags[key] != saved[key]:
+            raise UserError(f"{path}: was trained with {typed(key, saved[key])}, not "
+                            f"{typed(key, flags[key])}")
     return checkpoint
 
 
@@ -588,18 +556,14 @@ def settings(recipe, rows, name, small=False, **others):
     """The recipe with what the row `name` changes, the paper's or that of the small run, and with
     `others` changed."""
     values = {key: entry[1 if small else 0] for key, entry in recipe.items()}
-    for key, value in row_of(rows, name).settings.items():
-        if not (small and key in SCHEDULE):
-            values[key] = value
-    return argparse.Namespace(**{"variant": name, "resume": None, **values, **others})
+    changed = {key: value for key, value in row_of(rows, name).settings.items()
+               if not (small and key in SCHEDULE)}
+    return argparse.Namespace(**{"variant": name, "resume": None, **values, **changed, **others})
 
 
 LEAST = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
-         "checkpoint_every": 1, "figure_tracklets": 1}
-MOST = {"erase": 1}
-AUTO = "auto"                                           # of --resume: the run in --output, if any
+         "checkpoint_every": 1, "figure_tracklets": 1}  # of the others 0
 FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, choices])
-    "variant": (None, "row of the paper's tables, see below (the first)"),
     "data": ("synthetic", "data set; synthetic has the small run's recipe", tuple(DATA_SETS)),
     "root": ("datasets", "folder that holds the data sets, ROOT/mars ..., or the set itself"),
     "split": ("0", "of ilids and prid; all: one after another, with the mean",
@@ -625,8 +589,7 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
 HERE = {"evaluate", "figure", "figure_tracklets", "complexity", "gpu", "workers", "resume",
         "compile", "output"}
 GOING_ON = {*HERE, "root", "epochs", "checkpoint_every", "eval_every"}
-EVALUATED = {*GOING_ON, "data", "split", "chunk", "seed", "ids", "clips", "lr", "lr_step", "erase",
-             "weights", "amp", "rerank"}
+EVALUATED = {*FLAGS, *SCHEDULE, "erase", "weights"}
 
 
 def typed(key, value):
@@ -639,14 +602,12 @@ def typed(key, value):
 
 def add_flag(group, key, default, meaning, choices=None):
     """A flag of the kind of its default: int, float, str, bool, a tuple of one kind, or None."""
-    one = (default or [None])[0] if isinstance(default, tuple) else default
-    options = {"choices": choices}
-    if not choices or key == "variant":
-        options["metavar"] = key.upper()
+    one = default[0] if isinstance(default, tuple) else default
+    options = {"choices": choices, "metavar": "VARIANT" if key == "variant" else None}
     if isinstance(one, bool):
         options = {"action": argparse.BooleanOptionalAction}
     elif isinstance(one, (int, float)) or key in ("chunk", "workers"):
-        kind, least, most = type(one or 0), LEAST.get(key, 0), MOST.get(key, 2 ** 31)
+        kind, least, most = type(one or 0), LEAST.get(key, 0), 1 if key == "erase" else 2 ** 31
 
         def number(text):
             if not least <= kind(text) <= most:
@@ -657,7 +618,7 @@ def add_flag(group, key, default, meaning, choices=None):
     if isinstance(default, tuple):
         options["nargs"] = "*"
     if key == "resume":
-        options.update(nargs="?", const=AUTO)
+        options.update(nargs="?", const="auto")
     group.add_argument(typed(key, ()), help=meaning.replace("%", "%%"), **options)
 
 
@@ -675,12 +636,10 @@ def describe(rows):
 
 
 def parse_args(recipe, rows, text, script):
-    """The command line of a script -> its arguments, with the checkpoint of --resume or None as
-    `checkpoint` and the figures that the paper prints for the row and the data set as `printed`.
-
-    What the user leaves out comes from the checkpoint, then from the row, then from the recipe.
-    recipe, rows: those of the script; text: its docstring; script: its path.
-    """
+    """The command line of a script, whose docstring is `text` -> its arguments, with the checkpoint
+    of --resume or None as `checkpoint` and the figures that the paper prints for the row and the
+    data set as `printed`. What the user leaves out comes from the checkpoint, then from the row,
+    then from the recipe."""
     first, script = next(iter(rows)), Path(script)
     parser = argparse.ArgumentParser(
         description=text.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -697,65 +656,51 @@ def parse_args(recipe, rows, text, script):
         values = values[0] + f"; small run {values[1]}" * (small != paper)
         add_flag(group, key, paper, f"{meaning} ({values})", *choices)
     group = parser.add_argument_group("run")
+    add_flag(group, "variant", None, "row of the paper's tables, see below (the first)", rows)
     for key, (default, meaning, *choices) in FLAGS.items():
         known = default is not None and default is not False
-        choices = [rows] if key == "variant" else choices
         add_flag(group, key, default, meaning + f" ({default})" * known, *choices)
     chosen = {key: tuple(value) if isinstance(value, list) else value
               for key, value in vars(parser.parse_args()).items()}
-    run = {key: default for key, (default, *_) in FLAGS.items()} | chosen
-    run["evaluate"] |= run["figure"] is not None
-    data, variant = run["data"], run["variant"] or first
+    default = {key: value for key, (value, *_) in FLAGS.items()}
+    run = argparse.Namespace(**{**default, **chosen})
+    evaluate = run.evaluate or run.figure is not None
+    data, variant, resume = run.data, chosen.get("variant", first), run.resume
     folder = f"runs/{script.stem}-{data}" + f"-{variant}" * (variant != first)
-    if data in SPLIT_SETS and run["split"] != "all":
-        folder += f"/split-{run['split']}"
-    output, checkpoint, saved = run["output"] or folder, None, {}
-    if run["resume"] == AUTO:
+    if data in SPLIT_SETS and run.split != "all":
+        folder += f"/split-{run.split}"
+    output, checkpoint, saved = run.output or folder, None, {}
+    if resume == "auto":
         last = f"{output}/last.pt"
-        run["resume"] = last if run["evaluate"] or os.path.exists(last) else None
-    if run["resume"] is not None and run["split"] != "all":
-        checkpoint = load_checkpoint(run["resume"], script.name, rows, not run["evaluate"])
+        resume = last if evaluate or os.path.exists(last) else None
+    if resume is not None and run.split != "all":
+        but = EVALUATED if evaluate else GOING_ON | {"weights", "amp", "rerank"}
+        checkpoint = load_checkpoint(resume, script.name, rows, chosen, but, not evaluate)
         saved = {k: v for k, v in checkpoint["args"].items() if k not in HERE}
-        but = EVALUATED if run["evaluate"] else GOING_ON | {"weights", "amp", "rerank"}
-        same_flags(checkpoint, chosen, run["resume"], but)
-        output = run["output"] or str(Path(run["resume"]).parent)
+        output = run.output or str(Path(resume).parent)
         data, variant = chosen.get("data", saved["data"]), saved["variant"]
     if "split" in chosen and data not in SPLIT_SETS:
         raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
-    if run["split"] == "all" and run["evaluate"]:
+    if run.split == "all" and evaluate:
         raise UserError("--split all: is for training, --evaluate and --figure take one split")
     row = vars(settings(recipe, rows, variant, small=data == "synthetic"))
-    always = {"variant": variant, "output": output, "resume": run["resume"],
-              "evaluate": run["evaluate"], "script": script.name, "checkpoint": checkpoint,
-              "printed": row_of(rows, variant).figures.get(data)}
-    run["chunk"] = CHUNK.get(data, 0)
-    return argparse.Namespace(**{**run, **row, **saved, **chosen, **always})
-
-
-def same_flags(checkpoint, flags, path, but):
-    """Raises UserError when one of `flags`, those in `but` left out, is not the checkpoint's."""
-    saved = checkpoint["args"]
-    for key in sorted(flags.keys() & saved.keys() - but):
-        if flags[key] != saved[key]:
-            raise UserError(f"{path}: was trained with {typed(key, saved[key])}, not "
-                            f"{typed(key, flags[key])}")
+    return argparse.Namespace(**{
+        **default, "chunk": CHUNK.get(data, 0), **row, **saved, **chosen, "resume": resume,
+        "evaluate": evaluate, "output": output, "script": script.name, "checkpoint": checkpoint,
+        "printed": row_of(rows, variant).figures.get(data)})
 
 
 def all_splits(train, args, rows):
     """--split all: train(arguments) of the ten splits one after another, with the mean; finished
     ones are left out, and an unfinished one goes on."""
-    with contextlib.redirect_stdout(io.StringIO()):     # what is wrong shows before the first run
-        for split in range(10):
-            load_dataset(args.data, args.root, split, args.chunk)
     results = []
     for split in map(str, range(10)):
         changes = {"split": split, "output": f"{args.output}/split-{split}", "resume": None}
         one, done = argparse.Namespace(**{**vars(args), **changes}), False
         last = f"{one.output}/last.pt"
         if os.path.exists(last):
-            one.resume, one.checkpoint = last, load_checkpoint(last, args.script, rows)
-            same_flags(one.checkpoint, vars(one), last, GOING_ON)
-            history = one.checkpoint["history"]
+            one.checkpoint = load_checkpoint(last, args.script, rows, vars(one), GOING_ON)
+            one.resume, history = last, one.checkpoint["history"]
             if len(history) > args.epochs:
                 raise UserError(f"{last}: has {len(history)} epochs, --epochs says {args.epochs}")
             done = len(history) == args.epochs and history[-1]["mAP"] != ""
@@ -765,7 +710,7 @@ def all_splits(train, args, rows):
     figures = []
     for key in ("mAP", "rank-1"):
         values = [result[key] for result in results]
-        figures.append(f"{key} {statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}")
+        figures.append(f"{key} {np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}")
     print("10 splits: " + "   ".join(figures))
 
 
@@ -779,8 +724,7 @@ class RandomStates:
 
     def load_state_dict(self, states):
         torch.set_rng_state(states[0])
-        for i, state in enumerate(states[1:][:torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, i)
+        torch.cuda.set_rng_state_all(states[1:][:torch.cuda.device_count()])
 
 
 class Run:
@@ -795,9 +739,9 @@ class Run:
         self.printed = vars(args).pop("printed", None)
         self.checkpoint = vars(args).pop("checkpoint", None)
         self.args, self.device = args, pick_device(args.gpu)
+        self.cuda = self.device.type == "cuda"
         if args.workers is None:
-            cuda = self.device.type == "cuda"
-            args.workers = min(8, (os.cpu_count() or 1) // world()) if cuda else 0
+            args.workers = min(8, (os.cpu_count() or 1) // world()) if self.cuda else 0
         torch.manual_seed(args.seed)
         self.size, self.batch = (args.height, args.width), args.ids * args.clips
         self.extraction = dict(batch=self.batch, workers=args.workers, amp=args.amp)
@@ -805,7 +749,6 @@ class Run:
         self.history, self.steps, self.totals, self.states = [], 0, {}, {}
         if self.checkpoint:
             self.history = self.checkpoint["history"]
-            self.num_identities = self.checkpoint["num_classes"]
 
     @contextlib.contextmanager
     def setting_up(self):
@@ -816,7 +759,7 @@ class Run:
         if rank():
             dist.barrier()
         if not self.args.resume and weights != "none" and (weights != "imagenet" or file.exists()):
-            load_file(file)                             # for its checksums
+            load_file(file)  # for its checksums
         try:
             with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports the download there
                 yield
@@ -835,12 +778,12 @@ class Run:
 
     def num_classes(self, dataset):
         """Identities of the classifier: the data set's, or in an evaluation the checkpoint's."""
-        if not self.checkpoint:
-            self.num_identities = dataset.num_identities
-        elif not self.args.evaluate and self.num_identities != dataset.num_identities:
-            raise UserError(f"{self.args.resume}: was trained on {self.num_identities} identities, "
-                            f"{self.args.data} has {dataset.num_identities}")
-        return self.num_identities
+        here = dataset.num_identities
+        self.num_identities = saved = self.checkpoint["num_classes"] if self.checkpoint else here
+        if not self.args.evaluate and saved != here:
+            raise UserError(f"{self.args.resume}: was trained on {saved} identities, "
+                            f"{self.args.data} has {here}")
+        return saved
 
     def prepare(self, model):
         """The network on the device, in channels_last, compiled with --compile, and with the
@@ -849,15 +792,15 @@ class Run:
         parameters, macs = complexity(model, args.frames, *self.size)
         print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) "
               f"a clip of {args.frames} frames of {args.height}x{args.width}")
-        if world() > 1 and self.device.type == "cuda":
+        if world() > 1 and self.cuda:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         for layer in model.to(self.device).modules():
-            if isinstance(layer, torch.nn.Conv2d):      # 5-dimensional weights cannot be
+            if isinstance(layer, torch.nn.Conv2d):  # 5-dimensional weights cannot be
                 layer.to(memory_format=torch.channels_last)
         if self.checkpoint:
             restore(args.resume, self.checkpoint, model=model)
         if args.compile and not args.figure:
-            try:                                        # a small function shows whether it works
+            try:  # a small function shows whether it works
                 torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
                 model.compile()
             except Exception as error:  # of many kinds
@@ -867,23 +810,21 @@ class Run:
     def loader(self, tracklets, sampler, sample):
         """Batches of augmented training clips (uint8, on the CPU) and their identities; sampler,
         sample: see PKSampler, TrainClips."""
-        args, workers = self.args, self.args.workers
-        batches = sampler([t.pid for t in tracklets], args.ids, args.clips, args.seed, rank(),
-                          world())
-        clips = TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase)
+        args, pids = self.args, [t.pid for t in tracklets]
         return torch.utils.data.DataLoader(
-            clips, batch_sampler=batches, num_workers=workers, worker_init_fn=own_group,
-            pin_memory=self.device.type == "cuda", persistent_workers=workers > 0,
-            generator=torch.Generator())
+            TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase),
+            batch_sampler=sampler(pids, args.ids, args.clips, args.seed, rank(), world()),
+            num_workers=args.workers, persistent_workers=args.workers > 0,
+            worker_init_fn=own_group, pin_memory=self.cuda, generator=torch.Generator())
 
     def start(self, **states):
         """Begins to train, or goes on with --resume: states are what a checkpoint keeps, model,
         optimizer and scheduler. Signals are obeyed after a step from here on."""
-        args, folder = self.args, self.last.parent
-        going_on = self.checkpoint and os.path.realpath(args.resume) == os.path.realpath(self.last)
+        args = self.args
+        going_on = self.checkpoint and Path(args.resume).resolve() == self.last.resolve()
         if not going_on and (self.last.exists() or self.log_file.exists()):
-            raise UserError(f"{folder} holds a run already: go on with --resume {self.last}, or "
-                            "name another --output")
+            raise UserError(f"{args.output} holds a run already: go on with --resume {self.last}, "
+                            "or name another --output")
         self.states = states = {**states, "random": RandomStates()}
         if self.checkpoint:
             restore(args.resume, self.checkpoint, **states)
@@ -892,19 +833,16 @@ class Run:
             print(f"going on after epoch {len(self.history)}{step} of {args.resume}")
         catch_signals()
         if rank() == 0:
-            with replacing(folder / "args.json") as file:
+            with replacing(self.last.with_name("args.json")) as file:
                 file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
-            if self.checkpoint:                         # a kill may have left an older log
+            if self.checkpoint:  # a kill may have left an older log
                 save_rows(self.history, self.log_file)
         self.is_new = not self.checkpoint
-        self.checkpoint = None                          # its memory
+        self.checkpoint = None  # its memory
 
     def parallel(self, model):
         """The network for training on this process' part of the batch."""
-        if world() == 1:
-            return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        return model if world() == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
     def epochs(self):
         """The epochs to train, from 1; the last one of a checkpoint again when it is complete, for
@@ -918,15 +856,13 @@ class Run:
             return
         sampler, start, first = loader.batch_sampler, time.time(), self.steps
         sampler.set_epoch(epoch, self.steps)
-        bar = tqdm(total=len(loader) * self.batch, desc=f"epoch {epoch}/{self.args.epochs}",
-                   unit=" clips", leave=False, disable=rank() > 0 or None)
-        with bar:
-            for clips, pids in loader:
-                yield (clips.to(self.device, non_blocking=True),
-                       pids.to(self.device, non_blocking=True))
+        with tqdm(total=len(loader) * self.batch, desc=f"epoch {epoch}/{self.args.epochs}",
+                  unit=" clips", leave=False, disable=rank() > 0 or None) as bar:
+            for batch in loader:
+                yield [part.to(self.device, non_blocking=True) for part in batch]
                 means = {name: total / self.steps for name, total in self.totals.items()}
-                bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
-                bar.update(len(pids))
+                bar.set_postfix(means, refresh=False)
+                bar.update(self.batch)
                 if stop_asked():
                     break
         sampler.set_epoch(epoch)
@@ -995,8 +931,8 @@ class Run:
     def finish(self):
         """Prints the last epoch's result beside the paper's figures of the row, and returns it."""
         args, result = self.args, self.history[-1]
-        figures = ", ".join(f"{name} {value}" for name, value in
-                            zip(("mAP", "rank-1"), self.printed or ()) if value is not None)
+        printed = zip(("mAP", "rank-1"), self.printed or ())
+        figures = ", ".join(f"{name} {value}" for name, value in printed if value is not None)
         says = f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
         if result["mAP"] != "":
             print(f"{args.variant} on {args.data}, epoch {len(self.history)}: mAP "
@@ -1009,15 +945,14 @@ class Run:
 
 def watch(model, clips, *modules):
     """Runs the network on clips; of each module a list of its calls, (inputs, output)."""
-    calls = [[] for _ in modules]
-    training = model.training
+    calls, training = {module: [] for module in modules}, model.training
     with contextlib.ExitStack() as hooks, torch.no_grad():
-        for module, seen in zip(modules, calls):
-            hook = module.register_forward_hook(lambda _, *call, seen=seen: seen.append(call))
+        for module in calls:
+            hook = module.register_forward_hook(lambda own, *call: calls[own].append(call))
             hooks.enter_context(hook)
         model.eval()(clips)
     model.train(training)
-    return calls
+    return [*calls.values()]
 
 
 def energy(x):
@@ -1042,7 +977,6 @@ def overlays(frames, maps, low=None, high=None):
     maps = np.ma.masked_invalid(maps.float().cpu().numpy())
     colours = cm.ScalarMappable(colors.Normalize(low, high), "coolwarm")
     colours.norm.autoscale_None(maps)
-    colours.norm.vmax = max(colours.norm.vmax, colours.norm.vmin + 1e-6)  # of equal values
     cells = torch.from_numpy(colours.cmap(colours.norm(maps), bytes=True)).permute(0, 3, 1, 2)
     cells = F.interpolate(cells[:, :3].float(), frames.shape[2:])  # the nearest
     mixed = (0.6 * cells + 0.4 * frames.cpu().float().mean(1, keepdim=True)).byte()
@@ -1090,15 +1024,14 @@ def sheet(title, rows, path, height=1.2):
 def figures(run, model, dataset, split, metric, picture):
     """--figure: of some queries the script's `picture` and the ranked list, then three charts.
     picture: (model, clips (1, T, 3, H, W), frames (T, 3, H, W), uint8) -> (title, rows)."""
-    args = run.args
+    args, folder = run.args, Path(run.args.figure)
     size = (args.height, args.width)
-    folder = Path(args.figure)
     q, g = test_features(model, dataset, split, args.frames, size, **run.extraction)
     if rank():
         return
     q_pids, q_cams, g_pids, g_cams = ids = test_ids(dataset)
     d = rerank(q, g, metric) if args.rerank else \
-        next(distance_blocks(q, g, metric, len(q)))[1].cpu().numpy()
+        next(distance_blocks(q, g, metric, len(q)))[1].numpy(force=True)
     state = f"{args.variant} on {args.data}, epoch {len(run.history)}" + ", re-ranked" * args.rerank
 
     def strip(label, tracklet, colour):
@@ -1120,11 +1053,10 @@ def figures(run, model, dataset, split, metric, picture):
         sheet(f"{title}; {state}", rows, folder / f"{name}.png")
 
         rows = [strip("query", query, "black")]
-        same = g_pids == query.pid
-        junk = same & (g_cams == query.cam) | (g_pids == -1)  # as in match_ranks
-        order = [j for j in np.argsort(d[i], kind="stable") if not junk[j]]
-        for place, j in enumerate(order[:8], 1):
-            verdict, colour = ("right", "green") if same[j] else ("wrong", "red")
+        ranking = [j for j in np.argsort(d[i], kind="stable")  # as that of match_ranks
+                   if (g_pids[j], g_cams[j]) != (query.pid, query.cam)]
+        for place, j in enumerate(ranking[:8], 1):
+            verdict, colour = ("right", "green") if g_pids[j] == query.pid else ("wrong", "red")
             label = f"{place}. {verdict}, distance {d[i, j]:.3f}"
             rows.append(strip(label, dataset.gallery[j], colour))
         sheet(f"Ranked list; {state}", rows, folder / f"{name}-ranked.png")

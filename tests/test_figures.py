@@ -253,7 +253,7 @@ def test_ranked_list_is_the_metrics(monkeypatch, small_root, tmp_path, sheets):
     torch.manual_seed(0)
     model = Colours(dataset.num_identities)
     q, g = common.test_features(model, dataset, sinet.SPLIT, 4, (48, 40))
-    d = np.concatenate([block for _, block in common.ranked(q, g, sinet.METRIC, False)])
+    d = torch.cat([block for _, block in common.distance_blocks(q, g, sinet.METRIC)]).numpy()
     ranks = common.match_ranks(d, *common.test_ids(dataset))
     lists = {name: rows for name, rows in sheets.items() if name.endswith("-ranked.png")}
     assert len(lists) == len(dataset.query)
