@@ -206,9 +206,12 @@ def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
 
 def test_features(model, dataset, split, T, size, **extraction):
     """Features of the query and the gallery tracklets, (Q, D) and (G, D), each tracklet seen once;
-    the arguments are those of `extract`."""
+    the arguments are those of `extract`. A model's method `test_parts` gives the networks whose
+    features are joined, and the frames of their clips."""
     tracklets = {t.frames[0]: t for t in dataset.query + dataset.gallery}
-    x = extract(model, [*tracklets.values()], split, T, size, **extraction)
+    parts = model.test_parts() if hasattr(model, "test_parts") else [(model, T)]
+    x = torch.cat([extract(part, [*tracklets.values()], split, frames, size, **extraction)
+                   for part, frames in parts], 1)
     if not x.isfinite().all():
         raise UserError("the network's features are not finite: the weights are damaged or the "
                         "training diverged")
@@ -552,13 +555,18 @@ def row_of(rows, name):
 SCHEDULE = ("epochs", "ids", "clips", "lr", "lr_step")
 
 
+def changed(rows, name, small):
+    """What the row `name` changes."""
+    return {key: value for key, value in row_of(rows, name).settings.items()
+            if not (small and key in SCHEDULE)}
+
+
 def settings(recipe, rows, name, small=False, **others):
     """The recipe with what the row `name` changes, the paper's or that of the small run, and with
     `others` changed."""
     values = {key: entry[1 if small else 0] for key, entry in recipe.items()}
-    changed = {key: value for key, value in row_of(rows, name).settings.items()
-               if not (small and key in SCHEDULE)}
-    return argparse.Namespace(**{"variant": name, "resume": None, **values, **changed, **others})
+    return argparse.Namespace(**{"variant": name, "resume": None, **values,
+                                 **changed(rows, name, small), **others})
 
 
 LEAST = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
@@ -690,20 +698,44 @@ def parse_args(recipe, rows, text, script):
         "printed": row_of(rows, variant).figures.get(data)})
 
 
+def part_of(args, rows, folder, variant=None, **changes):
+    """The arguments of a part of a run: those of the run, of the row `variant`, and `changes`. It
+    has a folder of its own in --output, and goes on where it was stopped."""
+    values = {**vars(args), "output": f"{args.output}/{folder}", "resume": None}
+    if variant:
+        values |= changed(rows, variant, args.data == "synthetic")
+        values |= {"variant": variant, "printed": row_of(rows, variant).figures.get(args.data)}
+    part = argparse.Namespace(**values | changes)
+    last = f"{part.output}/last.pt"
+    if os.path.exists(last):
+        part.checkpoint = load_checkpoint(last, args.script, rows, vars(part), GOING_ON)
+        part.resume, epochs = last, len(part.checkpoint["history"])
+        if epochs > part.epochs:
+            raise UserError(f"{last}: has {epochs} epochs, --epochs says {part.epochs}")
+    return part
+
+
+def load_part(path, prefix, module=None):
+    """The part of the network in a run's last.pt whose names start with prefix, loaded into module
+    where there is one; raises UserError when there is none, or it does not fit."""
+    saved = load_file(path).get("model")
+    model = saved if isinstance(saved, dict) else {}
+    state = {k.removeprefix(prefix): v for k, v in model.items() if str(k).startswith(prefix)}
+    if not state:
+        raise UserError(f"{path}: holds no {prefix.rstrip('.')} of a run of this script")
+    if module:
+        restore(path, {"network": state}, network=module)
+    return state
+
+
 def all_splits(train, args, rows):
     """--split all: train(arguments) of the ten splits one after another, with the mean; finished
     ones are left out, and an unfinished one goes on."""
     results = []
     for split in map(str, range(10)):
-        changes = {"split": split, "output": f"{args.output}/split-{split}", "resume": None}
-        one, done = argparse.Namespace(**{**vars(args), **changes}), False
-        last = f"{one.output}/last.pt"
-        if os.path.exists(last):
-            one.checkpoint = load_checkpoint(last, args.script, rows, vars(one), GOING_ON)
-            one.resume, history = last, one.checkpoint["history"]
-            if len(history) > args.epochs:
-                raise UserError(f"{last}: has {len(history)} epochs, --epochs says {args.epochs}")
-            done = len(history) == args.epochs and history[-1]["mAP"] != ""
+        one = part_of(args, rows, f"split-{split}", split=split)
+        history = one.checkpoint["history"] if one.checkpoint else []
+        done = len(history) == args.epochs and history[-1]["mAP"] != ""
         results.append(history[-1] if done else train(one))
         print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}"
               + " (finished before)" * done, flush=True)
@@ -712,6 +744,17 @@ def all_splits(train, args, rows):
         values = [result[key] for result in results]
         figures.append(f"{key} {np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}")
     print("10 splits: " + "   ".join(figures))
+
+
+def run_script(train, build, recipe, rows, counting, text, script):
+    """What a command line asks for; the arguments are the parts of a script."""
+    args = parse_args(recipe, rows, text, script)
+    if args.complexity:
+        complexity_table(rows, recipe, build, counting)
+    elif args.split == "all":
+        all_splits(train, args, rows)
+    else:
+        train(args)
 
 
 # ----------------------------------------------------------------------------------- a training run

@@ -770,11 +770,10 @@ class TrackletSampler(PKSampler):
 # Small drawn pedestrians. People come in look-alike groups that share the salient upper clothes and
 # differ in the rest.
 
-_CLOTHES = [ImageColor.getrgb(name) for name in (
-    "firebrick", "royalblue", "seagreen", "gold", "whitesmoke", "#26262a", "darkorange", "hotpink",
-    "rebeccapurple", "saddlebrown", "gray")]
-_HAIR = [ImageColor.getrgb(name) for name in ("#1c1816", "#54361e", "#cea85c", "sienna", "#9c9c9e")]
-_SKIN = [ImageColor.getrgb(name) for name in ("#f0ccb2", "#d8a882", "#a87450", "#62402c")]
+_UPPER = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
+_LOWER = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
+_HAIR = "#1c1816 #54361e #cea85c sienna #9c9c9e".split()
+_SKIN = "#f0ccb2 #d8a882 #a87450 #62402c".split()
 _CUTS = ("trousers", "shorts", "skirt", "coat")
 _HEADS = ("short", "long", "bun", "cap", "bald")
 _BAGS = ("none", "backpack", "shoulder", "hand")
@@ -783,6 +782,7 @@ _SUPER = 3  # frames are drawn three times as large and averaged down
 
 
 def _shade(colour, factor):
+    colour = ImageColor.getrgb(colour) if isinstance(colour, str) else colour
     return tuple(int(min(255, c * factor)) for c in colour)
 
 
@@ -790,18 +790,16 @@ def _draw_people(count, rng, group=4, gait=False):
     """Looks and gaits of people in look-alike groups; gait: all but it is the same in a group."""
     people = []
     while len(people) < count:
-        upper, second = rng.choice(len(_CLOTHES), 2, replace=False)
-        shared = dict(upper=_CLOTHES[upper], second=_CLOTHES[second], sleeves=rng.random() < 0.65,
-                      pattern=_PATTERNS[rng.integers(5)])
-        lower, cut, head, bag = (rng.permutation(n) for n in (len(_CLOTHES), 4, 5, 4))
+        upper, second = rng.choice(_UPPER, 2, replace=False)
+        shared = dict(upper=upper, second=second, sleeves=rng.random() < 0.65,
+                      pattern=rng.choice(_PATTERNS))
+        lower, cut, head, bag = map(rng.permutation, (_LOWER, _CUTS, _HEADS, _BAGS))
         for i in range(min(group, count - len(people))):
             if i == 0 or not gait:
-                cap, shoes, bag_colour = rng.choice(len(_CLOTHES), 3)
                 own = dict(
-                    lower=_CLOTHES[lower[i % len(lower)]], cut=_CUTS[cut[i % 4]],
-                    head=_HEADS[head[i % 5]], bag=_BAGS[bag[i % 4]], cap=_CLOTHES[cap],
-                    shoes=_CLOTHES[shoes], bag_colour=_CLOTHES[bag_colour],
-                    hair=_HAIR[rng.integers(5)], skin=_SKIN[rng.integers(4)],
+                    lower=lower[i % len(lower)], cut=cut[i % len(cut)], head=head[i % len(head)],
+                    bag=bag[i % len(bag)], bag_colour=rng.choice(_UPPER), cap=rng.choice(_UPPER),
+                    hair=rng.choice(_HAIR), skin=rng.choice(_SKIN), shoes=rng.choice(_LOWER),
                     build=rng.uniform(0.82, 1.25), height=rng.uniform(0.9, 1.04),
                     leg=rng.uniform(0.47, 0.53))
             people.append(SimpleNamespace(
@@ -818,17 +816,16 @@ def _draw_camera(index, rng, zoom):
     wall, floor, edge = colour(0.5, 0.8), colour(0.4, 0.7), int(rng.integers(52, 90))
     image = Image.new("RGB", (420, 150), _shade(wall, 1))
     draw = ImageDraw.Draw(image)
-    step, wide, high = ((16, 14, 6), (60, 40, 46))[index % 2]
+    step, wide, high = ((16, 14, 6), (60, 40, 46))[index % 2]  # bricks or windows
     for y in range(edge - high - 2, -high, -high - 2):
         for x in range(y % 2 * step // 2, 420, step):
-            shade = _shade(wall, rng.uniform(0.85, 1.05) if step == 16 else rng.uniform(0.4, 1.2))
-            draw.rectangle([x, y, x + wide, y + high], shade)
+            draw.rectangle([x, y, x + wide, y + high], _shade(wall, rng.uniform(0.8, 1.05)))
     draw.rectangle([0, edge, 420, 150], _shade(floor, 1))
-    for x in rng.integers(0, 420, 6).tolist():
+    for x in rng.integers(0, 420, 5).tolist():
         draw.rectangle([x, edge, x + 30, 150], _shade(floor, rng.uniform(0.8, 1.1)))
-        draw.rectangle([x - 3, edge - 40, x + 3, edge], (84, 62, 44))
-        leaves = _shade((50, 105, 45), rng.uniform(0.6, 1.3))
-        draw.ellipse([x - 18, edge - 58, x + 18, edge - 22], leaves)
+        if index % 3 == 0:  # a tree
+            draw.rectangle([x - 3, edge - 40, x + 3, edge], (84, 62, 44))
+            draw.ellipse([x - 18, edge - 58, x + 18, edge - 22], (50, 85, 45))
     pixels = (np.asarray(image) + rng.normal(0, 6, (150, 420, 1))).clip(0, 255).astype(np.uint8)
     hue = np.array(colorsys.hsv_to_rgb(rng.random(), 1, 1))
     return SimpleNamespace(
