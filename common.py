@@ -1,9 +1,6 @@
 """What the five papers share beside the data: the triplet loss, CMC and mAP, re-ranking, all-frames
 features, parameters and multiply-adds, and what a run needs beside the paper: several processes,
 signals, files, the command line, exact resume and pictures.
-
-Ranking runs in numpy on the CPU, block by block over the queries: a full distance matrix is never
-needed.
 """
 import argparse
 import contextlib
@@ -26,18 +23,15 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, TrainClips, UserError, normalize,
-                  read_clip)
+from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, TrainClips, UserError, first_line,
+                  normalize, read_clip, replacing)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
 
 def distance_blocks(a, b, metric="cosine", rows=512):
     """Distances between the rows of a (M, D) and b (N, D), float32, at most `rows` rows at a time:
-    yields (slice of a, (rows, N)). metric: "cosine", 1 - cos in [0, 2], or "euclidean".
-    """
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
+    yields (slice of a, (rows, N)). metric: "cosine", 1 - cos in [0, 2], or "euclidean"."""
     a, b = a.float(), b.float()
     if metric == "cosine":
         a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
@@ -219,12 +213,6 @@ def test_features(model, dataset, split, T, size, **extraction):
     return [x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery)]
 
 
-def test_ids(dataset):
-    """(query pids, query cameras, gallery pids, gallery cameras), as `cmc_map` takes them."""
-    return [np.array([getattr(t, key) for t in part])
-            for part in (dataset.query, dataset.gallery) for key in ("pid", "cam")]
-
-
 def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
              **extraction):
     """All-frames retrieval on the test part of `dataset`: prints mAP and CMC-1/5/10/20 in percent
@@ -233,11 +221,9 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
     start = time.time()
     q, g = test_features(model, dataset, split, T, size, **extraction)
     d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
-    cmc, mean_ap, matched = cmc_map(d, *test_ids(dataset))
+    cmc, mean_ap, matched = cmc_map(d, *dataset.ids())
     result = {"mAP": 100 * mean_ap} | {f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}
-    whole = all(split(len(t.frames), T).size >= len(t.frames)
-                for t in dataset.query + dataset.gallery)
-    frames = "all frames" if whole else f"whole clips of {T} frames"
+    frames = "all frames" if split(T + 1, T).size > T else f"whole clips of {T} frames"
     places = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
     skipped = f", {len(q) - matched:,} more have no match and are left out" * (matched < len(q))
     print(f"{label}, {frames}{', re-ranked' * use_rerank}:  mAP {result['mAP']:.1f}   {places}   "
@@ -314,15 +300,13 @@ def complexity_table(rows, recipe, build, counting):
 
 
 # -------------------------------------------------------------------------------- several processes
-# torchrun starts them and sets RANK, LOCAL_RANK and WORLD_SIZE. Without it there is one, of rank 0.
+# torchrun starts `world` of them, with a `rank` from 0 each; without it there is one, of rank 0.
 
 def world():
-    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():
-    """Number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -331,12 +315,9 @@ def pick_device(gpu=None):
     Under torchrun every process takes a GPU of its own, and joins the process group."""
     count, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if processes > 1 and gpu not in (None, "cpu"):
-        raise UserError(f"--gpu {gpu}: torchrun gives every process its own GPU; leave --gpu out, "
-                        "or use CUDA_VISIBLE_DEVICES")
-    if gpu is None and 0 < count < here:
-        raise UserError(f"{here} processes, but {count} GPUs: use --nproc_per_node {count}, or "
-                        "--gpu cpu")
+    if processes > 1 and gpu != "cpu" and (gpu or 0 < count < here):
+        raise UserError(f"--gpu {gpu}: torchrun gives every process its own GPU, here are {here} "
+                        f"processes and {count} GPUs: leave --gpu out, or say --gpu cpu")
     gpu = gpu or (os.environ.get("LOCAL_RANK", "0") if count else "cpu")
     if gpu not in ("cpu", *map(str, range(count))):
         there = f"there are GPUs 0 to {count - 1}" if count else "no GPU is there"
@@ -355,11 +336,9 @@ def pick_device(gpu=None):
 
 
 def gather(outputs):
-    """The outputs of all processes, joined along the batch: every process sees the whole batch.
-
-    Gradients flow into the part of this process only: when every process takes the whole loss, they
-    add up to that of a single process. outputs: a tensor (b, ...), or lists and dicts of them.
-    """
+    """The outputs of all processes, tensors (b, ...) or lists and dicts of them, joined along the
+    batch. Gradients flow into the part of this process only: when every process takes the whole
+    loss, they add up to that of a single process."""
     if world() == 1:
         return outputs
     if isinstance(outputs, dict):
@@ -380,15 +359,13 @@ class Stop(Exception):
 _asked = 0
 
 
-def _note(number, _):
-    global _asked
-    _asked = _asked or number
-
-
 def catch_signals():
     """From here on SIGINT and SIGTERM are only noted, for `stop_asked`."""
+    def note(number, _):
+        global _asked
+        _asked = _asked or number
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _note)
+        signal.signal(number, note)
 
 
 def own_group(_):
@@ -448,13 +425,8 @@ def command_line(main):
 
 # -------------------------------------------------------------------------------------------- files
 
-def first_line(error):
-    """What an exception says, in one line of at most 160 characters."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
 def load_file(path):
-    """A dict that torch.save wrote, on the CPU; raises UserError for anything else, and names the
+    """A dict that torch.save wrote, on the CPU; raises UserError for a damaged file, and names the
     entry whose checksum does not fit: torch.load itself does not compare them."""
     try:
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
@@ -466,9 +438,7 @@ def load_file(path):
     if damaged:
         raise UserError(f"{path}: is damaged, the checksum of its entry {damaged} does not fit: "
                         "use another copy")
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
-    return state
+    return state if isinstance(state, dict) else {}
 
 
 def load_checkpoint(path, script, rows, flags, but, training=True):
@@ -479,12 +449,9 @@ def load_checkpoint(path, script, rows, flags, but, training=True):
     wanted = {"args": dict, "num_classes": int, "history": list, "model": dict}
     whole = all(isinstance(checkpoint.get(key), kind) for key, kind in wanted.items())
     saved = checkpoint["args"] if whole else {}
-    if checkpoint.get("script") != script or not {"data", "variant"} <= saved.keys():
+    data, variant = str(saved.get("data")), str(saved.get("variant"))
+    if checkpoint.get("script") != script or data not in DATA_SETS or variant not in rows:
         raise UserError(f"{path}: not a checkpoint of {script}")
-    for key, names in ("data", DATA_SETS), ("variant", rows):
-        if str(saved[key]) not in names:
-            raise UserError(f"{path}: was trained with --{key} {saved[key]}, which {script} does "
-                            "not have")
     if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
         raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further")
     for key in sorted(flags.keys() & saved.keys() - but):
@@ -502,25 +469,6 @@ def restore(path, checkpoint, **objects):
             target.load_state_dict(checkpoint[name])
         except Exception as error:  # a state of another network raises many kinds
             raise UserError(f"{path}: its {name} does not fit ({first_line(error)} ...)") from None
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write, beside `path`, that takes its place when it is whole and on disk; makes its
-    folder. Raises UserError when that fails."""
-    aside = Path(f"{path}.tmp")
-    try:
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        whole = "; the previous one is still whole" if os.path.exists(path) else ""
-        raise UserError(f"{path}: cannot be written ({first_line(error)}){whole}") from None
 
 
 def save_rows(rows, path):
@@ -553,6 +501,7 @@ def row_of(rows, name):
 
 # what the small run says of these goes before what a row says: a row's schedule is made for MARS
 SCHEDULE = ("epochs", "ids", "clips", "lr", "lr_step")
+IMAGENET = "resnet50-0676ba61.pth"  # torchvision's file of --weights imagenet
 
 
 def changed(rows, name, small):
@@ -610,7 +559,7 @@ def typed(key, value):
 
 def add_flag(group, key, default, meaning, choices=None):
     """A flag of the kind of its default: int, float, str, bool, a tuple of one kind, or None."""
-    one = default[0] if isinstance(default, tuple) else default
+    one = (default or [None])[0] if isinstance(default, tuple) else default
     options = {"choices": choices, "metavar": "VARIANT" if key == "variant" else None}
     if isinstance(one, bool):
         options = {"action": argparse.BooleanOptionalAction}
@@ -644,10 +593,9 @@ def describe(rows):
 
 
 def parse_args(recipe, rows, text, script):
-    """The command line of a script, whose docstring is `text` -> its arguments, with the checkpoint
-    of --resume or None as `checkpoint` and the figures that the paper prints for the row and the
-    data set as `printed`. What the user leaves out comes from the checkpoint, then from the row,
-    then from the recipe."""
+    """The command line of a script, whose docstring is `text`, with the `checkpoint` of --resume or
+    None, and what the paper prints for the row and the data set, `printed`. What the user leaves
+    out comes from the checkpoint, then from the row, then from the recipe."""
     first, script = next(iter(rows)), Path(script)
     parser = argparse.ArgumentParser(
         description=text.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -720,7 +668,7 @@ def load_part(path, prefix, module=None):
     where there is one; raises UserError when there is none, or it does not fit."""
     saved = load_file(path).get("model")
     model = saved if isinstance(saved, dict) else {}
-    state = {k.removeprefix(prefix): v for k, v in model.items() if str(k).startswith(prefix)}
+    state = {k.removeprefix(prefix): model[k] for k in model if k.startswith(prefix)}
     if not state:
         raise UserError(f"{path}: holds no {prefix.rstrip('.')} of a run of this script")
     if module:
@@ -739,11 +687,9 @@ def all_splits(train, args, rows):
         results.append(history[-1] if done else train(one))
         print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}"
               + " (finished before)" * done, flush=True)
-    figures = []
-    for key in ("mAP", "rank-1"):
-        values = [result[key] for result in results]
-        figures.append(f"{key} {np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}")
-    print("10 splits: " + "   ".join(figures))
+    values = np.array([[result[key] for key in ("mAP", "rank-1")] for result in results])
+    (mean_ap, first), (d_map, d_first) = values.mean(0), values.std(0, ddof=1)
+    print(f"10 splits: mAP {mean_ap:.1f} +- {d_map:.1f}   rank-1 {first:.1f} +- {d_first:.1f}")
 
 
 def run_script(train, build, recipe, rows, counting, text, script):
@@ -773,9 +719,7 @@ class RandomStates:
 class Run:
     """What a training run needs beside the paper: device and processes, a folder with last.pt and
     log.csv, exact resume, signals, and what stands on the terminal. args: from `parse_args`.
-
-    A checkpoint holds the rows of the trained epochs (`history`), and the step of the present one
-    with the sums of its losses (`steps`, `totals`).
+    `history`: the log's rows; `steps`, `totals`: those of the present epoch, and its losses' sums.
     """
 
     def __init__(self, args):
@@ -798,7 +742,7 @@ class Run:
         """The block runs in the first process alone, then in the others, because it draws and
         downloads what is missing. What a network or torchvision refuses becomes one line."""
         weights, hub = self.args.weights, Path(torch.hub.get_dir(), "checkpoints")
-        file = hub / "resnet50-0676ba61.pth" if weights == "imagenet" else Path(weights)
+        file = hub / IMAGENET if weights == "imagenet" else Path(weights)
         if rank():
             dist.barrier()
         if not self.args.resume and weights != "none" and (weights != "imagenet" or file.exists()):
@@ -811,11 +755,9 @@ class Run:
         except (OSError, RuntimeError) as error:
             if self.args.resume or weights == "none":
                 raise
-            raise UserError(
-                f"--weights imagenet: torchvision cannot get its ResNet-50 ({first_line(error)}); "
-                f"put {file.name} into {hub}, name a file, or use --weights none"
-                if weights == "imagenet" else f"{weights}: not the weights of torchvision's "
-                f"ResNet-50 ({first_line(error)}); a run's checkpoint goes to --resume") from None
+            raise UserError(f"--weights {weights}: torchvision's ResNet-50 cannot be had "
+                            f"({first_line(error)}): put {IMAGENET} into {hub}, name it, or use "
+                            "--weights none (a run's checkpoint goes to --resume)") from None
         if world() > 1 and not rank():
             dist.barrier()
 
@@ -829,8 +771,7 @@ class Run:
         return saved
 
     def prepare(self, model):
-        """The network on the device, in channels_last, compiled with --compile, and with the
-        weights of --resume."""
+        """The network on the device, with the weights of --resume, and compiled with --compile."""
         args = self.args
         parameters, macs = complexity(model, args.frames, *self.size)
         print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) "
@@ -851,8 +792,7 @@ class Run:
         return model
 
     def loader(self, tracklets, sampler, sample):
-        """Batches of augmented training clips (uint8, on the CPU) and their identities; sampler,
-        sample: see PKSampler, TrainClips."""
+        """Batches of training clips and their identities; see PKSampler, TrainClips."""
         args, pids = self.args, [t.pid for t in tracklets]
         return torch.utils.data.DataLoader(
             TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase),
@@ -888,8 +828,7 @@ class Run:
         return model if world() == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
     def epochs(self):
-        """The epochs to train, from 1; the last one of a checkpoint again when it is complete, for
-        what comes behind its batches."""
+        """The epochs to train; the last complete one again, for what comes behind its batches."""
         return range(max(1, len(self.history) + bool(self.steps)), self.args.epochs + 1)
 
     def batches(self, loader, epoch):
@@ -935,18 +874,20 @@ class Run:
         values = {"loss": sum(values.values()), **values}
         if not math.isfinite(values["loss"]):
             says = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            good = f"the last good checkpoint is {self.last}" if self.last.exists() \
-                else "there is no checkpoint yet"
             raise UserError(f"epoch {len(self.history) + 1}, step {self.steps}: the loss is not "
-                            f"finite ({says}); {good}; try a smaller --lr")
+                            f"finite ({says}); {self.good()}; try a smaller --lr")
         for name, value in values.items():
             self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def good(self):
+        there = self.last.exists()
+        return f"the last good checkpoint is {self.last}" if there else "there is no checkpoint yet"
 
     def save(self):
         """Writes last.pt and log.csv; refuses weights that are not finite."""
         if not all(p.isfinite().all() for p in self.states["model"].parameters()):
             raise UserError(f"epoch {len(self.history) + bool(self.steps)}: the weights are not "
-                            f"finite; {self.last} is as it was; try a smaller --lr")
+                            f"finite; {self.good()}; try a smaller --lr")
         if rank() == 0:
             states = {name: target.state_dict() for name, target in self.states.items()}
             with replacing(self.last) as file:
@@ -1067,12 +1008,11 @@ def sheet(title, rows, path, height=1.2):
 def figures(run, model, dataset, split, metric, picture):
     """--figure: of some queries the script's `picture` and the ranked list, then three charts.
     picture: (model, clips (1, T, 3, H, W), frames (T, 3, H, W), uint8) -> (title, rows)."""
-    args, folder = run.args, Path(run.args.figure)
-    size = (args.height, args.width)
+    args, folder, size = run.args, Path(run.args.figure), run.size
     q, g = test_features(model, dataset, split, args.frames, size, **run.extraction)
     if rank():
         return
-    q_pids, q_cams, g_pids, g_cams = ids = test_ids(dataset)
+    q_pids, q_cams, g_pids, g_cams = ids = dataset.ids()
     d = rerank(q, g, metric) if args.rerank else \
         next(distance_blocks(q, g, metric, len(q)))[1].numpy(force=True)
     state = f"{args.variant} on {args.data}, epoch {len(run.history)}" + ", re-ranked" * args.rerank

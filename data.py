@@ -12,6 +12,7 @@ import argparse
 import bisect
 import collections
 import colorsys
+import contextlib
 import functools
 import io
 import itertools
@@ -53,6 +54,30 @@ def _warn(message):
     print(f"warning: {message}", flush=True)
 
 
+def first_line(error):
+    """What an exception says, in one line of at most 160 characters."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write, beside `path`, that takes its place when it is whole and on disk; makes its
+    folder. Raises UserError when that fails."""
+    aside = Path(f"{path}.tmp")
+    try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        whole = "; the previous one is still whole" if os.path.exists(path) else ""
+        raise UserError(f"{path}: cannot be written ({first_line(error)}){whole}") from None
+
+
 # ---------------------------------------------------------------------------------------- data sets
 
 class Tracklet(NamedTuple):
@@ -73,6 +98,11 @@ class Dataset(NamedTuple):
     def num_identities(self):
         """Number of training identities, the classes of the classifier."""
         return 1 + max(t.pid for t in self.train)
+
+    def ids(self):
+        """(query pids, query cameras, gallery pids, gallery cameras), arrays."""
+        return [np.array([getattr(t, key) for t in part])
+                for part in (self.query, self.gallery) for key in ("pid", "cam")]
 
     def summary(self):
         """A table of the three subsets, ready to print."""
@@ -415,12 +445,11 @@ def _draw_splits(path, persons):
     splits = [{"train": sorted(order[:half]), "test": sorted(order[half:])} for order in orders]
     print(f"{path} is missing: ten splits are drawn with a fixed seed", flush=True)
     if len(persons) == PRID_PERSONS:
-        aside = path.with_name(f".{path.name}-{os.getpid()}")
         try:
-            aside.write_text(json.dumps(splits, indent=1) + "\n")
-            aside.replace(path)
-        except OSError as error:
-            _warn(f"{path}: cannot be written ({error.strerror}); next time the same are drawn")
+            with replacing(path) as file:
+                file.write(json.dumps(splits, indent=1).encode() + b"\n")
+        except UserError as error:
+            _warn(f"{error}; next time the same are drawn")
     return splits
 
 
@@ -483,8 +512,8 @@ def _read_table(path, variable):
         else:
             values = np.asarray(loadmat(path, variable_names=[variable])[variable])
     except Exception as error:  # a damaged file raises many kinds
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a readable .mat file with {variable} ({text})") from None
+        says = first_line(error)
+        raise UserError(f"{path}: not a readable .mat file with {variable} ({says})") from None
     if (values.dtype.kind not in "iuf"
             or not ((abs(values) < 2 ** 53) & (values == np.rint(values))).all()):
         raise UserError(f"{path}: {variable} is no matrix of whole numbers")
@@ -589,8 +618,7 @@ def read_clip(paths, size):
         except FileNotFoundError:
             raise UserError(f"{path}: no such frame, although the data set lists it") from None
         except Exception as error:  # the decoders raise many kinds
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{path}: unreadable image ({text})") from None
+            raise UserError(f"{path}: unreadable image ({first_line(error)})") from None
         if frame.shape[:2] != (height, width):
             frame = Image.fromarray(frame).resize((width, height), Image.BILINEAR)
         clip[t] = frame

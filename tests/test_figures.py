@@ -254,7 +254,7 @@ def test_ranked_list_is_the_metrics(monkeypatch, small_root, tmp_path, sheets):
     model = Colours(dataset.num_identities)
     q, g = common.test_features(model, dataset, sinet.SPLIT, 4, (48, 40))
     d = torch.cat([block for _, block in common.distance_blocks(q, g, sinet.METRIC)]).numpy()
-    ranks = common.match_ranks(d, *common.test_ids(dataset))
+    ranks = common.match_ranks(d, *dataset.ids())
     lists = {name: rows for name, rows in sheets.items() if name.endswith("-ranked.png")}
     assert len(lists) == len(dataset.query)
     for i, (t, places) in enumerate(zip(dataset.query, ranks), 1):
@@ -287,7 +287,7 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     rest = run, network, dataset, sinet.SPLIT, "euclidean", sinet.picture
     common.figures(*rest)
     q, g = common.test_features(network, dataset, sinet.SPLIT, 4, (48, 40))
-    ids = common.test_ids(dataset)
+    ids = dataset.ids()
     cmc, mean_ap, _ = common.cmc_map(common.rerank(q, g, "euclidean"), *ids)
     (label, (panel,)), = sheets["cmc.png"]
     assert f"mAP {100 * mean_ap:.1f}" in label
