@@ -289,8 +289,8 @@ def complexity_table(rows, recipe, build, counting):
             cut = 0.5 / 10 ** places if key in counting.get("truncate", ()) else 0
             theirs.append(f"{figure} {unit}")
             ours.append(f"{value - cut:.{places}f}")
-            off = f"{100 * (value / figure - 1):+.2f} %"
-            equal.append("yes" if ours[-1] == str(figure) else off)
+            same = ours[-1] == str(figure)
+            equal.append("yes" if same else f"{100 * (value / figure - 1):+.2f} %")
         table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{counted[0]:,}",
                       f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}",
                       *map(", ".join, (theirs, ours, equal))])
@@ -402,8 +402,7 @@ def command_line(main):
         code, message = 130, "interrupted"
     except (RuntimeError, MemoryError) as error:
         says = str(error).lower()
-        memory = (MemoryError, torch.OutOfMemoryError)
-        if isinstance(error, memory) or "defaultcpuallocator" in says:
+        if isinstance(error, MemoryError) or "out of memory" in says or "cpuallocator" in says:
             message = "out of memory: use fewer --ids or --clips, smaller frames, or --amp"
         elif _asked and "dataloader worker" in says:  # the signal was sent to every process
             code = 128 + _asked
@@ -876,8 +875,7 @@ class Run:
             says = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise UserError(f"epoch {len(self.history) + 1}, step {self.steps}: the loss is not "
                             f"finite ({says}); {self.good()}; try a smaller --lr")
-        for name, value in values.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value
+        self.totals = {name: self.totals.get(name, 0.0) + value for name, value in values.items()}
 
     def good(self):
         there = self.last.exists()
