@@ -160,13 +160,11 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
 def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
     """Features of whole tracklets, (N, D), float32: the mean of their clips' embeddings.
 
-    Clips are packed into full batches across tracklets, so that memory does not grow with the
-    length of a tracklet. Several processes take the batches in turn, and each gets the features of
-    a single process. Raises Stop when a signal asks for it.
+    Batches are full across tracklets, so that memory does not grow with their length. Processes
+    take them in turn, and each gets the features of a single one. Stop is raised for a signal.
 
-    model: maps (B, T, 3, H, W) to (B, D) in eval mode; where it has a method `finish`, this takes
-    the means of the tracklets; split: (n, T) -> frame indices (clips, T); batch: clips a forward
-    pass; amp: bfloat16 autocast.
+    model: (B, T, 3, H, W) to (B, D) in eval mode; its method `finish`, where it has one, takes the
+    tracklets' means; split: (n, T) -> frame indices (clips, T); batch: clips a forward pass.
     """
     device, training = next(model.parameters()).device, model.training
     clips = AllClips(tracklets, split, T, size)
@@ -207,17 +205,15 @@ def test_features(model, dataset, split, T, size, **extraction):
     x = torch.cat([extract(part, [*tracklets.values()], split, frames, size, **extraction)
                    for part, frames in parts], 1)
     if not x.isfinite().all():
-        raise UserError("the network's features are not finite: the weights are damaged or the "
-                        "training diverged")
+        raise UserError("features are not finite: damaged weights, or a training that diverged")
     place = {first: i for i, first in enumerate(tracklets)}
     return [x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery)]
 
 
 def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
              **extraction):
-    """All-frames retrieval on the test part of `dataset`: prints mAP and CMC-1/5/10/20 in percent
-    behind `label` and returns them, {"mAP", "rank-1", ...}; the other arguments are those of
-    `extract` and `rerank`."""
+    """All-frames retrieval on the test part: prints mAP and CMC-1/5/10/20 in percent behind `label`
+    and returns them, {"mAP", "rank-1", ...}; see `extract` and `rerank` for the other arguments."""
     start = time.time()
     q, g = test_features(model, dataset, split, T, size, **extraction)
     d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
@@ -245,8 +241,7 @@ def complexity(model, T, height, width, without=()):
     return sum(p.numel() for p in counted), counter.get_total_flops() // 2
 
 
-# the figures that a Row may have: the unit, and its value from (parameters, multiply-adds, frames)
-# of the row and of the row "base" of the paper
+# figures of a Row: unit, and value from (parameters, multiply-adds, frames) of it and of the base
 COSTS = {
     "million_parameters": ("million parameters", lambda ours, base: ours[0] / 1e6),
     "more_megabytes": ("MB of parameters more", lambda ours, base: 4 * (ours[0] - base[0]) / 1e6),
@@ -274,8 +269,8 @@ def complexity_table(rows, recipe, build, counting):
                 module.register_forward_hook(lambda *call: elements.append(call[-1].numel()))
         parameters, macs = complexity(model, args.frames, args.height, args.width,
                                       counting.get("without", ()))
-        more = counting.get("per_bn", 0) * sum(elements)
-        more += counting["more"](args) if "more" in counting else 0
+        more = counting.get("more", lambda args: 0)(args)
+        more += counting.get("per_bn", 0) * sum(elements)
         return args, macs, (parameters, macs + more, args.frames)
     *_, base = cost(counting.get("base", next(iter(rows))))
     table = [["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "printed in the paper",
@@ -329,9 +324,8 @@ def pick_device(gpu=None):
             torch.cuda.set_device(device)
         # the others wait while the first one downloads or draws; torchrun ends them when one dies
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-    name = torch.cuda.get_device_name(device) if cuda else "no GPU found"
-    print(f"device: {device}" + f" ({name})" * (cuda or not count)
-          + f", {processes} processes" * (processes > 1))
+    name = torch.cuda.get_device_name(device) if cuda else f"{count or 'no'} GPU found"
+    print(f"device: {device} ({name})" + f", {processes} processes" * (processes > 1))
     return device
 
 
@@ -441,9 +435,8 @@ def load_file(path):
 
 
 def load_checkpoint(path, script, rows, flags, but, training=True):
-    """A checkpoint of `script` ("sinet.py"), as a run writes it; rows: the variants that it has;
-    flags: settings, which must be the checkpoint's, those in `but` left out; training: it must hold
-    what going on takes, not only the network."""
+    """A checkpoint of `script` ("sinet.py") and one of its rows, as a run writes it, with these
+    flags, but for those in `but`; training: with what going on takes, too."""
     checkpoint = load_file(path)
     wanted = {"args": dict, "num_classes": int, "history": list, "model": dict}
     whole = all(isinstance(checkpoint.get(key), kind) for key, kind in wanted.items())
@@ -461,8 +454,7 @@ def load_checkpoint(path, script, rows, flags, but, training=True):
 
 
 def restore(path, checkpoint, **objects):
-    """load_state_dict of each object with the checkpoint's state of the same name; UserError when
-    one does not fit."""
+    """load_state_dict of each object from the checkpoint; UserError when one does not fit."""
     for name, target in objects.items():
         try:
             target.load_state_dict(checkpoint[name])
@@ -732,9 +724,8 @@ class Run:
         self.size, self.batch = (args.height, args.width), args.ids * args.clips
         self.extraction = dict(batch=self.batch, workers=args.workers, amp=args.amp)
         self.last, self.log_file = Path(args.output) / "last.pt", Path(args.output) / "log.csv"
-        self.history, self.steps, self.totals, self.states = [], 0, {}, {}
-        if self.checkpoint:
-            self.history = self.checkpoint["history"]
+        self.history = self.checkpoint["history"] if self.checkpoint else []
+        self.steps, self.totals, self.states = 0, {}, {}
 
     @contextlib.contextmanager
     def setting_up(self):
@@ -801,7 +792,8 @@ class Run:
 
     def start(self, **states):
         """Begins to train, or goes on with --resume: states are what a checkpoint keeps, model,
-        optimizer and scheduler. Signals are obeyed after a step from here on."""
+        optimizer and scheduler. Signals are obeyed after a step from here on. Returns the network
+        for this process' part of the batch."""
         args = self.args
         going_on = self.checkpoint and Path(args.resume).resolve() == self.last.resolve()
         if not going_on and (self.last.exists() or self.log_file.exists()):
@@ -821,9 +813,7 @@ class Run:
                 save_rows(self.history, self.log_file)
         self.is_new = not self.checkpoint
         self.checkpoint = None  # its memory
-
-    def parallel(self, model):
-        """The network for training on this process' part of the batch."""
+        model = states["model"]
         return model if world() == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
     def epochs(self):
@@ -874,18 +864,14 @@ class Run:
         if not math.isfinite(values["loss"]):
             says = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise UserError(f"epoch {len(self.history) + 1}, step {self.steps}: the loss is not "
-                            f"finite ({says}); {self.good()}; try a smaller --lr")
+                            f"finite ({says}); last.pt, if any, is good; try a smaller --lr")
         self.totals = {name: self.totals.get(name, 0.0) + value for name, value in values.items()}
-
-    def good(self):
-        there = self.last.exists()
-        return f"the last good checkpoint is {self.last}" if there else "there is no checkpoint yet"
 
     def save(self):
         """Writes last.pt and log.csv; refuses weights that are not finite."""
         if not all(p.isfinite().all() for p in self.states["model"].parameters()):
             raise UserError(f"epoch {len(self.history) + bool(self.steps)}: the weights are not "
-                            f"finite; {self.good()}; try a smaller --lr")
+                            "finite; last.pt, if any, is good; try a smaller --lr")
         if rank() == 0:
             states = {name: target.state_dict() for name, target in self.states.items()}
             with replacing(self.last) as file:
@@ -1054,11 +1040,9 @@ def figures(run, model, dataset, split, metric, picture):
         x = torch.cat([q, g]).float().cpu()
         x = F.normalize(x) if metric == "cosine" else x
         x = (x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T).numpy()
-        pids = np.concatenate([q_pids, g_pids])
-        cams = np.concatenate([q_cams, g_cams])
         for k, pid in enumerate(np.unique(q_pids)[:10]):
             ax.plot(*x[:len(q)][q_pids == pid].T, f"C{k}o", fillstyle="none", ms=15, label=pid)
-            for point, cam in zip(x[pids == pid], cams[pids == pid]):
+            for point, cam in zip(x[len(q):][g_pids == pid], g_cams[g_pids == pid]):
                 ax.plot(*point, color=f"C{k}", marker=f"${cam}$", ms=7)
         ax.set(box_aspect=0.8, xticks=[], yticks=[])
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="person")

@@ -505,8 +505,7 @@ def train(args):  # same in every script
     optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
     loader = run.loader(dataset.train, SAMPLER, SAMPLE)
-    run.start(model=model, optimizer=optimizer, scheduler=scheduler)
-    network = run.parallel(model)
+    network = run.start(model=model, optimizer=optimizer, scheduler=scheduler)  # or goes on
     if run.is_new:
         run.test(model, dataset, SPLIT, METRIC)         # untrained
     for epoch in run.epochs():
