@@ -1,6 +1,7 @@
 """Shared by the tests: a small synthetic data set and a short training, once each, ways to run a
 script, and small helpers."""
 
+import copy
 import csv
 import importlib
 import multiprocessing
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -70,6 +72,21 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    return torchvision.models.resnet50(zero_init_residual=True)
+
+
+@pytest.fixture
+def one_backbone(backbone, monkeypatch):
+    """Every network starts with the same weights: drawing them takes longer than a small clip."""
+
+    def resnet50(**_):
+        return copy.deepcopy(backbone).to(torch.get_default_dtype())
+
+    monkeypatch.setattr(torchvision.models, "resnet50", resnet50)
 
 
 class Colours(torch.nn.Module):

@@ -330,7 +330,7 @@ def test_multiply_adds():
 
 
 @pytest.mark.parametrize(
-    "T, H, W, pool", [(4, 64, 48, "avg"), (8, 70, 33, "max"), (1, 64, 32, "avg")]
+    "T, H, W, pool", [(4, 33, 48, "avg"), (5, 38, 33, "max"), (1, 64, 32, "avg")]
 )
 def test_network(T, H, W, pool, float64):
     model, clips = wake(TwoStreamM3D(5, T, pool=pool)), torch.randn(4, T, 3, H, W)
@@ -361,9 +361,10 @@ def test_network(T, H, W, pool, float64):
 
 
 @pytest.mark.parametrize("variant", ROWS)
-def test_every_variant_runs(variant):
+def test_every_variant_runs(variant, one_backbone):
     model = network(variant, 3)
-    outputs = model(torch.randn(2, model.frames, 3, 64, 32))
+    with torch.no_grad():
+        outputs = model(torch.randn(2, model.frames, 3, 33, 32))
     for logits in outputs.values():
         assert logits.shape == (2, 3) and logits.isfinite().all()
 
@@ -380,16 +381,26 @@ def test_the_embedding_is_eq_1_to_3(float64):
         close(model(clips), f_st)
 
 
-@pytest.mark.parametrize("variant", [*list(ROWS)[2:], "p3d-a linear"])
-def test_every_3d_variant_starts_as_the_2d_network(variant, float64):
-    """The same features in eval mode, initialised from a 2D network with statistics of its own."""
-    base = wake(Stream(4)).eval()
+@pytest.fixture(scope="module")
+def base():
+    """A 2D stream with statistics of its own."""
+    torch.manual_seed(1)
+    base = wake(Stream(4)).double().eval()
     for module in base.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1)
             nn.init.normal_(module.bias, std=0.2)
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return base
+
+
+@pytest.mark.parametrize(
+    "variant", [*(row for row in list(ROWS)[2:] if not row.endswith("-t16")), "p3d-a linear"]
+)
+def test_every_3d_variant_starts_as_the_2d_network(variant, base, float64, one_backbone):
+    """The same features in eval mode, initialised from a 2D network; of 4 frames, for which a row
+    of 16 is that of 8."""
     variant, *linear = variant.split()
     args = settings(RECIPE, ROWS, variant)
     model = Stream(
@@ -400,7 +411,7 @@ def test_every_3d_variant_starts_as_the_2d_network(variant, float64):
         everywhere=args.everywhere,
         p3d_a_linear=bool(linear),
     ).eval()
-    clips = torch.randn(1, 4, 3, 64, 32)
+    clips = torch.randn(1, 4, 3, 33, 32)
     with torch.no_grad():
         a, b = model(clips), base(clips)
         close(a, b)

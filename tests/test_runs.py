@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 
 import common
 import processes
@@ -53,16 +54,9 @@ def start(tmp_path, small_root):
             *flags,
         ], tmp_path / "out"
         out.write_text("")
-        if not launcher:
-            return Forked(command, tmp_path, out, out, before=before)
-        with open(out, "w") as file:
-            return subprocess.Popen(
-                [sys.executable, *launcher, ROOT / command[0], *map(str, command[1:])],
-                cwd=tmp_path,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"},
-            )
+        if launcher:
+            command = [*launcher, ROOT / command[0], *command[1:]]
+        return Forked(command, tmp_path, out, out, {"PYTHONUNBUFFERED": "1"}, before)
 
     yield popen
     drop_weights(tmp_path)
@@ -488,7 +482,7 @@ def test_two_processes_have_the_gradient_of_one(several, script):
         assert one.any() and (two - one).norm() <= 1e-6 * one.norm(), name
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TORCHRUN = (torch.distributed.run.__file__, "--standalone", "--nproc_per_node", "2")
 
 
 def test_torchrun_trains_prints_once_and_stops_on_a_signal(start, tmp_path):
