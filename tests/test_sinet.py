@@ -332,13 +332,13 @@ def test_non_local(C, H, W, affinity):
         f = clip.transpose(0, 1).flatten(1)  # (C, m)
         lin = lambda layer, f: layer.weight[:, :, 0, 0] @ f + layer.bias[:, None]  # noqa: E731
         g, m, y = lin(block.g, f), f.shape[1], []
+        if affinity != "ones":
+            theta, phi = lin(block.theta, f), lin(block.phi, f)
         for i in range(m):
             if affinity == "ones":
                 w = torch.full((m,), 1 / m, dtype=f.dtype)
             else:
-                e = torch.stack(
-                    [lin(block.theta, f)[:, i] @ lin(block.phi, f)[:, j] for j in range(m)]
-                )
+                e = torch.stack([theta[:, i] @ phi[:, j] for j in range(m)])
                 w = (-e if affinity == "inverse" else e).exp()
                 w = w / w.sum()
             y.append(sum(w[j] * g[:, j] for j in range(m)))
@@ -496,8 +496,8 @@ def test_the_printed_increments():
     assert 2 * 4 * 512 * 256 * 2048 == 2_147_483_648  # its projections alone: 3 % below the print
 
 
-@pytest.mark.parametrize("T, H, W, pool", [(4, 64, 48, "avg"), (6, 100, 33, "max")])
-def test_network(T, H, W, pool):
+@pytest.mark.parametrize("T, H, W, pool", [(4, 64, 48, "avg"), (6, 70, 33, "max")])
+def test_network(T, H, W, pool, one_backbone):
     model = SINet(5, T, H, W, pool=pool).to(memory_format=torch.channels_last)
     clips = torch.randn(4, T, 3, H, W)
     for module in wake(model).modules():  # away from the zeros of the initialisation
@@ -571,9 +571,10 @@ def test_every_setting_reaches_its_module():
 
 
 @pytest.mark.parametrize("variant", ROWS)
-def test_every_variant_runs(variant):
+def test_every_variant_runs(variant, one_backbone):
     model = network(variant, 3, height=48, width=40)
-    embedding, logits, *frames = model(torch.randn(2, 4, 3, 48, 40))
+    with torch.no_grad():
+        embedding, logits, *frames = model(torch.randn(2, 4, 3, 48, 40))
     assert embedding.isfinite().all() and logits.shape == (2, 3)
     assert len(frames) == settings(sinet.RECIPE, ROWS, variant).sbm
 
