@@ -112,7 +112,7 @@ def small_root(tmp_path_factory):
     """A --root whose synthetic/ has 6 + 4 identities under 2 cameras."""
     root = tmp_path_factory.mktemp("root")
     draw_synthetic(
-        root / "synthetic", identities=6, test_identities=4, cameras=2, frames=(3, 9), size=(64, 32)
+        root / "synthetic", identities=6, test_identities=4, cameras=2, frames=(3, 6), size=(64, 32)
     )
     return root
 
