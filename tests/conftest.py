@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import torchvision
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import complexity  # noqa: E402
 from data import UserError, draw_synthetic  # noqa: E402
 
 TINY = ("--height", 48, "--width", 40, "--ids", 2, "--clips", 2)
@@ -63,6 +65,12 @@ def parameters(model):
         for name, p in model.named_parameters()
         if not name.startswith(("neck", "classifier", "projection"))
     )
+
+
+def multiply_adds(model, T, height, width):
+    """Those of `complexity`, which counts none of BatchNorm: without it, as it is slow on meta."""
+    with mock.patch.object(nn.functional, "batch_norm", lambda x, *_, **__: x):
+        return complexity(model, T, height, width)[1]
 
 
 def pytest_addoption(parser):

@@ -25,8 +25,8 @@ from bicnet_tks import (
     divergence_loss,
     losses,
 )
-from common import batch_hard_triplet, complexity, row_of, settings
-from conftest import check_gradients, close, maps, parameters, randomize, wake
+from common import batch_hard_triplet, row_of, settings
+from conftest import check_gradients, close, maps, multiply_adds, parameters, randomize, wake
 
 SIZES = pytest.mark.parametrize("C, H, W", [(8, 4, 6), (16, 8, 4)])
 DIFFERENT = [name for name, row in ROWS.items() if not isinstance(row, str)]
@@ -336,7 +336,7 @@ def test_a_branch_has_its_own_averages_and_shares_the_weights():
     assert {id(p) for p in own.parameters()} == {id(bn.weight), id(bn.bias)}
 
 
-def test_own_statistics():
+def test_own_statistics(one_backbone):
     """In training nothing changes but the averages; in a test each branch is normalised by its
     own, as the slow version does: a network for each branch."""
     flags = dict(csp=False, dao=False, tks=(), frames=4)
@@ -661,7 +661,7 @@ def macs_a_frame(row, **changes):
     """In units of 1e9, of the convolutions and matrix products, as computed."""
     args = settings(RECIPE, ROWS, row)
     model = meta(row, **changes)
-    return complexity(model, args.frames, 256, 128)[1] / args.frames / 1e9
+    return multiply_adds(model, args.frames, 256, 128) / args.frames / 1e9
 
 
 def test_multiply_adds():

@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import m3d
-from common import complexity, row_of, settings
-from conftest import check_gradients, close, maps, parameters, randomize, wake
+from common import row_of, settings
+from conftest import check_gradients, close, maps, multiply_adds, parameters, randomize, wake
 from data import UserError
 from m3d import (
     RECIPE,
@@ -320,7 +320,7 @@ def test_parameters_of_settings():
 def test_multiply_adds():
     def macs(variant, **changes):
         args = settings(RECIPE, ROWS, variant, **changes)
-        return complexity(meta(variant, **changes), args.frames, 256, 128)[1]
+        return multiply_adds(meta(variant, **changes), args.frames, 256, 128)
 
     places = ((64, 64, 32), (128, 32, 16), (256, 16, 8), (512, 8, 4))
     added = 3 * 8 * sum(C * C * h * w for C, h, w in places)

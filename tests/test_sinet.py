@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 
 import sinet
-from common import batch_hard_triplet, complexity, row_of, settings
-from conftest import check_gradients, close, maps, parameters, randomize, wake
+from common import batch_hard_triplet, row_of, settings
+from conftest import check_gradients, close, maps, multiply_adds, parameters, randomize, wake
 from sinet import (
     ROWS,
     ChannelAttentionLayer,
@@ -464,11 +464,11 @@ def test_parameters(variant):
 def test_multiply_adds():
     """The paper prints +1.081 GFLOPs for the IDMs and +0.014 for the SBMs, for a clip of 4 frames
     of 256x128."""
-    base = complexity(meta("base"), 4, 256, 128)[1]
+    base = multiply_adds(meta("base"), 4, 256, 128)
     assert round(base / 4e9, 3) == 4.053  # conv-only trunk a frame
-    idms = complexity(meta("base+idm"), 4, 256, 128)[1] - base
+    idms = multiply_adds(meta("base+idm"), 4, 256, 128) - base
     assert idms == 2 * 536_870_912  # 1.074e9; the paper's 1.081 counts some element-wise work
-    sbms = complexity(meta("base+sbm"), 4, 256, 128)[1] - base
+    sbms = multiply_adds(meta("base+sbm"), 4, 256, 128) - base
     attention = products = responses = 0
     for s in (1, 2, 3):
         attention, products, responses = (
@@ -478,7 +478,7 @@ def test_multiply_adds():
         )
     assert sbms == attention + products + responses + 3 * 524_288
     assert attention + responses == 14_155_776  # 0.014e9, as printed: the convolutions alone
-    assert complexity(meta("sinet"), 4, 256, 128)[1] == base + idms + sbms
+    assert multiply_adds(meta("sinet"), 4, 256, 128) == base + idms + sbms
 
 
 def test_the_printed_increments():
@@ -490,8 +490,8 @@ def test_the_printed_increments():
         "base+idm": 1.081,
         "base+nonlocal": 2.216,
     }
-    base = complexity(meta("base"), 4, 256, 128)[1]
-    nonlocal_block = complexity(meta("base+nonlocal"), 4, 256, 128)[1] - base
+    base = multiply_adds(meta("base"), 4, 256, 128)
+    nonlocal_block = multiply_adds(meta("base+nonlocal"), 4, 256, 128) - base
     assert nonlocal_block == 2 * (4 * 512 * 256 * 2048 + 2 * 256 * 2048**2)
     assert 2 * 4 * 512 * 256 * 2048 == 2_147_483_648  # its projections alone: 3 % below the print
 

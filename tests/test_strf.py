@@ -10,8 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import strf
-from common import batch_hard_triplet, complexity, row_of, settings
-from conftest import check_gradients, close, maps, parameters, randomize, wake
+from common import batch_hard_triplet, row_of, settings
+from conftest import check_gradients, close, maps, multiply_adds, parameters, randomize, wake
 from strf import (
     ROWS,
     STRF,
@@ -375,7 +375,7 @@ def test_parameters_as_the_paper_counts():
 
 @functools.cache
 def macs(variant):
-    return complexity(meta(variant), 8, 224, 112)[1]
+    return multiply_adds(meta(variant), 8, 224, 112)
 
 
 # width of a unit, positions of its maps, number of such units behind S (P3D-A and P3D-C)

@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 
 import tclnet
-from common import COSTS, Row, batch_hard_triplet, complexity, row_of, settings
-from conftest import check_gradients, close, maps, parameters, randomize, wake
+from common import COSTS, Row, batch_hard_triplet, row_of, settings
+from conftest import check_gradients, close, maps, multiply_adds, parameters, randomize, wake
 from tclnet import (
     RECIPE,
     ROWS,
@@ -453,7 +453,7 @@ def test_parameters(variant):
 @functools.cache
 def macs(variant):
     args = settings(RECIPE, ROWS, variant)
-    return complexity(meta(variant), args.frames, args.height, args.width)[1]
+    return multiply_adds(meta(variant), args.frames, args.height, args.width)
 
 
 def test_multiply_adds():
