@@ -1,6 +1,7 @@
 """Shared by the tests: a small synthetic data set and a short training, once each, ways to run a
 script, and small helpers."""
 
+import copy
 import csv
 import importlib
 import multiprocessing
@@ -10,14 +11,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn as nn
+import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import complexity  # noqa: E402
 from data import UserError, draw_synthetic  # noqa: E402
 
 TINY = ("--height", 48, "--width", 40, "--ids", 2, "--clips", 2)
@@ -63,6 +67,12 @@ def parameters(model):
     )
 
 
+def multiply_adds(model, T, height, width):
+    """Those of `complexity`, which counts none of BatchNorm: without it, as it is slow on meta."""
+    with mock.patch.object(nn.functional, "batch_norm", lambda x, *_, **__: x):
+        return complexity(model, T, height, width)[1]
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="SIGKILLs in test_runs.py")
 
@@ -70,6 +80,21 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    return torchvision.models.resnet50(zero_init_residual=True)
+
+
+@pytest.fixture
+def one_backbone(backbone, monkeypatch):
+    """Every network starts with the same weights: drawing them takes longer than a small clip."""
+
+    def resnet50(**_):
+        return copy.deepcopy(backbone).to(torch.get_default_dtype())
+
+    monkeypatch.setattr(torchvision.models, "resnet50", resnet50)
 
 
 class Colours(torch.nn.Module):
@@ -95,7 +120,7 @@ def small_root(tmp_path_factory):
     """A --root whose synthetic/ has 6 + 4 identities under 2 cameras."""
     root = tmp_path_factory.mktemp("root")
     draw_synthetic(
-        root / "synthetic", identities=6, test_identities=4, cameras=2, frames=(3, 9), size=(64, 32)
+        root / "synthetic", identities=6, test_identities=4, cameras=2, frames=(3, 6), size=(64, 32)
     )
     return root
 

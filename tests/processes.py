@@ -19,6 +19,7 @@ from common import Run, evaluate, extract, gather, parse_args, pick_device, rank
 from data import load_dataset
 
 PIDS = torch.tensor([0, 0, 1, 1])
+SIZES = {bicnet_tks: (4, 32), m3d: (4, 32), sinet: (4, 48), strf: (2, 32), tclnet: (2, 32)}
 
 
 def evaluation(root):
@@ -41,8 +42,8 @@ def gradients(script):
     """{name: (alone, together)}: of the whole batch's gradient up to 1,000 numbers, its norm and
     its sum; once in the first process alone, once with each process on its identities. BatchNorm in
     eval mode, float64, nothing zero-initialised."""
-    width = 32 if script in (m3d, strf) else 64  # 3D convolutions in float64 are slow
-    flags = f"--height 64 --width {width} --frames 4 --gpu cpu --output nowhere"
+    frames, width = SIZES[script]
+    flags = f"--height 64 --width {width} --frames {frames} --gpu cpu --output nowhere"
     sys.argv = [script.__name__ + ".py", *flags.split()]
     run = Run(parse_args(script.RECIPE, script.ROWS, script.__doc__, script.__file__))
     torch.manual_seed(0)
@@ -55,7 +56,7 @@ def gradients(script):
     for p in model.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.05)
-    clips = torch.randn(4, 4, 3, 64, width, dtype=torch.float64)
+    clips = torch.randn(4, frames, 3, 64, width, dtype=torch.float64)
 
     def summary():
         return [
@@ -65,13 +66,12 @@ def gradients(script):
 
     alone = []
     if rank() == 0:
-        torch.set_num_threads(2)  # the other process waits
         sum(script.losses(model(clips), PIDS, run.args).values()).backward()
         alone = summary()
         model.zero_grad()
-        torch.set_num_threads(1)
     torch.distributed.barrier()
-    network, mine = run.parallel(model), PIDS % world() == rank()
+    network = torch.nn.parallel.DistributedDataParallel(model)
+    mine = PIDS % world() == rank()
     outputs, pids = gather(network(clips[mine])), gather(PIDS[mine])
     run.backward(sum(script.losses(outputs, pids, run.args).values()))
     return {name: pair for (name, _), *pair in zip(model.named_parameters(), alone, summary())}

@@ -58,7 +58,7 @@ def pixels_of(panel):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_papers_pictures(name, tmp_path):
+def test_the_papers_pictures(name, tmp_path, one_backbone):
     script, model = network(name)
     frames = random_frames()
     model.train()
@@ -83,7 +83,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_pictures_of_other_variants(name):
+def test_pictures_of_other_variants(name, one_backbone):
     """Rows without the module that is drawn have fewer rows, not an error."""
     frames = random_frames()
     for variant in OTHERS[name]:

@@ -1,6 +1,7 @@
 """The scripts repeat what the papers do not touch, and their classes can be copied: held so."""
 
 import ast
+import functools
 import importlib
 import re
 import sys
@@ -83,6 +84,7 @@ def test_the_same_in_every_script(script):
         assert not everywhere or node.name in mine, f"{node.name} is not marked"
 
 
+@functools.cache
 def _dumps(script):
     return {ast.dump(node) for node in ast.parse(script.read_text()).body}
 
@@ -221,7 +223,7 @@ def modules_of(script):
     [(s, n) for s in SCRIPTS for n in modules_of(s)],
     ids=lambda v: getattr(v, "name", v),
 )
-def test_a_class_runs_when_copied(script, name):
+def test_a_class_runs_when_copied(script, name, one_backbone):
     make, shapes = COPIED[script.stem][name]
     inputs = [torch.rand(shape) for shape in shapes]
     torch.manual_seed(0)
