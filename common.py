@@ -35,6 +35,8 @@ def distance_blocks(a, b, metric="cosine", rows=512):
     a, b = a.float(), b.float()
     if metric == "cosine":
         a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    elif metric != "euclidean":
+        raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
     for start in range(0, len(a), rows):
         part = a[start:start + rows]
         d = 1 - part @ b.T if metric == "cosine" else torch.cdist(part, b)
@@ -255,10 +257,10 @@ def complexity_table(rows, recipe, build, counting):
     """Prints parameters and multiply-adds of every row, in Markdown, and beside the paper's figures
     ours as the paper counts.
 
-    counting: the paper's conventions, {"base": the row over which it prints increments, "without":
-    first names of the parts whose parameters it leaves out, "per_bn": operations for each element
-    of a BatchNorm, "more": (settings of a row) -> multiply-adds counted beside, "truncate": the
-    COSTS that it cuts, not rounds}; each may be missing.
+    counting: the paper's conventions, where it has them: "base", the row over which it prints
+    increments; "without", first names of parts whose parameters it leaves out; "per_bn", operations
+    for each element of a BatchNorm; "more": (settings of a row) -> multiply-adds counted beside;
+    "truncate": the COSTS that it cuts, not rounds.
     """
     def cost(name):
         args, elements = settings(recipe, rows, name, weights="none"), []
@@ -284,8 +286,8 @@ def complexity_table(rows, recipe, build, counting):
             cut = 0.5 / 10 ** places if key in counting.get("truncate", ()) else 0
             theirs.append(f"{figure} {unit}")
             ours.append(f"{value - cut:.{places}f}")
-            same = ours[-1] == str(figure)
-            equal.append("yes" if same else f"{100 * (value / figure - 1):+.2f} %")
+            off = f"{100 * value / figure - 100:+.2f} %"
+            equal.append("yes" if ours[-1] == str(figure) else off)
         table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{counted[0]:,}",
                       f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}",
                       *map(", ".join, (theirs, ours, equal))])

@@ -857,10 +857,10 @@ def _draw_camera(index, rng, zoom):
     pixels = (np.asarray(image) + rng.normal(0, 6, (150, 420, 1))).clip(0, 255).astype(np.uint8)
     hue = np.array(colorsys.hsv_to_rgb(rng.random(), 1, 1))
     return SimpleNamespace(
-        cast=(1 + 0.16 * (hue - 0.5)) * rng.uniform(0.8, 1.15), gamma=rng.uniform(0.85, 1.2),
+        cast=(1 + 0.16 * (hue - 0.5)) * rng.uniform(0.9, 1.1), gamma=rng.uniform(0.9, 1.1),
         light=0.15 * rng.choice([-1, 1]), scale=rng.uniform(0.85, 0.97),
         yaw=[0.25, 1.35, 2.75, -1.1, 0.9, -2.2][index % 6] + rng.uniform(-0.15, 0.15),
-        blur=rng.uniform(0.0, 0.7), noise=rng.uniform(1, 5),
+        blur=rng.uniform(0.0, 0.7), noise=rng.uniform(1, 3),
         scene=Image.fromarray(pixels).resize((round(420 * zoom), round(150 * zoom))))
 
 
@@ -1023,7 +1023,7 @@ def _write_mat(path, variable, values):
 
 
 def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=(5, 12),
-                   size=(128, 64), group=4, occlusion=0.25, gait=False, seed=0):
+                   size=(128, 64), group=4, occlusion=0.2, gait=False, seed=0):
     """Draws a set of synthetic pedestrians in MARS' layout into `folder`, which must not exist yet.
 
     Every identity has one or two tracklets of frames[0] to frames[1] frames under each camera; the
@@ -1105,7 +1105,7 @@ def _main():
         "height": (128, 32, 1024, "height of a frame in pixels"),
         "width": (64, 8, 1024, "width of a frame in pixels, a quarter to all of the height"),
         "group": (4, 1, 4999, "people in a group who share the upper clothes"),
-        "occlusion": (25, 0, 100, "percent of the tracklets with something passing in front"),
+        "occlusion": (20, 0, 100, "percent of the tracklets with something passing in front"),
         "seed": (0, 0, 2 ** 32, "same seed, same bytes"),
     }
     for name, (default, low, high, meaning) in numbers.items():
