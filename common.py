@@ -686,7 +686,7 @@ def all_splits(train, args, rows):
 
 
 def run_script(train, build, recipe, rows, counting, text, script):
-    """What a command line asks for; the arguments are the parts of a script."""
+    """What a command line asks for, of the parts of a script."""
     args = parse_args(recipe, rows, text, script)
     if args.complexity:
         complexity_table(rows, recipe, build, counting)
@@ -840,8 +840,7 @@ class Run:
                     break
         sampler.set_epoch(epoch)
         if self.steps == len(sampler):
-            lr = self.states["optimizer"].param_groups[0]["lr"]
-            row = {"epoch": epoch, "lr": lr, **means}
+            row = {"epoch": epoch, "lr": self.states["optimizer"].param_groups[0]["lr"], **means}
             speed = (self.steps - first) * self.batch / (time.time() - start)
             says = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch")
             print(f"epoch {epoch}/{self.args.epochs}: {says}  ({time.time() - start:.0f} s, "

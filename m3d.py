@@ -372,8 +372,8 @@ class TwoStreamM3D(nn.Module):
     def test_parts(self):
         """[(network, frames a clip)] whose embeddings a test joins: the 2D stream takes still
         frames, all of a tracklet, the temporal stream clips of T."""
-        return [(nn.Sequential(self.streams[name], neck), 1 if name == "spatial" else self.frames)
-                for name, neck in self.neck.items()]
+        return [(nn.Sequential(self.streams[name], neck).train(self.training),
+                 1 if name == "spatial" else self.frames) for name, neck in self.neck.items()]
 
     def forward(self, clips):
         if clips.shape[1] != self.frames:
