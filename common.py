@@ -233,9 +233,8 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
 # --------------------------------------------------------------------------------------- complexity
 
 def complexity(model, T, height, width, without=()):
-    """(parameters, multiply-adds of one clip's inference), counted without computing: learnable
-    parameters, but of the parts whose names start as in `without`, and multiply-adds of
-    convolutions and matrix products, what the papers call FLOPs."""
+    """(learnable parameters, multiply-adds of a clip's convolutions and matrix products, in eval
+    mode), counted without computing; without: first names of parts without whose parameters."""
     shadow = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.empty(1, T, 3, height, width, device="meta"))
@@ -279,18 +278,17 @@ def complexity_table(rows, recipe, build, counting):
               "ours, counted so", "equal"]]
     for name in rows:
         args, macs, counted = cost(name)
-        theirs, ours, equal = [], [], []
+        theirs, ours, met = [], [], []
         for key, figure in row_of(rows, name).costs.items():
             unit, value_of = COSTS[key]
             places, value = len(str(figure).partition(".")[2]), value_of(counted, base)
             cut = 0.5 / 10 ** places if key in counting.get("truncate", ()) else 0
             theirs.append(f"{figure} {unit}")
             ours.append(f"{value - cut:.{places}f}")
-            off = f"{100 * value / figure - 100:+.2f} %"
-            equal.append("yes" if ours[-1] == str(figure) else off)
+            met.append("yes" if ours[-1] == str(figure) else f"{100 * value / figure - 100:+.2f} %")
         table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{counted[0]:,}",
                       f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}",
-                      *map(", ".join, (theirs, ours, equal))])
+                      *map(", ".join, (theirs, ours, met))])
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in [table[0], ["-" * width for width in widths], *table[1:]]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
@@ -537,7 +535,7 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
 }
 # what a checkpoint does not say, and what may differ from it when a run goes on or is evaluated
 HERE = {"evaluate", "figure", "figure_tracklets", "complexity", "gpu", "workers", "resume",
-        "compile", "output"}
+        "compile", "output", "chosen"}
 GOING_ON = {*HERE, "root", "epochs", "checkpoint_every", "eval_every"}
 EVALUATED = {*FLAGS, *SCHEDULE, "erase", "weights"}
 
@@ -634,19 +632,22 @@ def parse_args(recipe, rows, text, script):
         raise UserError("--split all: is for training, --evaluate and --figure take one split")
     row = vars(settings(recipe, rows, variant, small=data == "synthetic"))
     return argparse.Namespace(**{
-        **default, "chunk": CHUNK.get(data, 0), **row, **saved, **chosen, "resume": resume,
-        "evaluate": evaluate, "output": output, "script": script.name, "checkpoint": checkpoint,
+        **default, "chunk": CHUNK.get(f"{script.stem} {data}", CHUNK.get(data, 0)), **row, **saved,
+        **chosen, "resume": resume, "evaluate": evaluate, "output": output, "chosen": [*chosen],
+        "script": script.name, "checkpoint": checkpoint,
         "printed": row_of(rows, variant).figures.get(data)})
 
 
 def part_of(args, rows, folder, variant=None, **changes):
-    """The arguments of a part of a run: those of the run, of the row `variant`, and `changes`. It
-    has a folder of its own in --output, and goes on where it was stopped."""
-    values = {**vars(args), "output": f"{args.output}/{folder}", "resume": None}
+    """The arguments of a part of a run: those of the run, then what the row `variant` sets (a
+    schedule that the user chose holds), then `changes`. It has a folder of its own in --output, and
+    goes on where it was stopped."""
+    part = argparse.Namespace(**{**vars(args), "output": f"{args.output}/{folder}", "resume": None})
     if variant:
-        values |= changed(rows, variant, args.data == "synthetic")
-        values |= {"variant": variant, "printed": row_of(rows, variant).figures.get(args.data)}
-    part = argparse.Namespace(**values | changes)
+        row = changed(rows, variant, args.data == "synthetic")
+        vars(part).update({k: v for k, v in row.items() if k not in {*SCHEDULE} & {*args.chosen}})
+        part.variant, part.printed = variant, row_of(rows, variant).figures.get(args.data)
+    vars(part).update(changes)
     last = f"{part.output}/last.pt"
     if os.path.exists(last):
         part.checkpoint = load_checkpoint(last, args.script, rows, vars(part), GOING_ON)
@@ -1010,8 +1011,7 @@ def figures(run, model, dataset, split, metric, picture):
         return f"{label}: {who}, camera {tracklet.cam}", [panel]
 
     matched = [i for i, ranks in enumerate(match_ranks(d, *ids)) if len(ranks)]
-    step = max(1, len(matched) // args.figure_tracklets)
-    for i in matched[::step][:args.figure_tracklets]:
+    for i in matched[::len(matched) // args.figure_tracklets or 1][:args.figure_tracklets]:
         query = dataset.query[i]
         name = f"query-{i + 1}-person-{query.pid}-camera-{query.cam}"
         clip = split(len(query.frames), args.frames)[0]

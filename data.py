@@ -533,7 +533,7 @@ DATA_SETS = {
 }
 SPLIT_SETS = ("ilids", "prid")
 PRID_PERSONS = 178  # under both cameras with more than 21 frames
-CHUNK = {"duke": 32, "lsvid": 64}  # default of --chunk; others: 0
+CHUNK = {"duke": 32, "lsvid": 64, "sinet lsvid": 48}  # default of --chunk; others: 0
 
 
 # ------------------------------------------------------------------------------------ clip sampling

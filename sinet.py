@@ -46,6 +46,7 @@ Open (not printed; the reading taken):
   test clips    one frame of each of T equal parts, in order, as in training; every frame is used,
                 some twice where T does not divide the length (10 frames: 3 clips of 4)
   epoch         every identity at least once, K clips of it
+  pieces        LS-VID's training tracklets are cut into pieces of 48 frames: --chunk 0
   Table 3       at both IDM places Non-local with half the channels, GC block with reduction 16;
                 Non-local (1): the mean over all positions; (inverse): softmax of -affinity
   Fig. 5        prints only the peaks, k = 3 and reduction 4; the other ticks, and the network

@@ -93,13 +93,15 @@ def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
     args = parsed("--variant", "base+sbm", "--no-sbm", "--positions", "1", "--splits", "2")
     assert (args.sbm, args.positions, args.splits) == (False, (1,), (2,))
     assert (args.epochs, args.lr, args.height) == (8, 5e-4, 128) and args.printed is None
+    assert [parsed("--data", name).chunk for name in ("mars", "duke", "lsvid")] == [0, 32, 48]
+    assert parsed("--data", "lsvid", "--chunk", "9").chunk == 9
 
 
 @pytest.mark.parametrize(
     "script, name, ids, frames, flags",
     [
         ("tclnet.py", "duke", 3, 2, ("--chunk", 5)),
-        ("m3d.py", "lsvid", 2, 3, ()),
+        ("m3d.py", "lsvid", 2, 3, ("--no-stages",)),
         ("bicnet_tks.py", "folder", 2, 4, ()),
         ("strf.py", "prid", 2, 2, ("--split", 3)),
     ],

@@ -600,3 +600,36 @@ def test_join_refuses(refuses, tmp_path):
     refuses(("--evaluate", "--join", "a"), "--join takes two checkpoints", script="m3d.py")
     two = ("--evaluate", "--join", "2d.pt", "2d.pt")
     refuses(two, "2d.pt: holds no streams.temporal of a run", script="m3d.py")
+
+
+def test_the_stages_take_their_own_recipes(monkeypatch, tmp_path):
+    """The 2D stream that of its row, but for a schedule that is given; both what else is given."""
+    parts = []
+    monkeypatch.setattr(m3d, "train", parts.append)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--data", "mars", "--lr", "0.5", "--height", "64", "--layer", "p3d-c", "--frames", "4")
+    m3d.train_in_stages(arguments(monkeypatch, *flags))
+    seen = [
+        (
+            p.variant,
+            p.epochs,
+            p.ids,
+            p.lr,
+            p.lr_step,
+            p.chunk,
+            p.height,
+            p.layer,
+            p.frames,
+            p.stream,
+        )
+        for p in parts
+    ]
+    assert seen[0] == ("2d", 20, 128, 0.5, 10, 1, 64, "2d", 1, "spatial")
+    assert seen[1] == ("m3d+ral", 400, 24, 0.5, 300, 0, 64, "p3d-c", 4, "temporal")
+    assert parts[1].init_2d == "runs/m3d-mars/2d/last.pt" and parts[0].printed == (62.54, 76.43)
+    assert parts[2].join == [parts[1].init_2d, "runs/m3d-mars/temporal/last.pt"]
+    assert parts[2].evaluate and parts[2].stream == "two" and parts[2].printed == (74.06, 84.39)
+    for flags in (("--no-stages",), ("--evaluate",), ("--variant", "m3d"), ("--init-2d", "x")):
+        parts.clear()
+        m3d.train_in_stages(arguments(monkeypatch, "--data", "mars", *flags))
+        assert len(parts) == 1
