@@ -42,17 +42,9 @@ def start(tmp_path, small_root):
     tmp_path/out."""
 
     def popen(*flags, launcher=None, before=int):
-        command, out = [
-            "sinet.py",
-            "--root",
-            small_root,
-            "--variant",
-            "base",
-            "--epochs",
-            2,
-            *TINY,
-            *flags,
-        ], tmp_path / "out"
+        command = ["sinet.py", "--root", small_root, "--variant", "base", "--epochs", 2, *TINY]
+        command += flags
+        out = tmp_path / "out"
         out.write_text("")
         if launcher:
             command = [*launcher, ROOT / command[0], *command[1:]]
