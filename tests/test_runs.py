@@ -429,12 +429,8 @@ def test_compile_trains_and_falls_back(small, monkeypatch):
 @pytest.fixture(scope="module")
 def several(small_root, tmp_path_factory):
     """What tests/processes.py writes with 2 and 3 processes, and with this one alone."""
-    folder, found, threads = tmp_path_factory.mktemp("processes"), {}, torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found[1] = processes.evaluation(small_root)
-    finally:
-        torch.set_num_threads(threads)
+    folder = tmp_path_factory.mktemp("processes")
+    found = {1: processes.evaluation(small_root)}
     for count in (2, 3):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
