@@ -20,6 +20,8 @@ import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # two take longer for networks and clips as small as here
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that the tests start
 
 from common import complexity  # noqa: E402
 from data import UserError, draw_synthetic  # noqa: E402

@@ -34,7 +34,7 @@ def evaluation(root):
     options = dict(split=sinet.SPLIT, T=4, size=(48, 40), batch=3)
     return {
         "result": evaluate(model, dataset, **options),
-        "features": extract(model, dataset.gallery, **options),
+        "features": extract(model, dataset.query, **options),
     }
 
 

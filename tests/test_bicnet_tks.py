@@ -368,7 +368,7 @@ def test_own_statistics(one_backbone):
     assert (own(clips) - (features[0] + features[1]) / 2).abs().max() > 1e-3
 
 
-def test_a_network_with_own_statistics_can_be_kept_copied_and_synchronised(one_backbone):
+def test_a_network_with_own_statistics_can_be_kept_copied_and_synchronised():
     own = network(own_statistics=True)
     for p in own.buffers():
         if p.is_floating_point():

@@ -114,28 +114,9 @@ def test_every_script_trains_and_resumes_on_a_data_set(
     test_sets.WRITE[name](tmp_path / "sets")
     # not narrower: torch's bfloat16 convolution with stride 2 reads beyond maps of width 2 on some
     # CPUs (torch 2.15)
-    done = run(
-        script,
-        "--data",
-        name,
-        "--root",
-        tmp_path / "sets",
-        "--weights",
-        "none",
-        "--height",
-        64,
-        "--width",
-        64,
-        "--ids",
-        ids,
-        "--clips",
-        2,
-        "--frames",
-        frames,
-        "--epochs",
-        1,
-        *flags,
-    )
+    size = ("--height", 64, "--width", 64, "--ids", ids, "--clips", 2, "--frames", frames)
+    start = ("--root", tmp_path / "sets", "--weights", "none", "--epochs", 1)
+    done = run(script, "--data", name, *start, *size, *flags)
     assert done.returncode == 0 and re.search(
         r"^after epoch 1, .*mAP", done.stdout, re.M
     ), done.stderr
@@ -233,18 +214,8 @@ def test_m3d_starts_from_a_2d_stream(run, refuses, small_root, tmp_path):
     common = ("--root", small_root, "--height", 64, "--width", 32, "--ids", 6, "--frames", 3)
     done = run("m3d.py", *common, "--variant", "2d", "--epochs", 1, "--output", "2d")
     assert done.returncode == 0, done.stderr
-    done = run(
-        "m3d.py",
-        *common,
-        "--variant",
-        "m3d",
-        "--init-2d",
-        "2d/last.pt",
-        "--epochs",
-        1,
-        "--output",
-        "m3d",
-    )
+    start = ("--variant", "m3d", "--init-2d", "2d/last.pt")
+    done = run("m3d.py", *common, *start, "--epochs", 1, "--output", "m3d")
     assert done.returncode == 0 and "mAP" in done.stdout, done.stderr
     assert run("m3d.py", "--resume", "m3d/last.pt", "--evaluate").returncode == 0
     refuses(
@@ -318,21 +289,8 @@ def test_evaluate_repeats_the_result_and_reranks(trained, run):
 
 
 def test_sinet_trains_with_amp_and_workers(run, small_root, tmp_path):
-    done = run(
-        "sinet.py",
-        "--root",
-        small_root,
-        *TINY,
-        "--epochs",
-        1,
-        "--amp",
-        "--workers",
-        2,
-        "--pool",
-        "avg",
-        "--seed",
-        3,
-    )
+    flags = ("--epochs", 1, "--amp", "--workers", 2, "--pool", "avg", "--seed", 3)
+    done = run("sinet.py", "--root", small_root, *TINY, *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all frames") == 2 and "after epoch 1, all frames" in done.stdout
     assert all(row["mAP"] for row in read_log(tmp_path / "runs/sinet-synthetic"))

@@ -42,17 +42,9 @@ def start(tmp_path, small_root):
     tmp_path/out."""
 
     def popen(*flags, launcher=None, before=int):
-        command, out = [
-            "sinet.py",
-            "--root",
-            small_root,
-            "--variant",
-            "base",
-            "--epochs",
-            2,
-            *TINY,
-            *flags,
-        ], tmp_path / "out"
+        command = ["sinet.py", "--root", small_root, "--variant", "base", "--epochs", 2, *TINY]
+        command += flags
+        out = tmp_path / "out"
         out.write_text("")
         if launcher:
             command = [*launcher, ROOT / command[0], *command[1:]]
@@ -437,12 +429,8 @@ def test_compile_trains_and_falls_back(small, monkeypatch):
 @pytest.fixture(scope="module")
 def several(small_root, tmp_path_factory):
     """What tests/processes.py writes with 2 and 3 processes, and with this one alone."""
-    folder, found, threads = tmp_path_factory.mktemp("processes"), {}, torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found[1] = processes.evaluation(small_root)
-    finally:
-        torch.set_num_threads(threads)
+    folder = tmp_path_factory.mktemp("processes")
+    found = {1: processes.evaluation(small_root)}
     for count in (2, 3):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
