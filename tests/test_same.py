@@ -102,6 +102,12 @@ def test_a_script_is_short_and_stands_alone(script):
     assert sum(length for _, length in marked(script).values()) <= 120
 
 
+def test_the_shared_files_are_short():
+    lengths = {file.name: len(file.read_text().splitlines()) for file in FILES}
+    assert lengths["common.py"] <= 1050 and lengths["data.py"] <= 1150
+    assert sum(lengths.values()) <= 5000
+
+
 @pytest.mark.parametrize(
     "file", [*FILES, *sorted((ROOT / "tests").glob("*.py"))], ids=lambda f: f.name
 )
