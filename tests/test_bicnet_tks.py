@@ -310,6 +310,12 @@ def test_losses():
     assert torch.equal(parts["div"], 0.01 * mean)
     alone = losses((embedding, logits, []), pids, args)
     assert list(alone) == ["xent", "triplet"]
+    args.margin, args.divergence = 0.7, 0.3
+    parts = losses((embedding, logits, attention), pids, args)
+    assert torch.equal(parts["triplet"], batch_hard_triplet(embedding, pids, 0.7))
+    assert torch.equal(parts["div"], 0.3 * mean)
+    args.divergence = 0.0
+    assert list(losses((embedding, logits, attention), pids, args)) == ["xent", "triplet"]
 
 
 # -------------------------------------------------------------------- branches' own statistics

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: real processes on real files."""
 
 import importlib
+import inspect
 import json
 import math
 import os
@@ -11,15 +12,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torchvision
 
 import common
 import sinet
 import test_sets
 from conftest import TINY, Colours, read_log
-from data import DATA_SETS
+from data import (
+    DATA_SETS,
+    PKSampler,
+    TrackletSampler,
+    split_consecutive,
+    split_segments,
+    split_whole,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
@@ -80,6 +90,70 @@ def test_recipes_and_rows_are_whole(script):
         for key in common.SCHEDULE:
             assert getattr(small, key) == module.RECIPE[key][1]
         assert all(len(figures) == 2 for figures in row.figures.values())
+
+
+BLOCK = {"h_e": "block", "w_e": "block", "s_h": "stride", "s_w": "stride"}
+NETWORKS = {  # their classes; settings that are arguments of another name, or of none
+    "sinet.py": ("SINet", {"k": "kernel_size", "lambda2": "project"}),
+    "tclnet.py": ("TCLNet", BLOCK),
+    "bicnet_tks.py": ("BiCnet", {}),
+    "m3d.py": ("TwoStreamM3D", {"height": None, "width": None, "stages": None}),
+    "strf.py": ("STRFNet", {"height": None, "width": None}),
+}
+TRAINING = dict.fromkeys("ids clips erase epochs lr lr_step momentum weight_decay".split())
+LOSSES = dict.fromkeys("loss margin lambda1 temperature divergence".split())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_setting_reaches_the_network_or_the_optimizer(script, monkeypatch):
+    """Those of the losses are in the papers' tests, those of the batches in test_runs.py."""
+    module, (name, others) = importlib.import_module(Path(script).stem), NETWORKS[script]
+    others = {**TRAINING, **LOSSES, **others}
+    signature = inspect.signature(getattr(module, name))
+    monkeypatch.setattr(module, name, lambda *a, **k: signature.bind(*a, **k).arguments)
+
+    def given(**changes):
+        row = next(iter(module.ROWS))
+        return common.settings(module.RECIPE, module.ROWS, row, **changes)
+
+    def built(**changes):
+        arguments = module.build(given(**changes), 7)
+        return arguments | arguments.pop("strf", {})  # its further arguments
+
+    plain = built()
+    for key, (paper, *_) in module.RECIPE.items():
+        if paper in (None, ()):  # files, see test_m3d.py
+            continue
+        other = 0 if key == "lambda2" else not paper if isinstance(paper, bool) else 2 * paper
+        changed = built(**{key: other})
+        reached = {name for name in plain if plain[name] != changed[name]}
+        assert reached == {others.get(key, key)} - {None}, key
+        assert changed.get(key, other) == other, key
+    assert built(resume="last.pt")["weights"] == "none"  # a checkpoint brings its own
+    rates = {"lr": 0.5, "weight_decay": 0.25, "momentum": 0.125}
+    group = module.make_optimizer(nn.Linear(2, 2), given(**rates)).param_groups[0]
+    assert all(group[key] == value for key, value in rates.items() if key in module.RECIPE)
+
+
+@pytest.mark.parametrize(
+    "script, sampler, step, split, metric",
+    [
+        ("sinet.py", PKSampler, None, split_segments, "cosine"),
+        ("tclnet.py", PKSampler, 8, split_consecutive, "cosine"),
+        ("bicnet_tks.py", PKSampler, 4, split_consecutive, "cosine"),
+        ("m3d.py", TrackletSampler, 1, split_whole, "euclidean"),
+        ("strf.py", PKSampler, 4, split_consecutive, "cosine"),
+    ],
+)
+def test_batches_clips_and_distance_of_the_papers(script, sampler, step, split, metric):
+    """step: between the frames of a training clip; None: each is of its own part."""
+    module = importlib.import_module(Path(script).stem)
+    assert (module.SAMPLER, module.SPLIT, module.METRIC) == (sampler, split, metric)
+    frames = module.SAMPLE(64, 4, np.random.default_rng(0))
+    if step:
+        assert np.diff(frames).tolist() == 3 * [step]
+    else:
+        assert (frames // 16).tolist() == [0, 1, 2, 3] and len({*np.diff(frames)}) > 1
 
 
 def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):

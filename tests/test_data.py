@@ -577,6 +577,21 @@ def test_train_clips_do_not_depend_on_the_workers(small_root):
         assert torch.equal(clips, same_clips) and torch.equal(pids, same_pids)
 
 
+def test_a_training_clip_is_flipped_and_erased_as_a_whole(small_root):
+    train = load_dataset("synthetic", small_root).train
+    plain, erased = (TrainClips(train, sample_segments, 4, (64, 32), p) for p in (0, 1))
+    flips = 0
+    for item in [(0, 5, epoch, place) for epoch in (1, 2) for place in range(4)]:
+        frames = sample_segments(len(train[0].frames), 4, np.random.default_rng(item[1:]))
+        before = read_clip([train[0].frames[i] for i in frames], (64, 32))
+        clip = plain[item][0]
+        flips += torch.equal(clip, before.flip(-1))
+        assert torch.equal(clip, before) or torch.equal(clip, before.flip(-1))
+        box = (erased[item][0] == MEAN).all(1).all(0)
+        assert box.any() and torch.equal(erased[item][0][:, :, ~box], clip[:, :, ~box])
+    assert 0 < flips < 8
+
+
 # ---------------------------------------------------------------------------------------- samplers
 
 PIDS = [0] * 1 + [1] * 2 + [2] * 3 + [3] * 9 + [4] * 4 + [5] * 4 + [6] * 2

@@ -502,12 +502,6 @@ def test_the_command_line(monkeypatch):
     assert (args.frames, args.ids, args.lr) == (16, 8, 0.0015)  # the small run's schedule
 
 
-def test_the_2d_recipe_is_sgd():
-    model = nn.Linear(2, 2)
-    group = m3d.make_optimizer(model, settings(RECIPE, ROWS, "2d", momentum=0.8)).param_groups[0]
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.001, 0.8, 5e-4)
-
-
 def test_init_2d(tmp_path):
     path = tmp_path / "2d.pt"
     base = network("2d", 3)
@@ -594,12 +588,30 @@ def test_stages(run, small_root, tmp_path):
     assert other.returncode == 2 and "was trained with --lr" in other.stderr
 
 
-def test_join_refuses(refuses, tmp_path):
+def test_join(tmp_path, one_backbone):
+    """Two checkpoints: their streams and necks."""
+    paths, saved = [tmp_path / "2d.pt", tmp_path / "m3d.pt"], {}
+    for path, variant in zip(paths, ("2d", "m3d+ral")):
+        state = {k: v + 1 for k, v in network(variant, 3, frames=3).state_dict().items()}
+        torch.save({"model": state}, path)
+        saved |= state
+    others = dict(frames=3, evaluate=True, join=paths, weights="not read")
+    joined = m3d.build(settings(RECIPE, ROWS, "two-stream", **others), 5).state_dict()
+    assert joined.keys() == saved.keys()
+    for name, value in saved.items():
+        assert name.startswith("classifier") or torch.equal(joined[name], value), name
+
+
+def test_join_refuses(refuses, small_root, tmp_path, one_backbone):
     torch.save({"model": network("2d", 3).state_dict()}, tmp_path / "2d.pt")
-    refuses(("--join", "a", "b"), "--join takes two checkpoints", script="m3d.py")
-    refuses(("--evaluate", "--join", "a"), "--join takes two checkpoints", script="m3d.py")
-    two = ("--evaluate", "--join", "2d.pt", "2d.pt")
-    refuses(two, "2d.pt: holds no streams.temporal of a run", script="m3d.py")
+    two = ("--join", "2d.pt", "2d.pt")
+    for flags, says in (
+        (two, "--join takes two checkpoints"),
+        (("--evaluate", "--join", "2d.pt"), "--join takes two checkpoints"),
+        (("--evaluate", "--variant", "m3d", *two), "--join takes two checkpoints"),
+        (("--evaluate", *two), "2d.pt: holds no streams.temporal of a run"),
+    ):
+        refuses(("--root", small_root, *flags), says, script="m3d.py")
 
 
 def test_the_stages_take_their_own_recipes(monkeypatch, tmp_path):
@@ -608,7 +620,8 @@ def test_the_stages_take_their_own_recipes(monkeypatch, tmp_path):
     monkeypatch.setattr(m3d, "train", parts.append)
     monkeypatch.chdir(tmp_path)
     flags = ("--data", "mars", "--lr", "0.5", "--height", "64", "--layer", "p3d-c", "--frames", "4")
-    m3d.train_in_stages(arguments(monkeypatch, *flags))
+    m3d.train_in_stages(arguments(monkeypatch, *flags, "--ral", "s"))
+    assert (parts[0].ral, parts[1].ral) == ((), ("s",))
     seen = [
         (
             p.variant,

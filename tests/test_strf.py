@@ -557,9 +557,6 @@ def test_every_setting_reaches_its_module():
     training = {"height", "width", "ids", "clips", "erase", "epochs", "lr", "lr_step"}
     training |= {"weight_decay", "weights", "margin"}
     assert set(strf.RECIPE) == {*changes, *training, "unit", "fam"}
-    args = settings(strf.RECIPE, ROWS, "strf-p3dc", weight_decay=0.25, lr=0.5)
-    group = strf.make_optimizer(nn.Linear(2, 2), args).param_groups[0]
-    assert (group["weight_decay"], group["lr"]) == (0.25, 0.5)
 
 
 def test_the_printed_figures():
