@@ -1,12 +1,14 @@
 """Shared by the tests: a small synthetic data set and a short training, once each, ways to run a
 script, and small helpers."""
 
+import contextlib
 import copy
 import csv
 import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # two take longer for networks and clips as small as here
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that the tests start
 
-from common import complexity  # noqa: E402
+import common  # noqa: E402
 from data import UserError, draw_synthetic  # noqa: E402
 
 TINY = ("--height", 48, "--width", 40, "--ids", 2, "--clips", 2)
@@ -72,11 +74,38 @@ def parameters(model):
 def multiply_adds(model, T, height, width):
     """Those of `complexity`, which counts none of BatchNorm: without it, as it is slow on meta."""
     with mock.patch.object(nn.functional, "batch_norm", lambda x, *_, **__: x):
-        return complexity(model, T, height, width)[1]
+        return common.complexity(model, T, height, width)[1]
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="SIGKILLs in test_runs.py")
+
+
+@contextlib.contextmanager
+def own_signals():
+    """SIGTERM ends pytest as SIGINT does, also one that a main() in the block only noted, which
+    leaves its handlers behind."""
+    ends = signal.default_int_handler
+    before = [signal.signal(number, ends) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
+        asked, common._asked = common._asked, 0
+    if asked:
+        raise KeyboardInterrupt
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """Around a test and its fixtures; no process that it started outlives it."""
+    try:
+        with own_signals():
+            return (yield)
+    finally:
+        while Forked.started:
+            Forked.started.pop().end()
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +173,15 @@ def child(command, folder, env, out, err, before):
     runpy.run_path(command[0], run_name="__main__")
 
 
+def kill_tree(pid):
+    """SIGKILL to a process and those below it, which may have groups and sessions of their own."""
+    below = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for child in below.split():
+        kill_tree(int(child))
+
+
 class Forked:
     """A script run by a process that is forked from one that has imported torch; like Popen.
 
@@ -152,6 +190,7 @@ class Forked:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision", "common"])
+    started = []
 
     def __init__(self, command, folder, out, err, env=None, before=int):
         command = [str(ROOT / command[0]), *map(str, command[1:])]
@@ -160,6 +199,7 @@ class Forked:
             args=(command, folder, {"CUDA_VISIBLE_DEVICES": "", **(env or {})}, out, err, before),
         )
         self.process.start()
+        self.started.append(self)
         self.pid, self.kill, self.terminate = (
             self.process.pid,
             self.process.kill,
@@ -168,6 +208,11 @@ class Forked:
 
     def poll(self):
         return self.process.exitcode
+
+    def end(self):
+        if self.poll() is None:
+            kill_tree(self.pid)
+            self.process.join()
 
     def wait(self, seconds=None):
         self.process.join(seconds)

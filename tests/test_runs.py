@@ -18,22 +18,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run
+import torch.nn.functional as F
 
 import common
+import m3d
 import processes
 import sinet
-from conftest import ROOT, TINY, Colours, Forked, drop_weights, read_log
-from data import UserError
+from conftest import ROOT, TINY, Colours, Forked, drop_weights, own_signals, read_log
+from data import TrainClips, UserError
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """main() takes over SIGINT and SIGTERM: give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    common._asked = 0
+@pytest.fixture
+def signalled(monkeypatch):
+    """For a test that signals itself."""
+    monkeypatch.setattr(common, "_asked", 0)
 
 
 @pytest.fixture
@@ -82,6 +80,37 @@ def same_run(folder, out, reference):
         and whole["progress"] == other["progress"]
     )
     assert reference[1].strip().splitlines()[-1].split("(")[0] in out
+
+
+def test_what_a_test_started_is_killed_with_all_below_it(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "script.py").write_text(
+        "import subprocess, time\n"
+        "fifo = open('fifo', 'w')\n"
+        "subprocess.Popen(['sleep', '60'], stdout=fifo, start_new_session=True)\n"
+        "print('started', file=fifo, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    out = tmp_path / "out"
+    process = Forked((tmp_path / "script.py",), tmp_path, out, out)
+    with open(tmp_path / "fifo") as fifo:
+        assert fifo.readline() == "started\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.01)
+        assert process in Forked.started
+        began = time.time()
+        process.end()
+        assert fifo.read() == "" and time.time() < began + 30  # nobody has it open
+
+
+def test_sigterm_ends_pytest():
+    """In a test, and behind one in which a main() noted it."""
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), own_signals():
+        common.catch_signals()
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler and not common._asked
 
 
 def test_killed_runs_end_as_if_never_stopped(trained, start, tmp_path, request):
@@ -170,17 +199,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint(trained, start, tmp_path):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, small_root, capsys):
-    """small(*flags) -> what sinet.py's main() prints with a small network."""
-    monkeypatch.setattr(sinet, "build", lambda args, num_classes: Colours(num_classes))
+    """small(*flags) -> what sinet.py's main(), or another's, prints with a small network."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*flags):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["sinet.py", "--root", str(small_root), "--gpu", "cpu", *map(str, (*TINY, *flags))],
-        )
-        sinet.main()
+    def call(*flags, script=sinet):
+        flags = ("--root", small_root, "--gpu", "cpu", *TINY, *flags)
+        monkeypatch.setattr(script, "build", lambda args, num_classes: Colours(num_classes))
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        script.main()
         return capsys.readouterr().out
 
     return call
@@ -235,6 +261,8 @@ def test_log_has_every_epoch_once(small, tmp_path, monkeypatch):
     assert log == (tmp_path / "whole/log.csv").read_bytes() and [
         row["epoch"] for row in read_log(folder)
     ] == list("1234567")
+    rates = [5e-4, 5e-4, 5e-5, 5e-5, 5e-6, 5e-6, 5e-7]
+    assert [float(row["lr"]) for row in read_log(folder)] == pytest.approx(rates)
     assert [bool(row["mAP"]) for row in read_log(folder)] == [
         False,
         False,
@@ -263,23 +291,88 @@ def test_log_has_every_epoch_once(small, tmp_path, monkeypatch):
         *flags, "--epochs", 7, "--output", "parts", "--resume"
     )
     assert (folder / "log.csv").read_bytes() == log
+    (folder / "log.csv").write_text("older")  # a kill between last.pt and log.csv of the last epoch
+    small(*flags, "--epochs", 7, "--output", "parts", "--resume")
+    assert (folder / "log.csv").read_bytes() == log
 
 
-def test_a_signal_in_the_last_step_of_an_epoch(small, tmp_path, monkeypatch):
+def test_batches_are_as_the_command_line_says(small, monkeypatch):
+    """Frames, size, erasing; the seeds of the draws: --seed, the epoch and the place in it."""
+    seen, take = [], TrainClips.__getitem__
+
+    def watched(clips, item):
+        seen.append((clips.T, clips.size, clips.erase, *item[1:]))
+        return take(clips, item)
+
+    monkeypatch.setattr(TrainClips, "__getitem__", watched)
+    small("--epochs", 2, "--output", "a", "--erase", 0.25, "--seed", 5, "--ids", 3)
+    places = [(epoch, place) for epoch in (1, 2) for place in range(12)]  # 2 batches of 3 x 2
+    assert seen == [(4, (48, 40), 0.25, 5, *place) for place in places]
+
+
+@pytest.mark.parametrize("amp, dtype", [((), torch.float32), (("--amp",), torch.bfloat16)])
+def test_amp_reaches_the_training_and_the_test(small, monkeypatch, amp, dtype):
+    seen, forward = set(), Colours.forward
+
+    def watched(model, clips):
+        if clips.device.type != "meta":  # where operations are counted
+            seen.add((model.training, (clips[0, 0, 0] @ clips[0, 0, 0].T).dtype))
+        return forward(model, clips)
+
+    monkeypatch.setattr(Colours, "forward", watched)
+    small("--epochs", 1, "--output", "a", *amp)
+    assert seen == {(True, dtype), (False, dtype)}
+
+
+def test_every_test_takes_the_distance_of_the_script(small, monkeypatch):
+    seen, blocks = [], common.distance_blocks
+
+    def watched(a, b, metric="cosine", *rest):
+        seen.append(metric)
+        return blocks(a, b, metric, *rest)
+
+    def xent(outputs, pids, args):
+        return {"xent": F.cross_entropy(outputs[1].float(), pids)}
+
+    monkeypatch.setattr(common, "distance_blocks", watched)
+    monkeypatch.setattr(common, "sheet", lambda *_, **__: None)
+    monkeypatch.setattr(m3d, "losses", xent)
+    monkeypatch.setattr(m3d, "picture", lambda *_: ("title", []))
+    start = ("--output", "a", "--no-stages", "--ids", 6, "--epochs", 1)
+    for flags in (start, ("--evaluate", "--rerank"), ("--figure", "f", "--figure-tracklets", 1)):
+        seen.clear()
+        small(*flags, script=m3d)
+        assert {*seen} == {"euclidean"}, flags
+
+
+def test_batch_norm_is_synchronised_between_gpus(monkeypatch, tmp_path):
+    flags = ("--gpu", "cpu", "--output", tmp_path, *TINY)
+    monkeypatch.setattr(sys, "argv", ["sinet.py", *map(str, flags)])
+    run = common.Run(common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, sinet.__file__))
+    for processes_of_it, run.cuda, kind in (
+        (1, True, torch.nn.BatchNorm1d),
+        (2, False, torch.nn.BatchNorm1d),
+        (2, True, torch.nn.SyncBatchNorm),
+    ):
+        monkeypatch.setattr(common, "world", lambda: processes_of_it)
+        assert type(run.prepare(Colours(5)).neck) is kind
+
+
+def test_a_signal_in_the_last_step_of_an_epoch(small, tmp_path, monkeypatch, signalled):
     """An epoch of one step: it ends the run, too."""
     log = common.Run.log
 
-    def signalled(*inputs):
+    def killed(*inputs):
         os.kill(os.getpid(), signal.SIGTERM)
         log(*inputs)
 
-    monkeypatch.setattr(common.Run, "log", signalled)
+    monkeypatch.setattr(common.Run, "log", killed)
     with pytest.raises(common.Stop):
         small("--ids", 6, "--epochs", 3, "--output", "a")
     assert [row["epoch"] for row in read_log(tmp_path / "a")] == ["1"]
 
 
-def test_a_signal_that_reaches_the_workers(capsys):
+def test_a_signal_that_reaches_the_workers(capsys, signalled):
     """As where every process of a job gets it by name."""
 
     def main():
@@ -298,7 +391,7 @@ def test_a_signal_that_reaches_the_workers(capsys):
     )
 
 
-def test_a_signal_between_two_runs():
+def test_a_signal_between_two_runs(signalled):
     """--split all: what comes after the last step of a split ends the next one."""
     common.catch_signals()
     os.kill(os.getpid(), signal.SIGTERM)
