@@ -25,7 +25,7 @@ Changed (printed, and done otherwise; without a flag unless one is named):
                 of the small run: both streams at once, on the same clips, by the 3D recipe
   input         "The mean value is subtracted from each (B, G, and R) channel": torchvision's mean
                 and standard deviation of RGB, as its weights were trained
-  n = 1         "equals to P3D-C": not with Eq. 5's one C x C matrix for the sum of three taps, which
+  n = 1         "equals to P3D-C": not with Eq. 5's one C x C matrix for the sum of 3 taps, which
                 fits +4.2 MB. --per-tap: dilated 3x1x1 convolutions (+12.5 MB), as printed
   RAL's start   "initializing all convolution layers as zero": a product of three zero masks has no
                 gradient. The last convolution of one branch is zero, those of the others have zero
