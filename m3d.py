@@ -407,7 +407,7 @@ RECIPE = {  # 3D networks (2D: row "2d"); flag: (paper's value, small run's, mea
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (400, 3, "(Implementation Details)"),
     "lr": (0.01, 0.0015, "learning rate of SGD (Implementation Details)"),
-    "lr_step": (300, 2, "it is divided by 10 every so many epochs (Implementation Details)"),
+    "lr_step": (300, 2, "lr is divided by 10 every so many epochs (Implementation Details)"),
     "momentum": (0.9, 0.9, "of SGD (our choice)"),
     "weight_decay": (5e-4, 5e-4, "of SGD (our choice)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (below Eq. 6)"),
