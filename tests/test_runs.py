@@ -20,6 +20,7 @@ import torch
 import torch.distributed.run
 
 import common
+import data
 import processes
 import sinet
 from conftest import ROOT, TINY, Colours, Forked, drop_weights, read_log
@@ -356,7 +357,7 @@ def test_read_only_output(small, tmp_path, monkeypatch):
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(common, "open", refuse, raising=False)  # root may write everywhere
+    monkeypatch.setattr(data, "open", refuse, raising=False)  # root may write everywhere
     with pytest.raises(
         UserError, match=r"^run/args.json: cannot be written \(.*Permission denied.*\)$"
     ):
