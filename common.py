@@ -1047,4 +1047,4 @@ def figures(run, model, dataset, split, metric, picture):
                 ax.plot(*point, color=f"C{k}", marker=f"${cam}$", ms=7)
         ax.set(box_aspect=0.8, xticks=[], yticks=[])
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="person")
-    sheet(f"PCA; {state}", [("number: camera; ring: query", [pca])], folder / "pca.png", height=4)
+    sheet(f"PCA; {state}", [("cameras; ring: query", [pca])], folder / "pca.png", height=4)

@@ -11,37 +11,39 @@ plain 2D network adds the appearance of the single frames.
     python m3d.py --data mars --gpu 0         # the paper's recipe: 2D stream, M3D stream, both
     python m3d.py --data mars --gpu 0 --variant m3d --per-tap       # a row of its tables, changed
 
-Eq. 4-6, Fig. 4            M3DLayer, sum_of_taps; at the 3x3 of each stage's first block
-Eq. 7-12, Fig. 5           ResidualAttentionLayer (RAL), attend, mean_over_frames; after stages 1-3
-Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, -B, -C)
+Eq. 4-6, Fig. 4            M3DLayer (as_clips, as_frames, sum_of_taps): 3x3 of a stage's first block
+Eq. 7-12, Fig. 5           ResidualAttentionLayer, RAL (mean_over_frames, attend): after stages 1-3
+Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, -B, -C) (both: as_clips, as_frames)
 Eq. 1-3, Fig. 3            Stream, TwoStreamM3D; losses
 Implementation Details     RECIPE, then SAMPLER, SAMPLE, SPLIT, METRIC; train_in_stages
 Tables 1 to 4              ROWS
-A class is copied with the functions above it that it names, Stream with resnet50 and the layers.
+A class is copied with the functions in brackets; Stream with resnet50, identity_behind_relu, layers
 
 Changed (printed, and done otherwise; without a flag unless one is named):
   streams       "initialized with well-trained 2D CNN layers", and the 2D network has its own
-                recipe: so in train_in_stages, but the small run trains both streams at once, on
-                the same clips, by the recipe of the 3D networks (--stages, --no-stages)
+                recipe: so in train_in_stages (default; small run: --stages). --no-stages, default
+                of the small run: both streams at once, on the same clips, by the 3D recipe
   input         "The mean value is subtracted from each (B, G, and R) channel": torchvision's mean
                 and standard deviation of RGB, as its weights were trained
+  n = 1         "equals to P3D-C": not with Eq. 5's one C x C matrix for the sum of 3 taps, which
+                fits +4.2 MB. --per-tap: dilated 3x1x1 convolutions (+12.5 MB), as printed
   RAL's start   "initializing all convolution layers as zero": a product of three zero masks has no
                 gradient. The last convolution of one branch is zero, those of the others have zero
                 weight and bias one: M = 1/2 as printed, and it learns
   Fig. 5        "ReLU and Batch Normalisation (BN) layer are applied after each convolution layer":
                 only after the first of a branch, as Eq. 10 and 12 have the ReLU
-  I3D           "N x N to N x N x N": the stem becomes 3x7x7, as the printed +90.6 MB says
+  stems         I3D's becomes 3x7x7, not 7x7x7, as the printed +90.6 MB says; P3D's stays 2D
   T = 16        Table 1 prints one size for both lengths; Eq. 6 gives seven kernels and +9.75 MB
   Table 3       LSTM (61.58 mAP, 76.11 rank-1) and A&O (63.39, 77.11): other methods, not built
 
 Open (not printed; the reading taken):
-  W^(i)         of Eq. 5: one C x C matrix for the sum of the three taps: the printed +4.2 MB.
-                --per-tap: a dilated 3x1x1 convolution (+12.5 MB), "equals to P3D-C" for n = 1
   time          zeros beyond the ends of a clip; nothing between S and T of M3D, P3D-B and -C
   where         as above; "all the 2D convolution layers", I3D and P3D: all sixteen 3x3, and I3D's
                 stem
   backbone      the last stride of ResNet-50 stays
-  start         as the 2D network: temporal kernels zero, P3D-A's identity, I3D's centre tap 2D
+  start         as the 2D network of --weights, or of --init-2d (single rows: ImageNet's): temporal
+                kernels zero, P3D-A's identity, I3D's centre tap 2D
+  average       over the frames of the temporal stream's last map: printed for f_s alone (Eq. 2)
   P3D-A         "serial connection ... increases the nonlinearity": BatchNorm and ReLU between S and
                 T, those of the 2D network; the BatchNorm behind T is new and starts as the
                 identity, see identity_behind_relu. --p3d-a-linear: nothing between
@@ -51,8 +53,8 @@ Open (not printed; the reading taken):
   epoch         every tracklet once; of the first stage every frame once (--variant 2d alone: a
                 random frame of each tracklet; with --chunk 1 every frame)
   --chunk       training tracklets of Duke and LS-VID are cut in pieces (0: not)
-  test clips    of the temporal stream: whole ones (10 frames: one of 8), a tracklet shorter than T
-                is repeated up to T frames; the 2D stream takes "each still frame", as printed
+  test clips    of the temporal stream: the first floor(L / T) (of 10 frames: 1 to 8); a tracklet
+                shorter than T is repeated, in training, too; the 2D stream takes "each still frame"
 """
 import copy
 
@@ -396,19 +398,19 @@ def losses(outputs, pids, args):
 
 # -------------------------------------------------------------- Implementation Details: the recipe
 
-RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, choices])
+RECIPE = {  # 3D networks (2D: row "2d"); flag: (paper's value, small run's, meaning and source)
     "frames": (8, 3, "T, adjacent frames a clip (Implementation Details, Table 1)"),
     "height": (256, 128, "of the resized frames (Implementation Details)"),
     "width": (128, 64, "of the resized frames (Implementation Details)"),
-    "ids": (24, 8, "tracklets a batch, times --clips (Implementation Details: batch size)"),
+    "ids": (24, 8, "tracklets a batch, times --clips; 12 for T = 16 (Implementation Details)"),
     "clips": (1, 1, "factor of --ids (our choice)"),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (400, 3, "(Implementation Details)"),
     "lr": (0.01, 0.0015, "learning rate of SGD (Implementation Details)"),
-    "lr_step": (300, 2, "it is divided by 10 every so many epochs (Implementation Details)"),
+    "lr_step": (300, 2, "lr is divided by 10 every so many epochs (Implementation Details)"),
     "momentum": (0.9, 0.9, "of SGD (our choice)"),
     "weight_decay": (5e-4, 5e-4, "of SGD (our choice)"),
-    "weights": ("imagenet", "none", "backbone: imagenet, none or a file (M3D layer)"),
+    "weights": ("imagenet", "none", "backbone: imagenet, none or a file (below Eq. 6)"),
     "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
     "stream": ("two", "two", "of Fig. 3 (Table 2)", ("two", "spatial", "temporal")),
     "layer": ("m3d", "m3d", "3D layer (Table 1)", ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c")),
@@ -417,17 +419,16 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "p3d_a_linear": (False, False, "P3D-A without BatchNorm and ReLU after S (our choice)"),
     "ral": (("s", "c", "t"), ("s", "c", "t"), "RAL's branches or none (Table 2)", ("s", "c", "t")),
     "reduction": (16, 16, "r of RAL's channel branch (Eq. 12)"),
-    "init_2d": (None, None, "last.pt of --variant 2d that starts the temporal stream (M3D layer)"),
-    "stages": (True, False, "two streams: 2D first, by its row's recipe, then M3D (M3D layer)"),
+    "init_2d": (None, None, "last.pt of --variant 2d to start the temporal stream (below Eq. 6)"),
+    "stages": (True, False, "two streams: 2D first, by its row's recipe, then M3D (below Eq. 6)"),
     "join": ((), (), "evaluate as one: last.pt of a 2D and of a temporal stream (Eq. 1)"),
 }
-SAMPLER = TrackletSampler      # a batch: clips of different tracklets, whatever their identities
-SAMPLE = sample_adjacent       # a training clip: T adjacent frames
-SPLIT = split_whole            # the test: floor(L / T) clips of T adjacent frames, averaged
+SAMPLER = TrackletSampler      # a batch: --ids x --clips different tracklets, of any identities
+SAMPLE = sample_adjacent       # a training clip: T adjacent frames from a random one on
+SPLIT = split_whole            # the test: the first floor(L / T) clips, averaged; 2D: every frame
 METRIC = "euclidean"           # distance of the test
 
-M3D = dict(stream="temporal", layer="m3d")
-TABLE_1 = dict(stream="temporal", ral=())
+NO_RAL = dict(stream="temporal", ral=())
 T16 = dict(frames=16, ids=12)
 ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
     # Tables 2 to 4 (rank-5: MARS 93.84, PRID 100.00, iLIDS-VID 94.33; rank-20: MARS 97.74)
@@ -436,31 +437,31 @@ ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printe
     # Tables 1 and 2: the 2D network on images, with its own recipe; M3D
     "2d": Row(stream="spatial", layer="2d", ral=(), frames=1, ids=128, lr=0.001, lr_step=10,
               epochs=20, mars=(62.54, 76.43), prid=(None, 82.02), ilids=(None, 49.33)),
-    "m3d": Row(**M3D, ral=(), mars=(69.90, 81.01), prid=(None, 87.64), ilids=(None, 70.00),
-               more_megabytes=4.2),
+    "m3d": Row(stream="temporal", layer="m3d", ral=(), mars=(69.90, 81.01), prid=(None, 87.64),
+               ilids=(None, 70.00), more_megabytes=4.2),
     # Table 2: M3D with RAL
-    "m3d+ral-s": Row(**M3D, ral=("s",), mars=(71.04, 82.19), prid=(None, 89.89),
-                     ilids=(None, 71.33)),
-    "m3d+ral-t": Row(**M3D, ral=("t",), mars=(70.66, 81.81), prid=(None, 88.76),
-                     ilids=(None, 71.33)),
-    "m3d+ral-c": Row(**M3D, ral=("c",), mars=(71.30, 82.13), prid=(None, 89.89),
-                     ilids=(None, 72.00)),
-    "m3d+ral": Row(**M3D, ral=("s", "c", "t"), mars=(71.76, 82.79), prid=(None, 91.03),
-                   ilids=(None, 72.67)),
+    "m3d+ral-s": Row(stream="temporal", layer="m3d", ral=("s",), mars=(71.04, 82.19),
+                     prid=(None, 89.89), ilids=(None, 71.33)),
+    "m3d+ral-t": Row(stream="temporal", layer="m3d", ral=("t",), mars=(70.66, 81.81),
+                     prid=(None, 88.76), ilids=(None, 71.33)),
+    "m3d+ral-c": Row(stream="temporal", layer="m3d", ral=("c",), mars=(71.30, 82.13),
+                     prid=(None, 89.89), ilids=(None, 72.00)),
+    "m3d+ral": Row(stream="temporal", layer="m3d", ral=("s", "c", "t"), mars=(71.76, 82.79),
+                   prid=(None, 91.03), ilids=(None, 72.67)),
     # Table 1: layers, for clips of 8 frames (3 in the small run) and of 16; clips/s printed for a
     # GTX TITAN X: M3D 98.3 and 49.1, I3D 81.0 and 38.7, P3D-A 90.1 and 46.9, P3D-B 93.9 and 48.7,
     # P3D-C 87.6 and 45.4; 2D 796 frames/s
-    "m3d-t16": Row(**TABLE_1, layer="m3d", **T16, mars=(66.23, 80.13), more_megabytes=4.2),
-    "i3d": Row(**TABLE_1, layer="i3d", mars=(62.84, 76.62), more_megabytes=90.6),
-    "i3d-t16": Row(**TABLE_1, layer="i3d", **T16, mars=(61.58, 75.11), more_megabytes=90.6),
-    "p3d-a": Row(**TABLE_1, layer="p3d-a", mars=(60.69, 75.08), more_megabytes=15.2),
-    "p3d-a-t16": Row(**TABLE_1, layer="p3d-a", **T16, mars=(60.52, 75.69), more_megabytes=15.2),
-    "p3d-b": Row(**TABLE_1, layer="p3d-b", mars=(67.03, 79.06), more_megabytes=15.2),
-    "p3d-b-t16": Row(**TABLE_1, layer="p3d-b", **T16, mars=(65.07, 77.63), more_megabytes=15.2),
-    "p3d-c": Row(**TABLE_1, layer="p3d-c", mars=(67.06, 79.08), more_megabytes=15.2),
-    "p3d-c-t16": Row(**TABLE_1, layer="p3d-c", **T16, mars=(65.17, 79.44), more_megabytes=15.2),
+    "m3d-t16": Row(**NO_RAL, layer="m3d", **T16, mars=(66.23, 80.13), more_megabytes=4.2),
+    "i3d": Row(**NO_RAL, layer="i3d", mars=(62.84, 76.62), more_megabytes=90.6),
+    "i3d-t16": Row(**NO_RAL, layer="i3d", **T16, mars=(61.58, 75.11), more_megabytes=90.6),
+    "p3d-a": Row(**NO_RAL, layer="p3d-a", mars=(60.69, 75.08), more_megabytes=15.2),
+    "p3d-a-t16": Row(**NO_RAL, layer="p3d-a", **T16, mars=(60.52, 75.69), more_megabytes=15.2),
+    "p3d-b": Row(**NO_RAL, layer="p3d-b", mars=(67.03, 79.06), more_megabytes=15.2),
+    "p3d-b-t16": Row(**NO_RAL, layer="p3d-b", **T16, mars=(65.07, 77.63), more_megabytes=15.2),
+    "p3d-c": Row(**NO_RAL, layer="p3d-c", mars=(67.06, 79.08), more_megabytes=15.2),
+    "p3d-c-t16": Row(**NO_RAL, layer="p3d-c", **T16, mars=(65.17, 79.44), more_megabytes=15.2),
     # text to Table 1: "all the 2D convolution layers", "don't get further performance improvement"
-    "m3d-everywhere": Row(**TABLE_1, layer="m3d", everywhere=True),
+    "m3d-everywhere": Row(**NO_RAL, layer="m3d", everywhere=True),
 }
 # Table 1 prints megabytes, 4 bytes a parameter. Its 95.7 MB of the 2D network fits nothing; rows
 # have what it prints over that (99.9 - 95.7 ...), as the text does. P3D-A and P3D-C would have
@@ -525,9 +526,9 @@ def train(args):  # same in every script
 
 
 def train_in_stages(args):
-    """The printed order: the 2D stream by the recipe of row 2d, with every frame once an epoch; the
-    temporal stream, which starts from it; both in one test. The first two have folders of their
-    own in --output and go on where they were stopped."""
+    """The printed order: the 2D stream by row 2d, with every frame once an epoch; the temporal one,
+    which starts from it; both in one test. A schedule given by flags holds for the first two, which
+    have folders of their own in --output and go on where they were stopped."""
     if args.stream != "two" or args.evaluate or args.init_2d or not args.stages:
         return train(args)
     files = [f"{args.output}/{stage}/last.pt" for stage in ("2d", "temporal")]

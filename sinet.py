@@ -419,7 +419,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.2)"),
     "epochs": (160, 8, "(Sec. 4.2)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.2)"),
-    "lr_step": (40, 7, "it is divided by 10 every so many epochs (Sec. 4.2)"),
+    "lr_step": (40, 7, "lr is divided by 10 every so many epochs (Sec. 4.2)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (Sec. 4.2)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
     "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),

@@ -383,7 +383,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (240, 8, "(our choice)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (our choice)"),
-    "lr_step": (60, 7, "every so many epochs it is divided by 10 (our choice)"),
+    "lr_step": (60, 7, "lr is divided by 10 every so many epochs (our choice)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (our choice)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (our choice)"),
     "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),

@@ -408,7 +408,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "erase": (0.0, 0.0, "probability of random erasing (Sec. 4.1, Table 4a)"),
     "epochs": (150, 8, "(Sec. 4.1)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
-    "lr_step": (40, 7, "it is divided by 10 every so many epochs (Sec. 4.1)"),
+    "lr_step": (40, 7, "lr is divided by 10 every so many epochs (Sec. 4.1)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (our choice)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
     "pool": ("avg", "max", "over the final map (GAP: Eq. 1-2)", ("avg", "max")),

@@ -282,7 +282,8 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     history = [{"epoch": n, "lr": 1, "loss": 9 / n, "xent": 5 / n, "mAP": "", "rank-1": ""}
                for n in (1, 2, 3)]
     run = types.SimpleNamespace(
-        args=args, device=torch.device("cpu"), history=history, extraction={"batch": 4}
+        args=args, device=torch.device("cpu"), history=history, extraction={"batch": 4},
+        size=(48, 40),
     )
     rest = run, network, dataset, sinet.SPLIT, "euclidean", sinet.picture
     common.figures(*rest)
@@ -302,7 +303,7 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     assert sum(len(line.get_xdata()) for line in rings) == len(dataset.query)
     assert len({line.get_color() for line in rings}) == len(people) == 4
     numbers = [line.get_marker() for line in ax.lines if line not in rings]
-    shown = [t for t in dataset.query + dataset.gallery if t.pid in people]
+    shown = [t for t in dataset.gallery if t.pid in people]
     assert sorted(numbers) == sorted(f"${t.cam}$" for t in shown)
     sheets.clear()
     args.figure = tmp_path / "g"

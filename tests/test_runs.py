@@ -21,6 +21,7 @@ import torch.distributed.run
 import torch.nn.functional as F
 
 import common
+import data
 import m3d
 import processes
 import sinet
@@ -449,7 +450,7 @@ def test_read_only_output(small, tmp_path, monkeypatch):
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(common, "open", refuse, raising=False)  # root may write everywhere
+    monkeypatch.setattr(data, "open", refuse, raising=False)  # root may write everywhere
     with pytest.raises(
         UserError, match=r"^run/args.json: cannot be written \(.*Permission denied.*\)$"
     ):
