@@ -293,7 +293,9 @@ def test_m3d_starts_from_a_2d_stream(run, refuses, small_root, tmp_path):
     assert done.returncode == 0 and "mAP" in done.stdout, done.stderr
     assert run("m3d.py", "--resume", "m3d/last.pt", "--evaluate").returncode == 0
     refuses(
-        (*common, "--init-2d", "m3d/last.pt"), "m3d/last.pt: holds no streams.spatial.net of a run", script="m3d.py"
+        (*common, "--init-2d", "m3d/last.pt"),
+        "m3d/last.pt: holds no streams.spatial.net of a run",
+        script="m3d.py",
     )
     refuses((*common, "--init-2d", "none.pt"), "none.pt: no such file", script="m3d.py")
     refuses(
