@@ -277,8 +277,9 @@ def complexity_table(rows, recipe, build, counting):
         table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{counted[0]:,}",
                       f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}",
                       *map(", ".join, (theirs, ours, met))])
-    for row in [table[0], ["---"] * len(table[0]), *table[1:]]:
-        print("| " + " | ".join(row) + " |")
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in [table[0], ["-" * width for width in widths], *table[1:]]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -346,8 +347,8 @@ def catch_signals():
             raise KeyboardInterrupt
         _asked = _asked or number
     for number in signal.Signals:  # no SIGHUP on Windows
-        caught = number.name in ("SIGINT", "SIGTERM", "SIGHUP")
-        if caught and signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+        hung_up = number.name == "SIGHUP" and signal.getsignal(number) != signal.SIG_IGN  # nohup
+        if hung_up or number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note)
 
 
@@ -592,8 +593,7 @@ def describe(rows):
 
 
 def parse_args(recipe, rows, text, script):
-    """The command line of a script with the docstring `text`; what the user leaves out comes from
-    the `checkpoint` of --resume, then from the row, then from the recipe."""
+    """A script's command line; what is left out comes from --resume, the row, the recipe."""
     first, script = next(iter(rows)), Path(script)
     parser = Parser(
         description=text.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,

@@ -410,9 +410,11 @@ def test_a_signal_between_two_runs():
 
 
 def test_a_closed_terminal_and_a_second_ctrl_c():
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as nohup does with SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     common.catch_signals()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    common.catch_signals()
     os.kill(os.getpid(), signal.SIGHUP)
     assert common.stop_asked() == signal.SIGHUP
     common._asked = 0
