@@ -1029,9 +1029,7 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
     people in a group who share the upper clothes, or with gait all but their way to walk;
     occlusion: probability that something passes in front of a tracklet.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already: name another folder, or remove it first")
+    folder, file = Path(folder), None
     aside, lock = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "lock"))
     people = [None, *_draw_people(2 * cameras, np.random.default_rng([seed, 1]), group=1)]
     people += _draw_people(identities, np.random.default_rng([seed, 2]), group, gait)
@@ -1039,8 +1037,10 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
     views = [_draw_camera(cam, np.random.default_rng([seed, 4, cam]), _SUPER * size[0] / 128)
              for cam in range(cameras)]
     names, rows, query = {"train": [], "test": []}, {"train": [], "test": []}, []
-    file = locked(lock, wait=True)
     try:
+        if folder.exists():
+            raise UserError(f"{folder} exists already: name another folder, or remove it first")
+        file = locked(lock, wait=True)
         if folder.exists():  # by another process, meanwhile
             return
         shutil.rmtree(aside, ignore_errors=True)  # left by one that was killed
@@ -1078,9 +1078,10 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
         raise UserError(f"{folder}: cannot draw the synthetic data set there "
                         f"({error.strerror or error})") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        file.close()
-        lock.unlink(missing_ok=True)
+        if file:
+            shutil.rmtree(aside, ignore_errors=True)
+            file.close()
+            lock.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------ the command line
