@@ -1,7 +1,4 @@
-"""What the five papers share beside the data: the triplet loss, CMC and mAP, re-ranking, all-frames
-features, parameters and multiply-adds, and what a run needs beside the paper: several processes,
-signals, files, the command line, exact resume and pictures.
-"""
+"""What the five papers share beside the data, and what a run needs beside the paper."""
 import argparse
 import contextlib
 import copy
@@ -23,8 +20,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, TrainClips, UserError, first_line,
-                  normalize, read_clip, replacing)
+from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, Parser, TrainClips, UserError, first_line,
+                  load_dataset, locked, normalize, read_clip, replacing)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
@@ -64,8 +61,7 @@ def match_ranks(d, q_pids, q_cams, g_pids, g_cams):
     """Ranks (0 is the first) of the true matches of each query, as a list of ascending int arrays.
 
     MARS' protocol: gallery entries of the query's own identity and camera, and junk (pid -1), are
-    taken out of its ranking; equal distances rank in gallery order.
-    d: distances (Q, G); the others: identities and cameras, (Q,) and (G,).
+    taken out of its ranking; equal distances rank in gallery order. d: distances (Q, G).
     """
     found = []
     for row, pid, cam in zip(d, q_pids, q_cams):
@@ -108,9 +104,10 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
     """k-reciprocal re-ranking (Zhong et al., CVPR 2017) of features (Q, D) and (G, D): new
     distances (Q, G), weight * d + (1 - weight) * d_Jaccard.
 
-    d is the cosine or the squared Euclidean distance, divided by each sample's largest, so that
-    both terms lie in [0, 1]. Neighbours are counted without the sample itself, which stands first
-    in its own list. k1: neighbours of the reciprocal sets; k2: of the query expansion.
+    d is the cosine or the squared Euclidean distance, divided by each sample's largest. Neighbours
+    are counted without the sample itself, which stands first in its own list. k1: neighbours of the
+    reciprocal sets; k2: of the query expansion. As in the paper, but not in the authors' code: V is
+    not divided by its sum, and a half set is added from ">= 2/3" on, not "> 2/3".
     """
     from scipy.sparse import csr_array
     x = torch.cat([q, g]).float()
@@ -160,10 +157,8 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
 
 @torch.no_grad()
 def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
-    """Features of whole tracklets, (N, D), float32: the mean of their clips' embeddings.
-
-    Batches are full across tracklets, so that memory does not grow with their length. Processes
-    take them in turn, and each gets the features of a single one. Stop is raised for a signal.
+    """Features of whole tracklets, (N, D), float32: means of their clips' embeddings. Batches are
+    full across tracklets; processes take them in turn and get the result of a single one.
 
     model: (B, T, 3, H, W) to (B, D) in eval mode; its method `finish`, where it has one, takes the
     tracklets' means; split: (n, T) -> frame indices (clips, T); batch: clips a forward pass.
@@ -199,9 +194,8 @@ def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
 
 
 def test_features(model, dataset, split, T, size, **extraction):
-    """Features of the query and the gallery tracklets, (Q, D) and (G, D), each tracklet seen once;
-    the arguments are those of `extract`. A model's method `test_parts` gives the networks whose
-    features are joined, and the frames of their clips."""
+    """Features of the query and the gallery tracklets, (Q, D) and (G, D). A model's method
+    `test_parts` gives the networks whose features are joined, and the frames of their clips."""
     tracklets = {t.frames[0]: t for t in dataset.query + dataset.gallery}
     parts = model.test_parts() if hasattr(model, "test_parts") else [(model, T)]
     x = torch.cat([extract(part, [*tracklets.values()], split, frames, size, **extraction)
@@ -214,8 +208,7 @@ def test_features(model, dataset, split, T, size, **extraction):
 
 def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
              **extraction):
-    """All-frames retrieval on the test part: prints mAP and CMC-1/5/10/20 in percent behind `label`
-    and returns them, {"mAP", "rank-1", ...}; see `extract` and `rerank` for the other arguments."""
+    """Prints mAP and CMC of the test part in percent; returns them, {"mAP", "rank-1", ...}."""
     start = time.time()
     q, g = test_features(model, dataset, split, T, size, **extraction)
     d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
@@ -254,13 +247,9 @@ COSTS = {
 
 def complexity_table(rows, recipe, build, counting):
     """Prints parameters and multiply-adds of every row, in Markdown, and beside the paper's figures
-    ours as the paper counts.
-
-    counting: the paper's conventions, where it has them: "base", the row over which it prints
-    increments; "without", first names of parts whose parameters it leaves out; "per_bn", operations
-    for each element of a BatchNorm; "more": (settings of a row) -> multiply-adds counted beside;
-    "truncate": the COSTS that it cuts, not rounds.
-    """
+    ours, counted as it does. counting: "base", the row over which it prints increments; "without",
+    parts left out; "per_bn", operations an element of a BatchNorm; "more", a function of settings,
+    multiply-adds counted beside; "truncate", the COSTS that it cuts."""
     def cost(name):
         args, elements = settings(recipe, rows, name, weights="none"), []
         with torch.device("meta"):
@@ -270,8 +259,7 @@ def complexity_table(rows, recipe, build, counting):
                 module.register_forward_hook(lambda *call: elements.append(call[-1].numel()))
         parameters, macs = complexity(model, args.frames, args.height, args.width,
                                       counting.get("without", ()))
-        more = counting.get("more", lambda args: 0)(args)
-        more += counting.get("per_bn", 0) * sum(elements)
+        more = counting.get("more", lambda _: 0)(args) + counting.get("per_bn", 0) * sum(elements)
         return args, macs, (parameters, macs + more, args.frames)
     *_, base = cost(counting.get("base", next(iter(rows))))
     table = [["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "printed in the paper",
@@ -306,8 +294,7 @@ def rank():
 
 
 def pick_device(gpu=None):
-    """The device of this process, by --gpu ("0" ..., "cpu", or None: the first GPU, else the CPU).
-    Under torchrun every process takes a GPU of its own, and joins the process group."""
+    """The device of this process, by --gpu; under torchrun the process joins the group, too."""
     count, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > 1 and gpu != "cpu" and (gpu or 0 < count < here):
@@ -330,9 +317,8 @@ def pick_device(gpu=None):
 
 
 def gather(outputs):
-    """The outputs of all processes, tensors (b, ...) or lists and dicts of them, joined along the
-    batch. Gradients flow into the part of this process only: when every process takes the whole
-    loss, they add up to that of a single process."""
+    """The outputs of all processes, tensors or lists and dicts of them, joined along the batch.
+    Gradients flow into this process' part only, and add up to those of a single process."""
     if world() == 1:
         return outputs
     if isinstance(outputs, dict):
@@ -347,24 +333,29 @@ def gather(outputs):
 
 
 class Stop(Exception):
-    """SIGINT or SIGTERM asked for the end of a run; the argument is the signal's number."""
+    """A signal asked for the end of a run; the argument is its number."""
 
 
 _asked = 0
 
 
 def catch_signals():
-    """From here on SIGINT and SIGTERM are only noted, for `stop_asked`."""
+    """From here on signals are only noted, for `stop_asked`, but for a second Ctrl-C."""
     def note(number, _):
         global _asked
+        if number == _asked == signal.SIGINT and world() == 1:  # torchrun may send it twice
+            raise KeyboardInterrupt
         _asked = _asked or number
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for number in signal.Signals:  # no SIGHUP on Windows
+        hung_up = number.name == "SIGHUP" and signal.getsignal(number) != signal.SIG_IGN  # nohup
+        if hung_up or number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note)
 
 
 def own_group(_):
     """worker_init_fn: a signal to the group of a run's processes is not for loaders' workers."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def stop_asked():
@@ -377,13 +368,14 @@ def stop_asked():
 
 
 def command_line(main):
-    """Runs a script's main(). What a user can cause ends in one line on stderr and an exit code:
-    2 for errors, 128 + the signal's number."""
+    """Runs a script's main(). What a user can cause ends in one line and an exit code."""
     if os.environ.get("RANK", "0") != "0":  # only the first process prints
         sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     code, again = 2, "the same command with --resume goes on"
     try:
         main()
+        sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
         return
@@ -394,14 +386,18 @@ def command_line(main):
         message = f"stopped by {signal.Signals(*stop.args).name}; {again}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code, message = 141, "ended, because its output is read no more"
     except (RuntimeError, MemoryError) as error:
         says = str(error).lower()
         if isinstance(error, MemoryError) or "out of memory" in says or "cpuallocator" in says:
             message = "out of memory: use fewer --ids or --clips, smaller frames, or --amp"
-        elif _asked and "dataloader worker" in says:  # the signal was sent to every process
-            code = 128 + _asked
-            stop = signal.Signals(_asked).name
-            message = f"stopped by {stop} in a step; {again}, from the last checkpoint"
+        elif "dataloader worker" in says:
+            code, why = 1, "a loader process was killed, out of memory perhaps: use fewer --workers"
+            if _asked:  # the signal was sent to every process
+                code, why = 128 + _asked, f"stopped by {signal.Signals(_asked).name} in a step"
+            message = f"{why}; {again}, from the last checkpoint"
         elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in says):
             code, message = 1, f"another process is gone ({first_line(error)})"
         else:
@@ -419,31 +415,36 @@ def command_line(main):
 # -------------------------------------------------------------------------------------------- files
 
 def load_file(path):
-    """A dict that torch.save wrote, on the CPU; raises UserError for a damaged file, and names the
-    entry whose checksum does not fit: torch.load itself does not compare them."""
+    """A dict that torch.save wrote, on the CPU; torch.load alone does not compare the checksums."""
     try:
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
         state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path or '(an empty name)'}: no such file") from None
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
     if damaged:
-        raise UserError(f"{path}: is damaged, the checksum of its entry {damaged} does not fit: "
-                        "use another copy")
+        raise UserError(f"{path}: is damaged, the checksum of its entry {damaged} does not fit")
     return state if isinstance(state, dict) else {}
 
 
 def load_checkpoint(path, script, rows, flags, but, training=True):
-    """A checkpoint of `script` ("sinet.py") and one of its rows, as a run writes it, with these
-    flags, but for those in `but`; training: with what going on takes, too."""
+    """A checkpoint of `script`, as a run writes it, with these flags, but for those in `but`."""
     checkpoint = load_file(path)
-    wanted = {"args": dict, "num_classes": int, "history": list, "model": dict}
-    whole = all(isinstance(checkpoint.get(key), kind) for key, kind in wanted.items())
-    saved = checkpoint["args"] if whole else {}
-    data, variant = str(saved.get("data")), str(saved.get("variant"))
-    if checkpoint.get("script") != script or data not in DATA_SETS or variant not in rows:
-        raise UserError(f"{path}: not a checkpoint of {script}")
+    try:
+        saved, classes = checkpoint["args"], checkpoint["num_classes"]
+        history, model = checkpoint["history"], checkpoint["model"]
+        steps, totals = checkpoint.get("progress", (0, {}))
+        values = [value for row in history for value in row.values() if value != ""]
+        if not (checkpoint["script"] == script and saved["data"] in DATA_SETS
+                and saved["variant"] in rows and isinstance(saved["root"], str)
+                and [row["epoch"] for row in history] == [*range(1, len(history) + 1)]
+                and all({"lr", "loss", "mAP", "rank-1"} <= row.keys() for row in history)
+                and all(isinstance(v, (int, float)) for v in [steps, *totals.values(), *values])
+                and (not model or classes in [len(w) for w in model.values() if w.dim()])):
+            raise ValueError
+    except Exception:  # anything can be in a file
+        raise UserError(f"{path}: not a checkpoint of {script}, as a run writes it") from None
     if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
         raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further")
     for key in sorted(flags.keys() & saved.keys() - but):
@@ -453,11 +454,25 @@ def load_checkpoint(path, script, rows, flags, but, training=True):
     return checkpoint
 
 
+def alike(a, b):
+    """Whether a has the form of b: the same types and lengths, and the keys of b."""
+    if isinstance(b, dict):
+        a, b = [a.get(key) for key in b], [*b.values()]
+    if isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return isinstance(a, type(b))
+
+
 def restore(path, checkpoint, **objects):
     """load_state_dict of each object from the checkpoint; UserError when one does not fit."""
     for name, target in objects.items():
+        own = target.state_dict()
         try:
             target.load_state_dict(checkpoint[name])
+            shapes = [(value.shape, p.shape) for p, state in getattr(target, "state", {}).items()
+                      for value in state.values() if value is not None]
+            if not (alike(target.state_dict(), own) and all(a in ((), b) for a, b in shapes)):
+                raise ValueError("other types or shapes than a run writes")
         except Exception as error:  # a state of another network raises many kinds
             raise UserError(f"{path}: its {name} does not fit ({first_line(error)} ...)") from None
 
@@ -473,11 +488,8 @@ def save_rows(rows, path):
 # --------------------------------------------------------------------------------- the command line
 
 class Row:
-    """A row of a paper's table: the settings of the recipe that it names, and what is printed.
-
-    mars, duke, lsvid, ilids, prid: (mAP, rank-1) in percent as printed, None for one that is not;
-    those of COSTS: its parameters or FLOPs as printed; all others: settings.
-    """
+    """A row of a paper's table: settings of the recipe, and as printed (mAP, rank-1) of data sets,
+    None for one that is not, and COSTS."""
 
     def __init__(self, **given):
         self.figures = {name: given.pop(name) for name in DATA_SETS if name in given}
@@ -502,8 +514,7 @@ def changed(rows, name, small):
 
 
 def settings(recipe, rows, name, small=False, **others):
-    """The recipe with what the row `name` changes, the paper's or that of the small run, and with
-    `others` changed."""
+    """The recipe, or that of the small run, with what the row `name` and `others` change."""
     values = {key: entry[1 if small else 0] for key, entry in recipe.items()}
     return argparse.Namespace(**{"variant": name, "resume": None, **values,
                                  **changed(rows, name, small), **others})
@@ -511,20 +522,19 @@ def settings(recipe, rows, name, small=False, **others):
 
 LEAST = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
          "checkpoint_every": 1, "figure_tracklets": 1}  # of the others 0
+MOST = {"erase": 1, "frames": 1024, "ids": 4096, "clips": 4096, "height": 8192, "width": 8192}
 FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, choices])
     "data": ("synthetic", "data set; synthetic has the small run's recipe", tuple(DATA_SETS)),
     "root": ("datasets", "folder that holds the data sets, ROOT/mars ..., or the set itself"),
-    "split": ("0", "of ilids and prid; all: one after another, with the mean",
-              (*map(str, range(10)), "all")),
-    "chunk": (None, "cut training tracklets into pieces of so many frames, 0: do not ("
-              + "".join(f"{name} {frames}, " for name, frames in CHUNK.items()) + "others 0)"),
+    "split": ("0", "of ilids and prid; all: in turn, with the mean", (*"0123456789", "all")),
+    "chunk": (None, "cut training tracklets into pieces of so many frames, 0: do not (data.CHUNK)"),
     "workers": (None, "loader processes (up to 8 with a GPU, else 0)"),
     "gpu": (None, "number of the GPU, or cpu (the first GPU, else the CPU)"),
     "amp": (False, "bfloat16 autocast"),
     "compile": (False, "torch.compile, where a compiler is there"),
     "seed": (0, "of weights, batches and augmentation"),
     "output": (None, "folder for log.csv, args.json, last.pt (runs/SCRIPT-DATA[-VARIANT])"),
-    "resume": (None, "go on with the run of this last.pt; auto, or no RESUME: of --output's"),
+    "resume": (None, "go on with this last.pt or folder; auto, or no RESUME: with --output's"),
     "checkpoint_every": (1, "write last.pt and log.csv after every N epochs"),
     "eval_every": (0, "also evaluate after every N epochs; 0: at the end only"),
     "rerank": (False, "k-reciprocal re-ranking in the evaluation"),
@@ -555,7 +565,7 @@ def add_flag(group, key, default, meaning, choices=None):
     if isinstance(one, bool):
         options = {"action": argparse.BooleanOptionalAction}
     elif isinstance(one, (int, float)) or key in ("chunk", "workers"):
-        kind, least, most = type(one or 0), LEAST.get(key, 0), 1 if key == "erase" else 2 ** 31
+        kind, least, most = type(one or 0), LEAST.get(key, 0), MOST.get(key, 2 ** 31)
 
         def number(text):
             if not least <= kind(text) <= most:
@@ -576,27 +586,20 @@ def describe(rows):
         if isinstance(row, str):
             yield f"  {name}: the same as {row}"
             continue
-        figures = [f"{data} {mean_ap or '-'} / {first}" for data, (mean_ap, first)
-                   in row.figures.items()]
+        figures = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.figures.items()]
         figures += [f"{figure} {COSTS[cost][0]}" for cost, figure in row.costs.items()]
         yield f"  {name}: " + (", ".join(figures) or "no figure")
         yield "      " + " ".join(typed(*setting) for setting in row.settings.items())
 
 
 def parse_args(recipe, rows, text, script):
-    """The command line of a script, whose docstring is `text`, with the `checkpoint` of --resume or
-    None, and what the paper prints for the row and the data set, `printed`. What the user leaves
-    out comes from the checkpoint, then from the row, then from the recipe."""
+    """A script's command line; what is left out comes from --resume, the row, the recipe."""
     first, script = next(iter(rows)), Path(script)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=text.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--flag value ...]",
         epilog="variants, with mAP / rank-1 as printed in the paper, and what they set:\n"
                + "\n".join(describe(rows)))
-
-    def refuse(message):
-        raise UserError(f"{message} (--help lists the flags)")
-    parser.error = refuse
     group = parser.add_argument_group("recipe", "(the paper's value; that of the small run)")
     for key, (paper, small, meaning, *choices) in recipe.items():
         values = [" ".join(map(str, v)) if isinstance(v, tuple) else f"{v}" for v in (paper, small)]
@@ -620,12 +623,16 @@ def parse_args(recipe, rows, text, script):
     if resume == "auto":
         last = f"{output}/last.pt"
         resume = last if evaluate or os.path.exists(last) else None
+    elif resume and os.path.isdir(resume):
+        resume += "/last.pt"
     if resume is not None and run.split != "all":
         but = EVALUATED if evaluate else GOING_ON | {"weights", "amp", "rerank"}
         checkpoint = load_checkpoint(resume, script.name, rows, chosen, but, not evaluate)
         saved = {k: v for k, v in checkpoint["args"].items() if k not in HERE}
         output = run.output or str(Path(resume).parent)
         data, variant = chosen.get("data", saved["data"]), saved["variant"]
+        if data == "synthetic" and "root" not in chosen and saved["root"] != default["root"]:
+            load_dataset(data, saved["root"], draw=False)  # a folder named by a file is not made
     if "split" in chosen and data not in SPLIT_SETS:
         raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
     if run.split == "all" and evaluate:
@@ -639,9 +646,8 @@ def parse_args(recipe, rows, text, script):
 
 
 def part_of(args, rows, folder, variant=None, **changes):
-    """The arguments of a part of a run: those of the run, then what the row `variant` sets (a
-    schedule that the user chose holds), then `changes`. It has a folder of its own in --output, and
-    goes on where it was stopped."""
+    """The arguments of a part of a run, in a folder of its own, where it goes on: with what the row
+    `variant` sets (but a schedule that the user chose) and `changes`."""
     part = argparse.Namespace(**{**vars(args), "output": f"{args.output}/{folder}", "resume": None})
     if variant:
         row = changed(rows, variant, args.data == "synthetic")
@@ -658,8 +664,7 @@ def part_of(args, rows, folder, variant=None, **changes):
 
 
 def load_part(path, prefix, module=None):
-    """The part of the network in a run's last.pt whose names start with prefix, loaded into module
-    where there is one; raises UserError when there is none, or it does not fit."""
+    """The weights in a run's last.pt whose names start with prefix, loaded into module, if any."""
     saved = load_file(path).get("model")
     model = saved if isinstance(saved, dict) else {}
     state = {k.removeprefix(prefix): model[k] for k in model if k.startswith(prefix)}
@@ -671,8 +676,7 @@ def load_part(path, prefix, module=None):
 
 
 def all_splits(train, args, rows):
-    """--split all: train(arguments) of the ten splits one after another, with the mean; finished
-    ones are left out, and an unfinished one goes on."""
+    """--split all: train(arguments) of the splits in turn, but for finished ones, and the mean."""
     results = []
     for split in map(str, range(10)):
         one = part_of(args, rows, f"split-{split}", split=split)
@@ -711,16 +715,16 @@ class RandomStates:
 
 
 class Run:
-    """What a training run needs beside the paper: device and processes, a folder with last.pt and
-    log.csv, exact resume, signals, and what stands on the terminal. args: from `parse_args`.
-    `history`: the log's rows; `steps`, `totals`: those of the present epoch, and its losses' sums.
-    """
+    """What a training run needs beside the paper. args: of `parse_args`; `history`: the log's rows;
+    `steps`, `totals`: those of the present epoch, and its losses' sums."""
 
     def __init__(self, args):
         self.printed = vars(args).pop("printed", None)
         self.checkpoint = vars(args).pop("checkpoint", None)
         self.args, self.device = args, pick_device(args.gpu)
         self.cuda = self.device.type == "cuda"
+        if args.amp and self.cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+            print("--amp: this GPU has no bfloat16, it is emulated and slow", flush=True)
         if args.workers is None:
             args.workers = min(8, (os.cpu_count() or 1) // world()) if self.cuda else 0
         torch.manual_seed(args.seed)
@@ -732,11 +736,11 @@ class Run:
 
     @contextlib.contextmanager
     def setting_up(self):
-        """The block runs in the first process alone, then in the others, because it draws and
-        downloads what is missing. What a network or torchvision refuses becomes one line."""
+        """The first process of each machine runs the block before the others: it may download."""
         weights, hub = self.args.weights, Path(torch.hub.get_dir(), "checkpoints")
         file = hub / IMAGENET if weights == "imagenet" else Path(weights)
-        if rank():
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if world() > 1 and not first:
             dist.barrier()
         if not self.args.resume and weights != "none" and (weights != "imagenet" or file.exists()):
             load_file(file)  # for its checksums
@@ -751,7 +755,7 @@ class Run:
             raise UserError(f"--weights {weights}: torchvision's ResNet-50 cannot be had "
                             f"({first_line(error)}): put {IMAGENET} into {hub}, name it, or use "
                             "--weights none (a run's checkpoint goes to --resume)") from None
-        if world() > 1 and not rank():
+        if world() > 1 and first:
             dist.barrier()
 
     def num_classes(self, dataset):
@@ -794,9 +798,7 @@ class Run:
             worker_init_fn=own_group, pin_memory=self.cuda, generator=torch.Generator())
 
     def start(self, **states):
-        """Begins to train, or goes on with --resume: states are what a checkpoint keeps, model,
-        optimizer and scheduler. Signals are obeyed after a step from here on. Returns the network
-        for this process' part of the batch."""
+        """Begins to train, or goes on; states: of a checkpoint. Returns this process' network."""
         args = self.args
         going_on = self.checkpoint and Path(args.resume).resolve() == self.last.resolve()
         if not going_on and (self.last.exists() or self.log_file.exists()):
@@ -810,8 +812,7 @@ class Run:
             print(f"going on after epoch {len(self.history)}{step} of {args.resume}")
         catch_signals()
         if rank() == 0:
-            with replacing(self.last.with_name("args.json")) as file:
-                file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+            self.file = locked(self.last.with_name("args.json"), json.dumps(vars(args), indent=2))
             if self.checkpoint:  # a kill may have left an older log
                 save_rows(self.history, self.log_file)
         self.is_new = not self.checkpoint
@@ -824,11 +825,12 @@ class Run:
         return range(max(1, len(self.history) + bool(self.steps)), self.args.epochs + 1)
 
     def batches(self, loader, epoch):
-        """The batches of an epoch, on the device, from the step on that was reached; none when it
-        was trained before. A signal ends the run after a step, with a checkpoint."""
+        """The batches of an epoch, from the step that was reached; a signal ends the run."""
         if epoch <= len(self.history):
             return
         sampler, start, first = loader.batch_sampler, time.time(), self.steps
+        if not 0 <= self.steps < len(sampler):
+            raise UserError(f"{self.args.resume}: this training set has no step {self.steps}")
         sampler.set_epoch(epoch, self.steps)
         with tqdm(total=len(loader) * self.batch, desc=f"epoch {epoch}/{self.args.epochs}",
                   unit=" clips", leave=False, disable=rank() > 0 or None) as bar:
@@ -940,9 +942,8 @@ def photo(image, **look):
 
 
 def overlays(frames, maps, low=None, high=None):
-    """Maps (n, h, w) over grey frames (n, 3, H, W), uint8: n panels, and one of the colours,
-    matplotlib's "coolwarm" from blue for `low` to red for `high` (default: the smallest and the
-    largest value of all maps). A frame whose map is NaN stays as it is, but hatched."""
+    """Maps (n, h, w) over grey frames (n, 3, H, W), uint8: n panels, and one of the colours, from
+    blue for `low` to red for `high`. A frame whose map is NaN stays as it is, but hatched."""
     from matplotlib import cm, colors
     maps = np.ma.masked_invalid(maps.float().cpu().numpy())
     colours = cm.ScalarMappable(colors.Normalize(low, high), "coolwarm")
@@ -992,8 +993,7 @@ def sheet(title, rows, path, height=1.2):
 
 
 def figures(run, model, dataset, split, metric, picture):
-    """--figure: of some queries the script's `picture` and the ranked list, then three charts.
-    picture: (model, clips (1, T, 3, H, W), frames (T, 3, H, W), uint8) -> (title, rows)."""
+    """--figure: of some queries the script's `picture` and the ranked list, then three charts."""
     args, folder, size = run.args, Path(run.args.figure), run.size
     q, g = test_features(model, dataset, split, args.frames, size, **run.extraction)
     if rank():

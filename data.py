@@ -1,9 +1,7 @@
 """Tracklets, clips and batches for video person re-identification.
 
-What the five paper scripts share on the way from files to batches, in this order: data sets (five
-public ones, your own folder, and a synthetic one, drawn on first use in MARS' layout), clip
-sampling, frames and augmentation, clip data sets, samplers, and the drawing of the synthetic set.
-A batch of clips is (B, T, 3, H, W), uint8; `normalize` runs on the device.
+What the five paper scripts share on the way from files to batches: five public data sets, your own
+folder and a synthetic set; clips, (B, T, 3, H, W), uint8; augmentation, samplers.
 
     python data.py --check --data mars --root DIR                          # decode every frame
     python data.py --synthetic DIR --identities 64 --cameras 4 --seed 0    # draw a synthetic set
@@ -50,8 +48,9 @@ class UserError(Exception):
         super().__init__(last_line.removeprefix("data.UserError: "))
 
 
-def _warn(message):
-    print(f"warning: {message}", flush=True)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def first_line(error):
@@ -61,8 +60,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write, beside `path`, that takes its place when it is whole and on disk; makes its
-    folder. Raises UserError when that fails."""
+    """A file to write, which takes the place of `path` when it is whole and on disk."""
     aside = Path(f"{path}.tmp")
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -71,11 +69,34 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+        why = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(why, OSError):  # torch makes a RuntimeError of a full disk
+            raise
         whole = "; the previous one is still whole" if os.path.exists(path) else ""
-        raise UserError(f"{path}: cannot be written ({first_line(error)}){whole}") from None
+        raise UserError(f"{path}: cannot be written ({first_line(why)}){whole}") from None
+
+
+def locked(path, text="", wait=False):
+    """An open file with this text, which no other process gets before this one closes it or ends;
+    wait: for another one that has it, which otherwise is a UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+        try:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{path.parent}: another run is writing there") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
+        file.truncate(0)
+        print(text, file=file, flush=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
+    return file
 
 
 # ---------------------------------------------------------------------------------------- data sets
@@ -131,9 +152,8 @@ def load_dataset(name, root, split=0, chunk=0, draw=True):
     """Reads the index of data set `name`, one of DATA_SETS, in `root`/`name` or in `root` itself.
 
     split: 0 to 9, of "ilids" and "prid"; draw: draw "synthetic" when it is missing; chunk: cut
-    training tracklets into pieces of so many frames (0: not), the last of which takes the
-    remainder, too, and has up to 2 * chunk - 1 frames. Warns of what is odd, and when the counts
-    are not the published ones. Raises UserError when a file is missing or the files disagree.
+    training tracklets into pieces of so many frames (0: not), the last with the remainder, too.
+    Warns of what is odd. Raises UserError when a file is missing or the files disagree.
     """
     loader, signs, published = DATA_SETS[name]
     folder = Path(root) / name
@@ -151,12 +171,12 @@ def load_dataset(name, root, split=0, chunk=0, draw=True):
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     for what, places in _odd.items():
         if places:
-            _warn(f"{places[0]}: {what} ({len(places):,} in all)")
+            print(f"warning: {places[0]}: {what} ({len(places):,} in all)")
     for subset, found, expected in zip(dataset._fields[1:], map(len, dataset[1:]), published):
         if not found:
             raise UserError(f"{folder}: no {subset} tracklets")
         if expected not in (None, found):
-            _warn(f"{folder}: {expected:,} {subset} tracklets expected, {found:,} found")
+            print(f"warning: {folder}: {expected:,} {subset} tracklets expected, {found:,} found")
     if not any(t.pid == query.pid and t.cam != query.cam
                for query in dataset.query for t in dataset.gallery):
         raise UserError(f"{folder}: no query has a match, a gallery tracklet of its identity "
@@ -256,10 +276,9 @@ def _queries(table, variable, persons):
 def load_mars(folder, name="mars"):
     """MARS (Zheng et al., ECCV 2016): the true layout, read without touching an image.
 
-    625 training identities in 8,298 tracklets; 1,980 query and 11,310 gallery tracklets, 6 cameras.
     Of the 12,180 test tracklets the 870 junk ones (pid -1, false detections) are dropped and the
     3,248 distractors (pid 0) kept. The gallery contains the query tracklets (9,330 + 1,980):
-    without them 140 queries have no match.
+    without them 140 queries have no match. 6 cameras, 625 training identities.
     """
     wanted = ["bbox_train", "bbox_test", "info/train_name.txt", "info/test_name.txt",
               "info/tracks_train_info.mat", "info/tracks_test_info.mat", "info/query_IDX.mat"]
@@ -311,9 +330,8 @@ def _mars_part(folder, part):
 def load_duke(folder, name="duke"):
     """DukeMTMC-VideoReID (Wu et al., CVPR 2018): {train,query,gallery}/<pid>/<tracklet>/*.jpg.
 
-    702 training and 702 test identities, 2,196 training and 2,636 gallery tracklets, 8 cameras.
-    File names carry the camera and the frame, 0001C6F0099X30823.jpg or 0001_C6_F0099_X30823.jpg;
-    frame numbers may start at 2. The queries are not in the gallery.
+    8 cameras; file names carry them and the frame, 0001C6F0099X30823.jpg or
+    0001_C6_F0099_X30823.jpg. The queries are not in the gallery.
     """
     layout = "{train,query,gallery}/<pid>/<tracklet>/*.jpg"
     _need(folder, ("train", "query", "gallery"), layout)
@@ -338,10 +356,9 @@ def load_duke(folder, name="duke"):
 def load_lsvid(folder, name="lsvid"):
     """LS-VID (Li et al., ICCV 2019): text lists of tracklets, and an HDF5 table of the queries.
 
-    842 training and 2,730 test identities, 2,831 training, 3,504 query and 7,829 other gallery
-    tracklets, 15 cameras. A line of list_sequence/list_seq_{train,test}.txt is
-    "<path prefix> <pid>", the frames are the files with that prefix, the camera is the third field
-    of the file name. The gallery contains the queries, as for MARS.
+    15 cameras. A line of list_sequence/list_seq_{train,test}.txt is "<path prefix> <pid>", the
+    frames are the files with that prefix, the camera is the third field of the file name. The
+    gallery contains the queries, as for MARS.
     """
     wanted = ["list_sequence/list_seq_train.txt", "list_sequence/list_seq_test.txt",
               "test/data/info_test.mat"]
@@ -386,9 +403,8 @@ def load_lsvid(folder, name="lsvid"):
 def load_ilids(folder, name="ilids", split=0):
     """iLIDS-VID (Wang et al., ECCV 2014): i-LIDS-VID/sequences/cam{1,2}/person*/*.png.
 
-    300 persons under 2 cameras, 150 for training and 150 for the test of each of ten official
-    splits. Query: camera 1, gallery: camera 2. split: row of `ls_set`, 0 to 9, whose first half are
-    the persons of the test, 1-based in the order of the sorted folders.
+    Query: camera 1, gallery: camera 2. split: row of `ls_set`, 0 to 9, whose first half are the
+    persons of the test, 1-based in the order of the sorted folders.
     """
     cams = [f"i-LIDS-VID/sequences/cam{cam}" for cam in (1, 2)]
     table = "train-test people splits/train_test_splits_ilidsvid.mat"
@@ -410,10 +426,9 @@ def load_ilids(folder, name="ilids", split=0):
 def load_prid(folder, name="prid", split=0):
     """PRID-2011 (Hirzer et al., SCIA 2011): multi_shot/cam_{a,b}/person_NNNN/*.png.
 
-    Used are the 178 persons who appear under both cameras with more than 21 frames in each (Wang et
-    al., ECCV 2014), 89 for training and 89 for the test. Query: camera a, gallery: camera b. split:
-    0 to 9, of splits_prid2011.json, a list of {"train": [...], "test": [...]}; where it is missing,
-    ten splits are drawn with a fixed seed and, when all 178 persons are there, written to it.
+    Used are the 178 persons with more than 21 frames under both cameras (Wang et al., ECCV 2014).
+    Query: camera a, gallery: camera b. split: 0 to 9, of splits_prid2011.json, a list of
+    {"train": [...], "test": [...]}; where it is missing, ten are drawn with a fixed seed.
     """
     cams = ["multi_shot/cam_a", "multi_shot/cam_b"]
     _need(folder, cams, "multi_shot/cam_{a,b}/person_0001/*.png")
@@ -424,8 +439,7 @@ def load_prid(folder, name="prid", split=0):
             splits = json.loads(path.read_text("utf-8-sig", "replace"))
         else:
             splits = _draw_splits(path, list(tracks))
-        train = splits[split]["train"]
-        test = splits[split]["test"]
+        train, test = (splits[split][part] for part in ("train", "test"))
         named = collections.Counter([*train, *test])
     except (ValueError, LookupError, TypeError) as error:
         layout = '{"train": [...], "test": [...]}'
@@ -449,7 +463,7 @@ def _draw_splits(path, persons):
             with replacing(path) as file:
                 file.write(json.dumps(splits, indent=1).encode() + b"\n")
         except UserError as error:
-            _warn(f"{error}; next time the same are drawn")
+            print(f"warning: {error}; next time the same are drawn")
     return splits
 
 
@@ -476,8 +490,7 @@ def _halves(name, tracks, train, test):
 def load_folder(folder, name="folder"):
     """Your own tracklets: {train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}, any names.
 
-    Frames are in natural order. The cameras of all parts are numbered together. Without `query`,
-    the first tracklet of each (pid, cam) of `gallery` is a query, too.
+    Without `query`, the first tracklet of each (pid, cam) of `gallery` is a query, too.
     """
     layout = "{train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}"
     _need(folder, ("train", "gallery"), layout)
@@ -537,8 +550,7 @@ CHUNK = {"duke": 32, "lsvid": 64, "sinet lsvid": 48}  # default of --chunk; othe
 
 
 # ------------------------------------------------------------------------------------ clip sampling
-# From the number of frames n of a tracklet to frame indices. Training: one clip, (T,). Test: every
-# clip, (clips, T).
+# From a tracklet's number of frames n to frame indices: in training (T,), in the test (clips, T).
 
 def sample_strided(n, T, rng, stride=4):
     """T frames, `stride` apart, from a random start; a short tracklet takes the largest stride that
@@ -560,14 +572,12 @@ def sample_segments(n, T, rng):
 
 
 def split_consecutive(n, T):
-    """ceil(n/T) clips of T consecutive frames, every frame used; the last clip is filled by cycling
-    the tracklet."""
+    """ceil(n/T) clips of T consecutive frames; the last one is filled by cycling the tracklet."""
     return (np.arange(-(-n // T) * T) % n).reshape(-1, T)
 
 
 def split_whole(n, T):
-    """floor(n/T) clips of T consecutive frames, the rest dropped; a tracklet with fewer than T
-    frames is cycled to one clip."""
+    """floor(n/T) clips of T consecutive frames, the rest dropped; fewer than T are cycled."""
     return (np.arange(max(n // T, 1) * T) % n).reshape(-1, T)
 
 
@@ -606,10 +616,8 @@ def _decode(path):
 
 
 def read_clip(paths, size):
-    """Decodes frames and resizes those that are not of `size` (height, width): uint8 (T, 3, H, W).
-
-    Raises UserError with the file's name when one is missing or damaged: a clip is never shortened.
-    """
+    """Frames of `size` (height, width), resized where they are not: uint8 (T, 3, H, W). Raises
+    UserError with the file's name when one is missing or damaged: a clip is never shortened."""
     height, width = size
     clip = np.empty((len(paths), height, width, 3), np.uint8)
     for t, path in enumerate(paths):
@@ -653,9 +661,8 @@ def random_flip(clip, rng, p=0.5):
 def random_erase(clip, rng, p=0.5, area=(0.02, 0.4), aspect=(0.3, 1 / 0.3)):
     """Erases one box, the same in all frames of a uint8 clip (T, 3, H, W), with probability p.
 
-    Random erasing (Zhong et al., AAAI 2020): `area` is the box's share of the frame, `aspect` its
-    height over width. The box takes ImageNet's mean colour, which normalisation maps to 0. Where
-    none of 100 boxes fits into the frame, the clip stays as it is.
+    Random erasing (Zhong et al., AAAI 2020) with ImageNet's mean colour; area: the box's share of
+    the frame; aspect: its height over width.
     """
     if rng.random() >= p:
         return clip
@@ -688,8 +695,7 @@ class TrainClips(torch.utils.data.Dataset):
     """Augmented training clips; an item is (clip uint8 (T, 3, H, W), pid).
 
     It is asked with what `PKSampler` yields, (tracklet, seed...): the frames and the augmentation
-    depend on these numbers alone, not on the worker, so that a run can be repeated with any number
-    of workers.
+    depend on these numbers alone, not on the worker.
 
     sample: a function of (n, T, rng) that draws frame indices; erase: probability.
     """
@@ -710,11 +716,8 @@ class TrainClips(torch.utils.data.Dataset):
 
 
 class AllClips(torch.utils.data.Dataset):
-    """All clips of all tracklets, one after another; an item is (clip uint8 (T, 3, H, W), number of
-    its tracklet).
-
-    split: a function of (n, T) that gives the frame indices of all clips, (clips, T).
-    """
+    """All clips of all tracklets in turn; an item is (clip uint8 (T, 3, H, W), its tracklet's
+    number). split: a function of (n, T) that gives all clips' frame indices, (clips, T)."""
 
     def __init__(self, tracklets, split, T, size):
         self.tracklets = tracklets
@@ -736,12 +739,10 @@ class PKSampler(torch.utils.data.Sampler):
 
     An epoch shows every identity at least once: ceil(identities / P) batches, the last one filled
     up with identities of the first. Clips of an identity come from different tracklets as long as
-    it has enough of them. Yields lists of (tracklet, seed, epoch, position), a pure function of
-    (seed, epoch); position is the clip's place in the epoch.
+    it has enough of them. Yields lists of (tracklet, seed, epoch, the clip's place in the epoch).
 
     pids: label of every training tracklet; rank, world: this process takes P / world identities of
-    each batch. Call `set_epoch(epoch, start)` before each epoch; `start` skips batches of an epoch
-    that was begun already.
+    each batch. Call `set_epoch(epoch, start)` before each epoch; `start` skips batches.
     """
     unit = "identities"
 
@@ -795,8 +796,7 @@ class TrackletSampler(PKSampler):
 
 
 # ------------------------------------------------------------------------------ the synthetic set
-# Small drawn pedestrians. People come in look-alike groups that share the salient upper clothes and
-# differ in the rest.
+# Small drawn pedestrians, in look-alike groups that share the upper clothes, which are salient.
 
 _UPPER = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
 _LOWER = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
@@ -837,8 +837,7 @@ def _draw_people(count, rng, group=4, gait=False):
 
 
 def _draw_camera(index, rng, zoom):
-    """A camera: its colours and view, and the scene along which people walk, `zoom` times as large
-    as 420 x 150 pixels: a wall with bricks or windows, a floor, and trees."""
+    """A camera: its look and the scene along which people walk, `zoom` times 420 x 150 pixels."""
     def colour(low, high):
         return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), 0.12, rng.uniform(low, high)))
     wall, floor, edge = colour(0.5, 0.8), colour(0.4, 0.7), int(rng.integers(52, 90))
@@ -865,11 +864,8 @@ def _draw_camera(index, rng, zoom):
 
 
 def _draw_person(image, who, phase, yaw, x, y, h):
-    """Draws `who`, h pixels tall, the feet at (x, y), at `phase` of the gait.
-
-    yaw 0 faces the camera, pi/2 walks right. Places are in units of the height, y upwards from the
-    feet; `at` turns them into pixels.
-    """
+    """Draws `who`, h pixels tall, the feet at (x, y), at `phase` of the gait; yaw 0 faces the
+    camera, pi/2 walks right. Places are in heights, upwards from the feet; `at` makes pixels."""
     draw = ImageDraw.Draw(image)
     s, c = math.sin(yaw), math.cos(yaw)
     ahead = math.copysign(1, s)  # where the person walks, and the side nearer to the camera
@@ -1024,19 +1020,17 @@ def _write_mat(path, variable, values):
 
 def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=(5, 12),
                    size=(128, 64), group=4, occlusion=0.2, gait=False, seed=0):
-    """Draws a set of synthetic pedestrians in MARS' layout into `folder`, which must not exist yet.
+    """Draws a set of synthetic pedestrians in MARS' layout into `folder`, which must not exist yet:
+    by one process at a time, aside, so that an interrupted drawing leaves no half data set.
 
-    Every identity has one or two tracklets of frames[0] to frames[1] frames under each camera; the
-    first of each is a query. The test part has a junk tracklet and two distractors for each camera,
-    too. The same arguments give the same bytes. It is drawn aside and renamed at the end, so that
-    an interrupted drawing leaves no half data set.
-
-    size: (height, width) in pixels; group: people in a group who share the upper clothes, or with
-    gait all but their way to walk; occlusion: probability that something passes in front of a
-    tracklet. Raises UserError when the folder exists or cannot be written.
+    Every identity has one or two tracklets of frames[0] to frames[1] frames under each camera, the
+    first of which is a query. The test part has a junk tracklet and two distractors for each
+    camera, too. The same arguments give the same bytes. size: (height, width) in pixels; group:
+    people in a group who share the upper clothes, or with gait all but their way to walk;
+    occlusion: probability that something passes in front of a tracklet.
     """
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}-{os.getpid()}")
+    folder, file = Path(folder), None
+    aside, lock = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "lock"))
     people = [None, *_draw_people(2 * cameras, np.random.default_rng([seed, 1]), group=1)]
     people += _draw_people(identities, np.random.default_rng([seed, 2]), group, gait)
     people += _draw_people(test_identities, np.random.default_rng([seed, 3]), group, gait)
@@ -1046,6 +1040,10 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
     try:
         if folder.exists():
             raise UserError(f"{folder} exists already: name another folder, or remove it first")
+        file = locked(lock, wait=True)
+        if folder.exists():  # by another process, meanwhile
+            return
+        shutil.rmtree(aside, ignore_errors=True)  # left by one that was killed
         (aside / "info").mkdir(parents=True)
         for number, who in enumerate(tqdm(people, "drawing", unit=" people", disable=None)):
             pid = max(0, number - 2 * cameras) if who else -1  # 0: the strangers, -1: nobody
@@ -1080,13 +1078,16 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
         raise UserError(f"{folder}: cannot draw the synthetic data set there "
                         f"({error.strerror or error})") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if file:
+            shutil.rmtree(aside, ignore_errors=True)
+            file.close()
+            lock.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------ the command line
 
 def _main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Draws a synthetic data set of pedestrians in MARS' layout, or checks a set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -1113,10 +1114,6 @@ def _main():
                             help=f"{meaning}, {low} to {high}")
     parser.add_argument("--gait", action="store_true",
                         help="people of a group differ in their way to walk only")
-
-    def refuse(message):
-        raise UserError(f"{message} (--help lists the flags)")
-    parser.error = refuse
     args = parser.parse_args()
     if args.check:
         dataset = load_dataset(args.data, args.root, draw=False)
@@ -1124,11 +1121,11 @@ def _main():
         return 1 if check_images(dataset) else 0
     for name, (_, low, high, _) in numbers.items():
         if not low <= getattr(args, name) <= high:
-            refuse(f"--{name.replace('_', '-')} must be {low} to {high}")
+            parser.error(f"--{name.replace('_', '-')} must be {low} to {high}")
     if not 1 <= args.frames[0] <= args.frames[1] <= 999:
-        refuse("--frames must be 1 <= MIN <= MAX <= 999")
+        parser.error("--frames must be 1 <= MIN <= MAX <= 999")
     if not args.height <= 4 * args.width <= 4 * args.height:
-        refuse("--width must be a quarter to all of the height")
+        parser.error("--width must be a quarter to all of the height")
     draw_synthetic(args.synthetic, args.identities, args.test_identities, args.cameras,
                    args.frames, (args.height, args.width), args.group, args.occlusion / 100,
                    args.gait, args.seed)
@@ -1137,6 +1134,7 @@ def _main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     try:
         sys.exit(_main())
     except UserError as error:

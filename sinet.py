@@ -80,10 +80,10 @@ class ChannelAttentionLayer(nn.Module):
     def forward(self, x):
         if min(x.shape[-2:]) < 3:
             raise ValueError(f"CAL needs maps of at least 3x3, not {x.shape[-2]}x{x.shape[-1]}")
-        x_no_pad = x[..., 1:-1, 1:-1]
-        gap = x.mean((1, 3, 4))
-        w_ctr = gap < x_no_pad.mean((1, 3, 4))                                    # Eq. 1
-        w_se = self.excite(self.squeeze(gap).relu()).sigmoid()
+        from_first = x - x[:, :1, :, :1, :1]               # all equal: 0 < 0, without rounding
+        x_no_pad = from_first[..., 1:-1, 1:-1]
+        w_ctr = from_first.mean((1, 3, 4)) < x_no_pad.mean((1, 3, 4))             # Eq. 1
+        w_se = self.excite(self.squeeze(x.mean((1, 3, 4))).relu()).sigmoid()
         return (w_ctr * w_se)[:, None, :, None, None] * x                         # Eq. 2
 
 
@@ -393,8 +393,8 @@ def mutual_information_loss(frames, pids, temperature=0.07):
     same = pids[clip][:, None] == pids[clip]
     positive = same & (index[:, None] == index) & (clip[:, None] != clip)
     negative = same & (index[:, None] != index)
-    # -log(e^a / (e^a + sum e^b)) = log(1 + sum e^b e^-a)
-    loss = torch.log1p((s.exp() * negative).sum(1, keepdim=True) * (-s).exp())
+    # -log(e^a / (e^a + sum e^b)) = log(1 + e^(log sum e^b - a))
+    loss = F.softplus(s.masked_fill(~negative, -math.inf).logsumexp(1, keepdim=True) - s)
     return loss[positive].sum() / positive.sum().clamp(min=1)
 
 

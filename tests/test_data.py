@@ -745,12 +745,35 @@ def test_killed_drawing_is_not_taken_for_a_set(tmp_path):
                                stdout=subprocess.PIPE, cwd=Path(data.__file__).parent)
     process.stdout.readline()
     deadline = time.time() + 60
-    while not list(tmp_path.glob(".set-*/bbox_train/*/*.jpg")) and time.time() < deadline:
+    while not list(tmp_path.glob(".set.part/bbox_train/*/*.jpg")) and time.time() < deadline:
         time.sleep(0.05)
     process.kill()
     process.wait()
     assert not (tmp_path / "set").exists()
-    assert list(tmp_path.glob(".set-*/bbox_train/*/*.jpg"))
+    assert list(tmp_path.glob(".set.part/bbox_train/*/*.jpg"))
+    draw_small(tmp_path / "set", 0)  # what is left is not in the way, and goes
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert load_mars(tmp_path / "set").num_identities == 3
+
+
+DRAWS = """
+import fcntl, os, sys, time
+file = open(sys.argv[1] + "/.synthetic.lock", "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("drawing", flush=True)
+time.sleep(0.3)
+os.rename(sys.argv[1] + "/drawn", sys.argv[1] + "/synthetic")
+"""
+
+
+def test_two_first_runs_draw_one_set(tmp_path):
+    """The second waits for the first, another process, and takes what it has drawn."""
+    draw_small(tmp_path / "drawn", 0)
+    command = [sys.executable, "-c", DRAWS, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"drawing\n"
+        assert load_dataset("synthetic", tmp_path).num_identities == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["synthetic"]
 
 
 def test_data_command_line(run, tmp_path):

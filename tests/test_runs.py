@@ -1,6 +1,8 @@
 """Long runs survive: kills, signals, full disks, damaged checkpoints, diverged losses, several
 processes."""
 
+import argparse
+import io
 import os
 import random
 import re
@@ -26,7 +28,7 @@ import m3d
 import processes
 import sinet
 from conftest import ROOT, TINY, Colours, Forked, drop_weights, own_signals, read_log
-from data import TrainClips, UserError
+from data import TrainClips, UserError, replacing
 
 
 @pytest.fixture
@@ -213,6 +215,18 @@ def small(monkeypatch, tmp_path, small_root, capsys):
     return call
 
 
+def groups(state, **changes):
+    """The optimiser of a checkpoint with other numbers."""
+    (group,) = state["optimizer"]["param_groups"]
+    return {**state["optimizer"], "param_groups": [{**group, **changes}]}
+
+
+def moments(state, value):
+    """The optimiser of a checkpoint with another first moment of the first parameter."""
+    first = {**state["optimizer"]["state"][0], "exp_avg": value}
+    return {**state["optimizer"], "state": {**state["optimizer"]["state"], 0: first}}
+
+
 def test_checkpoints_that_are_refused(small, refuses, tmp_path):
     small("--epochs", 1, "--output", "a")
     state = torch.load(tmp_path / "a/last.pt", weights_only=True)
@@ -238,10 +252,32 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
             "not a checkpoint of sinet.py",
         ),
         (dict(random={"torch": 3}), "its random does not fit"),
+        (dict(args={**state["args"], "root": 3}), "not a checkpoint of sinet.py"),
+        (dict(history=[3]), "not a checkpoint of sinet.py"),
+        (dict(history=[{**state["history"][0], "epoch": 7}]), "not a checkpoint of sinet.py"),
+        (dict(history=[{**state["history"][0], "mAP": "x"}]), "not a checkpoint of sinet.py"),
+        (dict(progress=3), "not a checkpoint of sinet.py"),
+        (dict(progress=(0, {"loss": "x"})), "not a checkpoint of sinet.py"),
+        (dict(num_classes=10**12), "not a checkpoint of sinet.py"),
+        (dict(num_classes="6"), "not a checkpoint of sinet.py"),
+        (dict(model={"neck.weight": 3}), "not a checkpoint of sinet.py"),
+        (dict(scheduler={**state["scheduler"], "last_epoch": "1"}), "its scheduler does not fit"),
+        (dict(scheduler={**state["scheduler"], "base_lrs": []}), "its scheduler does not fit"),
+        (dict(optimizer=groups(state, lr="0.1")), "its optimizer does not fit"),
+        (dict(optimizer=moments(state, torch.zeros(7))), "its optimizer does not fit"),
+        (dict(optimizer=moments(state, "x")), "its optimizer does not fit"),
     ):
         torch.save({**state, **change}, tmp_path / "odd.pt")
         refuses(("--resume", "odd.pt", "--epochs", 2, "--output", "new"), f"odd.pt: {says}")
         assert not (tmp_path / "executed").exists()
+    torch.save({**state, "progress": (100, {"loss": 3.0})}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="^odd.pt: this training set has no step 100$"):
+        small("--resume", "odd.pt", "--epochs", 2, "--output", "new")
+    (tmp_path / "elsewhere").mkdir()
+    torch.save({**state, "args": {**state["args"], "root": "elsewhere"}}, tmp_path / "odd.pt")
+    for flags in (("--evaluate",), ("--epochs", 2)):  # a folder that a file names is left alone
+        refuses(("--resume", "odd.pt", *flags), "elsewhere/synthetic: missing bbox_train")
+    assert not [*(tmp_path / "elsewhere").iterdir()]
     torch.save(
         {k: v for k, v in state.items() if k not in ("optimizer", "random")}, tmp_path / "slim.pt"
     )
@@ -250,6 +286,68 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
         (tmp_path / "cut.pt").write_bytes(content)
         refuses(("--resume", "cut.pt"), "cut.pt: not a readable checkpoint")
     refuses(("--evaluate", "--resume", "--output", "none"), "none/last.pt: no such file")
+    refuses(("--resume", ""), "no such file")
+    assert "going on after epoch 1 of a/last.pt" in small("--epochs", 2, "--resume", "a")
+
+
+HOLD = """
+import fcntl, os, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_share_a_folder(small, tmp_path):
+    """The second is refused while the first, another process, lives, even if it was killed."""
+    (tmp_path / "a").mkdir()
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "a/args.json"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert first.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="^a: another run is writing there$"):
+        small("--epochs", 1, "--output", "a")
+    assert not (tmp_path / "a/last.pt").exists() and not (tmp_path / "a/args.json").read_text()
+    first.kill()
+    first.communicate()
+    small("--epochs", 1, "--output", "a")
+    assert (tmp_path / "a/args.json").read_text().startswith('{\n  "')
+
+
+def test_the_folder_of_a_run_is_locked_until_it_ends(small, tmp_path, monkeypatch):
+    log = common.Run.log
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    codes = []
+
+    def second(*inputs):
+        if not codes:
+            command = [sys.executable, "-c", code, tmp_path / "a/args.json"]
+            codes.append(subprocess.run(command, capture_output=True).stderr)
+        log(*inputs)
+
+    monkeypatch.setattr(common.Run, "log", second)
+    small("--epochs", 1, "--output", "a")
+    assert b"BlockingIOError" in codes[0]
+
+
+def test_writing_blames_only_what_it_did(tmp_path):
+    """A full disk, as the file or as torch says it; an error from elsewhere stays what it is."""
+    with pytest.raises(UserError, match="a: cannot be written .*No space left on device"):
+        with replacing(tmp_path / "a"):
+            raise OSError(28, "No space left on device")
+    with pytest.raises(UserError, match="a: cannot be written .*No space left on device"):
+        with replacing(tmp_path / "a"):
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError:
+                raise RuntimeError("unexpected pos 704 vs 598")
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        with replacing(tmp_path / "a"):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_log_has_every_epoch_once(small, tmp_path, monkeypatch):
@@ -380,8 +478,11 @@ def test_a_signal_that_reaches_the_workers(capsys, signalled):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
 
     common.catch_signals()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SystemExit) as end:  # no signal was asked: out of memory
         common.command_line(main)
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and err.count("\n") == 1
+    assert "loader process was killed" in err and "fewer --workers; the same command with" in err
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         common.command_line(main)
@@ -398,6 +499,78 @@ def test_a_signal_between_two_runs(signalled):
     os.kill(os.getpid(), signal.SIGTERM)
     common.catch_signals()
     assert common.stop_asked() == signal.SIGTERM
+
+
+def test_a_closed_terminal_and_a_second_ctrl_c(signalled):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    common.catch_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    common.catch_signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert common.stop_asked() == signal.SIGHUP
+    common._asked = 0
+    os.kill(os.getpid(), signal.SIGINT)
+    assert common.stop_asked() == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def open_output():
+    """The forked process has that of another kind of file."""
+    sys.stdout = open(1, "w", closefd=False)
+
+
+def test_output_that_is_read_no_more(tmp_path):
+    """--complexity | head"""
+    script = "import common\ncommon.command_line(lambda: [print(i) for i in range(10 ** 6)])"
+    (tmp_path / "long.py").write_text(script)
+    os.mkfifo(tmp_path / "pipe")
+    files = tmp_path / "pipe", tmp_path / "err"
+    process = Forked([tmp_path / "long.py"], tmp_path, *files, before=open_output)
+    with open(tmp_path / "pipe") as pipe:
+        assert pipe.readline() == "0\n"
+    assert process.wait(60) == 141
+    err = (tmp_path / "err").read_text()
+    assert err == "long.py: ended, because its output is read no more\n"
+
+
+def test_names_that_are_no_text(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    common.command_line(lambda: print(os.fsdecode(b"caf\xe9")))
+    assert out.buffer.getvalue() == b"caf\\udce9\n"
+
+
+def test_systems_without_process_groups(monkeypatch):
+    monkeypatch.delattr(os, "setpgrp")
+    common.own_group(0)
+
+
+def test_amp_on_a_gpu_without_bfloat16(monkeypatch, capsys):
+    monkeypatch.setattr(common, "pick_device", lambda gpu: torch.device("cuda:0"))
+    monkeypatch.setattr(sys, "argv", ["sinet.py", "--amp"])
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
+        common.Run(common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py"))
+        assert ("--amp: this GPU has no bfloat16" in capsys.readouterr().out) != supported
+
+
+@pytest.mark.parametrize(
+    "rank, local, order", [(4, "0", "block barrier"), (1, "1", "barrier block")]
+)
+def test_the_first_process_of_each_machine_goes_first(rank, local, order, monkeypatch):
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(common, "world", lambda: 8)
+    monkeypatch.setattr(common, "rank", lambda: rank)
+    monkeypatch.setattr(common.dist, "barrier", lambda: calls.append("barrier"))
+    run = object.__new__(common.Run)
+    run.args = argparse.Namespace(weights="none", resume=None)
+    with run.setting_up():
+        calls.append("block")
+    assert calls == order.split()
 
 
 def test_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):

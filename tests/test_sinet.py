@@ -151,6 +151,12 @@ def test_cal(T, C, H, W):
     assert kept.any() and not kept.all()  # both kinds of channels occurred
 
 
+def test_cal_drops_channels_of_equal_values():
+    """Eq. 1 is strict: nothing is brighter in the middle, whatever the means are rounded to."""
+    x = torch.linspace(0.01, 30, 64)[None, None, :, None, None].expand(2, 4, -1, 7, 5)
+    assert not ChannelAttentionLayer(64)(x).any()
+
+
 @SIZES
 @LENGTHS
 @pytest.mark.parametrize("k", [1, 3])
@@ -402,6 +408,11 @@ def test_mutual_information_loss():
     loss = mutual_information_loss(single, torch.arange(B))  # every identity once: no positive pair
     loss.backward()
     assert loss == 0 and single.grad.isfinite().all()
+    for length, temperature in ((4, 1e-6), (4, 1e-3), (4, 100.0), (1, 0.07)):  # 1: no negatives
+        frames = torch.randn(4, length, 10, requires_grad=True)
+        loss = mutual_information_loss(frames, torch.tensor([0, 0, 1, 1]), temperature)
+        loss.backward()
+        assert loss.isfinite() and frames.grad.isfinite().all(), temperature
     distinct = torch.eye(T, 10)[None].repeat(
         2, 1, 1
     )  # frames tell different things, clips agree: nearly 0
