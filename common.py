@@ -537,6 +537,7 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
     "resume": (None, "go on with this last.pt or folder; auto, or no RESUME: with --output's"),
     "checkpoint_every": (1, "write last.pt and log.csv after every N epochs"),
     "eval_every": (0, "also evaluate after every N epochs; 0: at the end only"),
+    "eval_first": (None, "evaluate before the training, too (synthetic: yes; others: no)"),
     "rerank": (False, "k-reciprocal re-ranking in the evaluation"),
     "evaluate": (False, "only evaluate, with --resume or as initialised"),
     "figure": (None, "only draw what the network does, into this folder"),
@@ -545,7 +546,7 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
 }
 # what a checkpoint does not say, and what may differ from it when a run goes on or is evaluated
 HERE = {"evaluate", "figure", "figure_tracklets", "complexity", "gpu", "workers", "resume",
-        "compile", "output", "chosen"}
+        "compile", "output", "chosen", "eval_first"}
 GOING_ON = {*HERE, "root", "epochs", "checkpoint_every", "eval_every"}
 EVALUATED = {*FLAGS, *SCHEDULE, "erase", "weights"}
 
@@ -562,7 +563,7 @@ def add_flag(group, key, default, meaning, choices=None):
     """A flag of the kind of its default: int, float, str, bool, a tuple of one kind, or None."""
     one = (default or [None])[0] if isinstance(default, tuple) else default
     options = {"choices": choices, "metavar": "VARIANT" if key == "variant" else None}
-    if isinstance(one, bool):
+    if isinstance(one, bool) or key == "eval_first":
         options = {"action": argparse.BooleanOptionalAction}
     elif isinstance(one, (int, float)) or key in ("chunk", "workers"):
         kind, least, most = type(one or 0), LEAST.get(key, 0), MOST.get(key, 2 ** 31)
@@ -815,7 +816,9 @@ class Run:
             self.file = locked(self.last.with_name("args.json"), json.dumps(vars(args), indent=2))
             if self.checkpoint:  # a kill may have left an older log
                 save_rows(self.history, self.log_file)
-        self.is_new = not self.checkpoint
+        synthetic = args.data == "synthetic"
+        self.evaluates_first = not self.checkpoint and (
+            synthetic if args.eval_first is None else args.eval_first)
         self.checkpoint = None  # its memory
         model = states["model"]
         return model if world() == 1 else torch.nn.parallel.DistributedDataParallel(model)

@@ -526,7 +526,7 @@ def train(args):  # same in every script
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
     loader = run.loader(dataset.train, SAMPLER, SAMPLE)
     network = run.start(model=model, optimizer=optimizer, scheduler=scheduler)  # or goes on
-    if run.is_new:
+    if run.evaluates_first:
         run.test(model, dataset, SPLIT, METRIC)         # untrained
     for epoch in run.epochs():
         model.train()

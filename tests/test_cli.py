@@ -49,7 +49,7 @@ def test_help(script, monkeypatch, capsys):
         module.main()
     out = capsys.readouterr().out
     assert end.value.code in (0, None)
-    flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every"
+    flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every eval-first"
     flags += " evaluate resume rerank output figure complexity"
     for flag in [*flags.split(), *(key.replace("_", "-") for key in module.RECIPE)]:
         assert f"\n  --{flag}" in out, flag

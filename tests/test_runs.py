@@ -27,6 +27,7 @@ import data
 import m3d
 import processes
 import sinet
+import test_sets
 from conftest import ROOT, TINY, Colours, Forked, drop_weights, own_signals, read_log
 from data import TrainClips, UserError, replacing
 
@@ -393,6 +394,21 @@ def test_log_has_every_epoch_once(small, tmp_path, monkeypatch):
     (folder / "log.csv").write_text("older")  # a kill between last.pt and log.csv of the last epoch
     small(*flags, "--epochs", 7, "--output", "parts", "--resume")
     assert (folder / "log.csv").read_bytes() == log
+
+
+def test_the_untrained_network_is_evaluated_on_the_synthetic_set_only(small, tmp_path):
+    """Elsewhere with --eval-first; never when a run goes on."""
+    test_sets.write_folder(tmp_path)
+    real = ("--data", "folder", "--root", tmp_path, "--weights", "none")
+    cases = {"a": (), "b": ("--no-eval-first",), "c": real, "d": (*real, "--eval-first")}
+    first = {}
+    for folder, flags in cases.items():
+        out = small(*flags, "--epochs", 1, "--output", folder)
+        assert len(re.findall("^after epoch 1, all frames", out, re.M)) == 1
+        first[folder] = re.findall("^untrained, all frames", out, re.M) != []
+    assert first == {"a": True, "b": False, "c": False, "d": True}
+    out = small(*cases["d"], "--epochs", 2, "--output", "c", "--resume")
+    assert "untrained" not in out and out.count("all frames:") == 1
 
 
 def test_batches_are_as_the_command_line_says(small, monkeypatch):
