@@ -524,7 +524,8 @@ LEAST = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1
          "checkpoint_every": 1, "figure_tracklets": 1}  # of the others 0
 MOST = {"erase": 1, "frames": 1024, "ids": 4096, "clips": 4096, "height": 8192, "width": 8192}
 FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, choices])
-    "data": ("synthetic", "data set; synthetic has the small run's recipe", tuple(DATA_SETS)),
+    "data": ("synthetic", "data set", tuple(DATA_SETS)),
+    "small": (None, "take the recipe of the small run (synthetic: yes; others: no)"),
     "root": ("datasets", "folder that holds the data sets, ROOT/mars ..., or the set itself"),
     "split": ("0", "of ilids and prid; all: in turn, with the mean", (*"0123456789", "all")),
     "chunk": (None, "cut training tracklets into pieces of so many frames, 0: do not (data.CHUNK)"),
@@ -563,7 +564,7 @@ def add_flag(group, key, default, meaning, choices=None):
     """A flag of the kind of its default: int, float, str, bool, a tuple of one kind, or None."""
     one = (default or [None])[0] if isinstance(default, tuple) else default
     options = {"choices": choices, "metavar": "VARIANT" if key == "variant" else None}
-    if isinstance(one, bool) or key == "eval_first":
+    if isinstance(one, bool) or key in ("small", "eval_first"):
         options = {"action": argparse.BooleanOptionalAction}
     elif isinstance(one, (int, float)) or key in ("chunk", "workers"):
         kind, least, most = type(one or 0), LEAST.get(key, 0), MOST.get(key, 2 ** 31)
@@ -638,10 +639,11 @@ def parse_args(recipe, rows, text, script):
         raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
     if run.split == "all" and evaluate:
         raise UserError("--split all: is for training, --evaluate and --figure take one split")
-    row = vars(settings(recipe, rows, variant, small=data == "synthetic"))
+    small = chosen.get("small", saved.get("small", saved.get("data", data) == "synthetic"))
+    row = vars(settings(recipe, rows, variant, small))
     return argparse.Namespace(**{
-        **default, "chunk": CHUNK.get(f"{script.stem} {data}", CHUNK.get(data, 0)), **row, **saved,
-        **chosen, "resume": resume, "evaluate": evaluate, "output": output, "chosen": [*chosen],
+        **default, "chunk": CHUNK.get(f"{script.stem} {data}", CHUNK.get(data, 0)), "small": small,
+        **row, **saved, **chosen, "resume": resume, "evaluate": evaluate, "output": output, "chosen": [*chosen],
         "script": script.name, "checkpoint": checkpoint,
         "printed": row_of(rows, variant).figures.get(data)})
 
@@ -651,7 +653,7 @@ def part_of(args, rows, folder, variant=None, **changes):
     `variant` sets (but a schedule that the user chose) and `changes`."""
     part = argparse.Namespace(**{**vars(args), "output": f"{args.output}/{folder}", "resume": None})
     if variant:
-        row = changed(rows, variant, args.data == "synthetic")
+        row = changed(rows, variant, args.small)
         vars(part).update({k: v for k, v in row.items() if k not in {*SCHEDULE} & {*args.chosen}})
         part.variant, part.printed = variant, row_of(rows, variant).figures.get(args.data)
     vars(part).update(changes)

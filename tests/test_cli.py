@@ -49,7 +49,7 @@ def test_help(script, monkeypatch, capsys):
         module.main()
     out = capsys.readouterr().out
     assert end.value.code in (0, None)
-    flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every eval-first"
+    flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every small eval-first"
     flags += " evaluate resume rerank output figure complexity"
     for flag in [*flags.split(), *(key.replace("_", "-") for key in module.RECIPE)]:
         assert f"\n  --{flag}" in out, flag
@@ -167,6 +167,11 @@ def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
     args = parsed("--variant", "base+sbm", "--no-sbm", "--positions", "1", "--splits", "2")
     assert (args.sbm, args.positions, args.splits) == (False, (1,), (2,))
     assert (args.epochs, args.lr, args.height) == (8, 5e-4, 128) and args.printed is None
+    args = parsed("--data", "mars", "--small", "--k", "5")
+    assert args.small and (args.epochs, args.weights, args.height, args.k) == (8, "none", 128, 5)
+    args = parsed("--no-small")
+    assert not args.small and (args.epochs, args.weights, args.height) == (160, "imagenet", 256)
+    assert [parsed("--data", name).small for name in ("synthetic", "folder")] == [True, False]
     assert [parsed("--data", name).chunk for name in ("mars", "duke", "lsvid")] == [0, 32, 48]
     assert parsed("--data", "lsvid", "--chunk", "9").chunk == 9
 

@@ -411,6 +411,36 @@ def test_the_untrained_network_is_evaluated_on_the_synthetic_set_only(small, tmp
     assert "untrained" not in out and out.count("all frames:") == 1
 
 
+def test_the_small_recipe_on_any_data_set(small, refuses, tmp_path):
+    """It holds for the whole run, and for its parts; a file of an older run does not say it."""
+    test_sets.write_ilids(tmp_path)
+    real = ("--data", "ilids", "--root", tmp_path)
+    small(*real, "--small", "--epochs", 1, "--output", "a", "--split", 2)
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    old = state["args"]
+    assert old["small"] and (old["weights"], old["erase"], old["lr"]) == ("none", 0.0, 5e-4)
+    assert "after epoch 2" in small("--epochs", 2, "--output", "a", "--resume", *real)
+    refuses(("--no-small", "--resume", "a"), "a/last.pt: was trained with --small, not --no-small")
+    del old["small"]
+    torch.save(state, tmp_path / "a/last.pt")
+    for flags in ((), ("--small",), ("--data", "ilids")):
+        out = small(*flags, "--root", tmp_path, "--epochs", 2, "--output", "a", "--resume")
+        assert "after epoch 2" in out
+        torch.save(state, tmp_path / "a/last.pt")
+    assert "after epoch 1" in small("--evaluate", *real, "--no-small", "--resume", "a")
+
+    def parts(*flags):
+        args = ("m3d.py", "--data", "ilids", *flags)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [*args])
+            args = common.parse_args(m3d.RECIPE, m3d.ROWS, m3d.__doc__, "m3d.py")
+        part = common.part_of(args, m3d.ROWS, "2d", variant="2d")
+        return part.small, part.ids, part.epochs, part.frames, part.weights
+    assert parts() == (False, 128, 20, 1, "imagenet")
+    assert parts("--small") == (True, 8, 3, 1, "none")
+    assert parts("--small", "--ids", "5") == (True, 5, 3, 1, "none")
+
+
 def test_batches_are_as_the_command_line_says(small, monkeypatch):
     """Frames, size, erasing; the seeds of the draws: --seed, the epoch and the place in it."""
     seen, take = [], TrainClips.__getitem__
