@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import itertools
 import json
 import math
 import os
@@ -477,6 +478,34 @@ def restore(path, checkpoint, **objects):
             raise UserError(f"{path}: its {name} does not fit ({first_line(error)} ...)") from None
 
 
+def start_from(path, model):
+    """Loads into the network what a run's last.pt has of its names and shapes; prints the rest."""
+    saved, own = load_file(path).get("model"), model.state_dict()
+    theirs = saved if isinstance(saved, dict) else {}
+    taken = {name: value for name, value in theirs.items()
+             if name in own and getattr(value, "shape", None) == own[name].shape}
+    if not taken:
+        raise UserError(f"{path}: holds nothing of this network; --init takes the last.pt of a run")
+    model.load_state_dict(taken, strict=False)
+
+    def starts(name):  # "a", "a.b", "a.b.c"
+        return itertools.accumulate(name.split("."), "{}.{}".format)
+
+    def rest(names):  # named by the parts of which nothing was taken
+        return dict.fromkeys(next(start for start in starts(name) if start not in used)
+                             for name in names if name not in taken)
+    used = {start for name in taken for start in starts(name)}
+    new, left = rest(own), rest(theirs)
+    why = " (another number of identities)"
+    rests = {"not in it": [part for part in new if part not in left],
+             "not taken": [part + why * (part == "classifier") for part in left]}
+    print(f"starting from {path}")
+    for says, parts in rests.items():
+        if parts:
+            more = f" and {len(parts) - 6} more" * (len(parts) > 6)
+            print(f"  {says}: {', '.join(parts[:6])}{more}")
+
+
 def save_rows(rows, path):
     """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
     if rows:
@@ -535,6 +564,7 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
     "compile": (False, "torch.compile, where a compiler is there"),
     "seed": (0, "of weights, batches and augmentation"),
     "output": (None, "folder for log.csv, args.json, last.pt (runs/SCRIPT-DATA[-VARIANT])"),
+    "init": (None, "start from the network of another run, this last.pt (then --weights none)"),
     "resume": (None, "go on with this last.pt or folder; auto, or no RESUME: with --output's"),
     "checkpoint_every": (1, "write last.pt and log.csv after every N epochs"),
     "eval_every": (0, "also evaluate after every N epochs; 0: at the end only"),
@@ -628,7 +658,7 @@ def parse_args(recipe, rows, text, script):
     elif resume and os.path.isdir(resume):
         resume += "/last.pt"
     if resume is not None and run.split != "all":
-        but = EVALUATED if evaluate else GOING_ON | {"weights", "amp", "rerank"}
+        but = EVALUATED if evaluate else GOING_ON | {"init", "weights", "amp", "rerank"}
         checkpoint = load_checkpoint(resume, script.name, rows, chosen, but, not evaluate)
         saved = {k: v for k, v in checkpoint["args"].items() if k not in HERE}
         output = run.output or str(Path(resume).parent)
@@ -641,10 +671,12 @@ def parse_args(recipe, rows, text, script):
         raise UserError("--split all: is for training, --evaluate and --figure take one split")
     small = chosen.get("small", saved.get("small", saved.get("data", data) == "synthetic"))
     row = vars(settings(recipe, rows, variant, small))
+    if run.init:
+        row["weights"] = "none"
     return argparse.Namespace(**{
         **default, "chunk": CHUNK.get(f"{script.stem} {data}", CHUNK.get(data, 0)), "small": small,
-        **row, **saved, **chosen, "resume": resume, "evaluate": evaluate, "output": output, "chosen": [*chosen],
-        "script": script.name, "checkpoint": checkpoint,
+        **row, **saved, **chosen, "resume": resume, "evaluate": evaluate, "output": output,
+        "chosen": [*chosen], "script": script.name, "checkpoint": checkpoint,
         "printed": row_of(rows, variant).figures.get(data)})
 
 
@@ -783,6 +815,8 @@ class Run:
                 layer.to(memory_format=torch.channels_last)
         if self.checkpoint:
             restore(args.resume, self.checkpoint, model=model)
+        elif args.init:
+            start_from(args.init, model)
         if args.compile and not args.figure:
             try:  # a small function shows whether it works
                 torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
@@ -897,7 +931,8 @@ class Run:
 
     def test(self, model, dataset, split, metric):
         """`evaluate` of the test part; the result of an epoch goes into its row of the log."""
-        label = f"after epoch {len(self.history)}" if self.history else "untrained"
+        label = f"after epoch {len(self.history)}" if self.history else \
+            f"from {self.args.init}" if self.args.init else "untrained"
         result = evaluate(model, dataset, split, self.args.frames, self.size, metric,
                           self.args.rerank, label, **self.extraction)
         if self.states and self.history:

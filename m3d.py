@@ -420,7 +420,8 @@ RECIPE = {  # 3D networks (2D: row "2d"); flag: (paper's value, small run's, mea
     "ral": (("s", "c", "t"), ("s", "c", "t"), "RAL's branches or none (Table 2)", ("s", "c", "t")),
     "reduction": (16, 16, "r of RAL's channel branch (Eq. 12)"),
     "init_2d": (None, None, "last.pt of --variant 2d to start the temporal stream (below Eq. 6)"),
-    "stages": (True, False, "two streams: 2D first, by its row's recipe, then M3D (below Eq. 6)"),
+    "stages": (True, False, "two streams: 2D first, by its row's recipe, then M3D; not with --init "
+                            "(below Eq. 6)"),
     "join": ((), (), "evaluate as one: last.pt of a 2D and of a temporal stream (Eq. 1)"),
 }
 SAMPLER = TrackletSampler      # a batch: --ids x --clips different tracklets, of any identities
@@ -528,8 +529,9 @@ def train(args):  # same in every script
 def train_in_stages(args):
     """The printed order: the 2D stream by row 2d, with every frame once an epoch; the temporal one,
     which starts from it; both in one test. A schedule given by flags holds for the first two, which
-    have folders of their own in --output and go on where they were stopped."""
-    if args.stream != "two" or args.evaluate or args.init_2d or not args.stages:
+    have folders of their own in --output and go on where they were stopped. With --init: no stages.
+    """
+    if args.stream != "two" or args.evaluate or args.init or args.init_2d or not args.stages:
         return train(args)
     files = [f"{args.output}/{stage}/last.pt" for stage in ("2d", "temporal")]
     train(part_of(args, ROWS, "2d", variant="2d", chunk=1))

@@ -49,8 +49,8 @@ def test_help(script, monkeypatch, capsys):
         module.main()
     out = capsys.readouterr().out
     assert end.value.code in (0, None)
-    flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every small eval-first"
-    flags += " evaluate resume rerank output figure complexity"
+    flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every"
+    flags += " small eval-first init evaluate resume rerank output figure complexity"
     for flag in [*flags.split(), *(key.replace("_", "-") for key in module.RECIPE)]:
         assert f"\n  --{flag}" in out, flag
     assert max(map(len, out.splitlines())) < 250 and "as printed in the paper" in out
@@ -171,6 +171,9 @@ def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
     assert args.small and (args.epochs, args.weights, args.height, args.k) == (8, "none", 128, 5)
     args = parsed("--no-small")
     assert not args.small and (args.epochs, args.weights, args.height) == (160, "imagenet", 256)
+    args = parsed("--data", "mars", "--init", "last.pt", "--variant", "base")
+    assert (args.init, args.weights, args.lr) == ("last.pt", "none", 3e-4)  # nothing to download
+    assert parsed("--init", "last.pt", "--weights", "imagenet").weights == "imagenet"
     assert [parsed("--data", name).small for name in ("synthetic", "folder")] == [True, False]
     assert [parsed("--data", name).chunk for name in ("mars", "duke", "lsvid")] == [0, 32, 48]
     assert parsed("--data", "lsvid", "--chunk", "9").chunk == 9

@@ -441,6 +441,65 @@ def test_the_small_recipe_on_any_data_set(small, refuses, tmp_path):
     assert parts("--small", "--ids", "5") == (True, 5, 3, 1, "none")
 
 
+def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
+    """Of the same data set with its classifier, of another one without, and evaluated as it was;
+    going on it is not read again."""
+    test_sets.write_folder(tmp_path)
+    small("--epochs", 1, "--output", "a")
+    others = ("--data", "folder", "--root", tmp_path)
+    start = ("--init", "a/last.pt", "--epochs", 1, "--lr", 0)
+    out = {"same": small(*start, "--output", "same")}
+    out["other"] = small(*start, "--output", "other", *others, "--eval-first")
+    files = {name: torch.load(tmp_path / name / "last.pt", weights_only=True) for name in out}
+    models = {name: file["model"] for name, file in files.items()}
+    model = torch.load(tmp_path / "a/last.pt", weights_only=True)["model"]
+    for name in ("neck.weight", "classifier.weight"):
+        assert torch.equal(models["same"][name], model[name]), name
+    assert torch.equal(models["other"]["neck.weight"], model["neck.weight"])
+    assert len(models["other"]["classifier.weight"]) == 2 != len(model["classifier.weight"])
+    assert files["other"]["args"]["weights"] == "none"  # that of mars ... is not downloaded
+    assert "starting from a/last.pt\n" in out["same"] and "not taken:" not in out["same"]
+    assert "\n  not taken: classifier (another number of identities)\n" in out["other"]
+    for name, flags in (("same", ()), ("other", others)):
+        (first,) = re.findall("^from a/last.pt, all frames: (.*) .*s\\)$", out[name], re.M)
+        alone = small("--evaluate", *flags, "--init", "a/last.pt", "--output", "none")
+        assert f"from a/last.pt, all frames: {first}" in alone and not (tmp_path / "none").exists()
+        assert first in small("--evaluate", *flags, "--resume", "a/last.pt")
+    again = ("--lr", 0, "--epochs", 2, "--output", "same", "--resume")
+    for flags in ((), ("--init", "gone.pt")):
+        out = small(*again, *flags)
+        assert "after epoch 2" in out and "starting" not in out
+    torch.save(model, tmp_path / "bare.pt")
+    torch.save({"model": {"neck.weight": torch.zeros(4), "x": 3}}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("text")
+    for file, says in (
+        ("bare.pt", "holds nothing of this network; --init takes the last.pt of a run"),
+        ("other.pt", "holds nothing of this network"),
+        ("text.pt", "not a readable checkpoint"),
+        ("gone.pt", "no such file"),
+    ):
+        with pytest.raises(UserError, match=f"^{file}: {says}"):
+            small("--init", file, "--output", "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_not_taken_is_named_by_its_parts(tmp_path, capsys):
+    def network(**parts):
+        parts = {name: torch.nn.Linear(*size) for name, size in parts.items()}
+        return torch.nn.ModuleDict({"stem": torch.nn.ModuleDict(parts)})
+
+    theirs = network(a=(2, 3), b=(2, 2), c=(2, 2), **{f"x{i}": (1, 1) for i in range(8)})
+    torch.save({"model": theirs.state_dict()}, tmp_path / "a.pt")
+    model = network(a=(2, 3), b=(2, 4), d=(2, 2))
+    common.start_from(tmp_path / "a.pt", model)
+    assert torch.equal(model["stem"]["a"].weight, theirs["stem"]["a"].weight)
+    assert capsys.readouterr().out == (
+        f"starting from {tmp_path / 'a.pt'}\n"
+        "  not in it: stem.d\n"
+        "  not taken: stem.b, stem.c, stem.x0, stem.x1, stem.x2, stem.x3 and 4 more\n"
+    )
+
+
 def test_batches_are_as_the_command_line_says(small, monkeypatch):
     """Frames, size, erasing; the seeds of the draws: --seed, the epoch and the place in it."""
     seen, take = [], TrainClips.__getitem__
