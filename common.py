@@ -2,7 +2,9 @@
 import argparse
 import contextlib
 import copy
+import csv
 import datetime
+import io
 import itertools
 import json
 import math
@@ -81,12 +83,16 @@ def match_ranks(d, q_pids, q_cams, g_pids, g_cams):
     return found
 
 
+def average_precision(ranks):
+    """The mean, over the matches of a query, of the precision at the match (not interpolated)."""
+    return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
+
+
 def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
     """CMC (top,) and mAP, in [0, 1], and the number of queries with a match, which are averaged.
 
-    CMC[k - 1] is the share of queries with a match among the first k; the average precision of a
-    query is the mean, over its matches, of the precision at the match (not interpolated).
-    d: as of `match_ranks`, or what `distance_blocks` yields.
+    CMC[k - 1] is the share of queries with a match among the first k. d: as of `match_ranks`, or
+    what `distance_blocks` yields.
     """
     found = []
     for rows, block in [(slice(None), d)] if hasattr(d, "shape") else d:
@@ -97,8 +103,8 @@ def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
         raise UserError("no query has a match in the gallery: another camera must have seen the "
                         "same identity")
     first = np.array([ranks[0] for ranks in found])
-    precision = [np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)) for ranks in found]
-    return (first[:, None] < np.arange(1, top + 1)).mean(0), float(np.mean(precision)), len(found)
+    mean_ap = float(np.mean([average_precision(ranks) for ranks in found]))
+    return (first[:, None] < np.arange(1, top + 1)).mean(0), mean_ap, len(found)
 
 
 def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
@@ -208,8 +214,9 @@ def test_features(model, dataset, split, T, size, **extraction):
 
 
 def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
-             **extraction):
-    """Prints mAP and CMC of the test part in percent; returns them, {"mAP", "rank-1", ...}."""
+             export=None, **extraction):
+    """Prints mAP and CMC of the test part in percent; returns them, {"mAP", "rank-1", ...}. export:
+    a folder for `write_export`."""
     start = time.time()
     q, g = test_features(model, dataset, split, T, size, **extraction)
     d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
@@ -221,7 +228,34 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
     print(f"{label}, {frames}{', re-ranked' * use_rerank}:  mAP {result['mAP']:.1f}   {places}   "
           f"({matched:,} queries{skipped}, {len(g):,} gallery tracklets, "
           f"{time.time() - start:.0f} s)", flush=True)
+    if export and rank() == 0:
+        d = d if use_rerank else distance_blocks(q, g, metric)
+        write_export(Path(export), dataset, q, g, d)
     return result
+
+
+def write_export(folder, dataset, q, g, d):
+    """Features of the test part, and of each query AP, rank of the first match and first ten of the
+    gallery by the distances d, see `cmc_map`. A tracklet is named by its first frame."""
+    q_pids, q_cams, g_pids, g_cams = dataset.ids()
+    queries, gallery = [[str(t.frames[0]) for t in p] for p in (dataset.query, dataset.gallery)]
+    with replacing(folder / "features.npz") as file:
+        np.savez(file, query_features=q.numpy(force=True), query_pids=q_pids, query_cams=q_cams,
+                 query_tracklets=queries, gallery_features=g.numpy(force=True),
+                 gallery_pids=g_pids, gallery_cams=g_cams, gallery_tracklets=gallery)
+    rows = []
+    for part, block in [(slice(None), d)] if hasattr(d, "shape") else d:
+        block = torch.as_tensor(block).numpy(force=True)
+        found = match_ranks(block, q_pids[part], q_cams[part], g_pids, g_cams)
+        for i, row, ranks in zip(range(len(q))[part], block, found):
+            junk = (g_pids == q_pids[i]) & (g_cams == q_cams[i]) | (g_pids == -1)
+            order = np.argsort(row, kind="stable")
+            firsts = [gallery[j] for j in order[~junk[order]][:10]]
+            ap, first = (100 * average_precision(ranks), ranks[0] + 1) if len(ranks) else ("", "")
+            rows.append({"query": queries[i], "AP": ap, "rank": first,
+                         **dict.fromkeys(range(1, 11)), **dict(enumerate(firsts, 1))})
+    save_rows(rows, folder / "queries.csv")
+    print(f"wrote features.npz and queries.csv into {folder}", flush=True)
 
 
 # --------------------------------------------------------------------------------------- complexity
@@ -509,9 +543,10 @@ def start_from(path, model):
 def save_rows(rows, path):
     """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
     if rows:
-        lines = [",".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
         with replacing(path) as file:
-            file.write("\r\n".join([*lines, ""]).encode())
+            file.write(text.getvalue().encode(errors="surrogateescape"))  # names may be no text
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -571,13 +606,15 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
     "eval_first": (None, "evaluate before the training, too (synthetic: yes; others: no)"),
     "rerank": (False, "k-reciprocal re-ranking in the evaluation"),
     "evaluate": (False, "only evaluate, with --resume or as initialised"),
+    "export": (None, "write features.npz and queries.csv of the test into this folder, with "
+                     "--no-evaluate after a training"),
     "figure": (None, "only draw what the network does, into this folder"),
     "figure_tracklets": (3, "query tracklets to draw"),
     "complexity": (False, "only print parameters and FLOPs of all variants"),
 }
 # what a checkpoint does not say, and what may differ from it when a run goes on or is evaluated
-HERE = {"evaluate", "figure", "figure_tracklets", "complexity", "gpu", "workers", "resume",
-        "compile", "output", "chosen", "eval_first"}
+HERE = {"eval_first", "evaluate", "export", "figure", "figure_tracklets", "complexity", "gpu",
+        "workers", "resume", "compile", "output", "chosen"}
 GOING_ON = {*HERE, "root", "epochs", "checkpoint_every", "eval_every"}
 EVALUATED = {*FLAGS, *SCHEDULE, "erase", "weights"}
 
@@ -646,7 +683,7 @@ def parse_args(recipe, rows, text, script):
               for key, value in vars(parser.parse_args()).items()}
     default = {key: value for key, (value, *_) in FLAGS.items()}
     run = argparse.Namespace(**{**default, **chosen})
-    evaluate = run.evaluate or run.figure is not None
+    evaluate = chosen.get("evaluate", run.export is not None) or run.figure is not None
     data, variant, resume = run.data, chosen.get("variant", first), run.resume
     folder = f"runs/{script.stem}-{data}" + f"-{variant}" * (variant != first)
     if data in SPLIT_SETS and run.split != "all":
@@ -668,7 +705,8 @@ def parse_args(recipe, rows, text, script):
     if "split" in chosen and data not in SPLIT_SETS:
         raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
     if run.split == "all" and evaluate:
-        raise UserError("--split all: is for training, --evaluate and --figure take one split")
+        raise UserError("--split all: is for training; --evaluate, --export and --figure take one "
+                        "split")
     small = chosen.get("small", saved.get("small", saved.get("data", data) == "synthetic"))
     row = vars(settings(recipe, rows, variant, small))
     if run.init:
@@ -688,7 +726,7 @@ def part_of(args, rows, folder, variant=None, **changes):
         row = changed(rows, variant, args.small)
         vars(part).update({k: v for k, v in row.items() if k not in {*SCHEDULE} & {*args.chosen}})
         part.variant, part.printed = variant, row_of(rows, variant).figures.get(args.data)
-    vars(part).update(changes)
+    vars(part).update(changes, export=args.export and f"{args.export}/{folder}")
     last = f"{part.output}/last.pt"
     if os.path.exists(last):
         part.checkpoint = load_checkpoint(last, args.script, rows, vars(part), GOING_ON)
@@ -933,8 +971,9 @@ class Run:
         """`evaluate` of the test part; the result of an epoch goes into its row of the log."""
         label = f"after epoch {len(self.history)}" if self.history else \
             f"from {self.args.init}" if self.args.init else "untrained"
+        last = self.args.evaluate or len(self.history) == self.args.epochs
         result = evaluate(model, dataset, split, self.args.frames, self.size, metric,
-                          self.args.rerank, label, **self.extraction)
+                          self.args.rerank, label, last and self.args.export, **self.extraction)
         if self.states and self.history:
             self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
             self.save()

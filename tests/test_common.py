@@ -1,7 +1,9 @@
 """Distances, the triplet loss, CMC/mAP and re-ranking against slow definitions; feature extraction;
 the counter."""
 
+import csv
 import math
+import os
 
 import numpy as np
 import pytest
@@ -254,6 +256,66 @@ def test_evaluate(small_root, capsys, monkeypatch):
     )
     evaluate(Mean(), dataset, split_segments, 4, (64, 32), use_rerank=True)
     assert "re-ranked" in capsys.readouterr().out
+
+
+def read_export(folder):
+    """The arrays of features.npz and the rows of queries.csv."""
+    with open(folder / "queries.csv", newline="", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    with np.load(folder / "features.npz") as arrays:  # without pickle
+        return dict(arrays), rows
+
+
+@pytest.mark.parametrize("use_rerank", [False, True])
+def test_export(small_root, tmp_path, capsys, monkeypatch, use_rerank):
+    """Its APs and ranks are those of the printed line; its lists leave out what the ranks leave
+    out; also where distances come in blocks and a name is no plain text."""
+    dataset = load_dataset("synthetic", small_root)
+    odd = (os.fsdecode(b'caf\xe9, "a".jpg'),)
+    last, lone = dataset.gallery[-1], dataset.query[0]
+    gallery = [*dataset.gallery, last._replace(pid=-1)]  # junk
+    query = [*dataset.query, lone._replace(pid=10 ** 6)]  # without a match
+    dataset = dataset._replace(query=query, gallery=gallery)
+    x = torch.randn(len(query) + len(gallery), 5)
+    parts = x.split([len(query), len(gallery)])
+    monkeypatch.setattr(common, "test_features", lambda *_, **__: parts)
+    blocks = common.distance_blocks
+    monkeypatch.setattr(common, "distance_blocks", lambda *a, rows=3: blocks(*a, rows=rows))
+    dataset.query[1] = dataset.query[1]._replace(frames=odd)
+    options = (None, dataset, split_segments, 4, (64, 32), "euclidean", use_rerank)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "rank", lambda: 1)
+        evaluate(*options, export=tmp_path / "new/a")
+    assert "wrote" not in capsys.readouterr().out and not (tmp_path / "new").exists()
+    result = evaluate(*options, export=tmp_path / "new/a")
+    says = f"wrote features.npz and queries.csv into {tmp_path / 'new/a'}\n"
+    assert says in capsys.readouterr().out
+    arrays, rows = read_export(tmp_path / "new/a")
+    assert sorted(p.name for p in (tmp_path / "new/a").iterdir()) == ["features.npz", "queries.csv"]
+    q, g = parts
+    for part, tracklets, features in (("query", query, q), ("gallery", gallery, g)):
+        assert np.array_equal(arrays[f"{part}_features"], features.numpy())
+        assert arrays[f"{part}_pids"].tolist() == [t.pid for t in tracklets]
+        assert arrays[f"{part}_cams"].tolist() == [t.cam for t in tracklets]
+        assert arrays[f"{part}_tracklets"].tolist() == [str(t.frames[0]) for t in tracklets]
+    assert [row["query"] for row in rows] == arrays["query_tracklets"].tolist()
+    assert (rows[-1]["AP"], rows[-1]["rank"]) == ("", "") != (rows[0]["AP"], rows[0]["rank"])
+    matched = [row for row in rows if row["AP"]]
+    assert np.mean([float(row["AP"]) for row in matched]) == pytest.approx(result["mAP"], abs=1e-9)
+    for k in (1, 5, 10):
+        share = np.mean([int(row["rank"]) <= k for row in matched])
+        assert 100 * share == pytest.approx(result[f"rank-{k}"])
+    d = rerank(q, g, "euclidean") if use_rerank else distances(q, g, "euclidean").numpy()
+    where = {str(t.frames[0]): t for t in reversed(gallery)}
+    for row, t, own in zip(rows, query, d):
+        seen = [j for j in np.argsort(own, kind="stable") if gallery[j].pid != -1
+                and (gallery[j].pid, gallery[j].cam) != (t.pid, t.cam)]
+        listed = [row[str(k)] for k in range(1, 11)]
+        expected = [str(gallery[j].frames[0]) for j in seen[:10]]
+        assert listed == expected + [""] * (10 - len(expected))
+        if row["rank"] and int(row["rank"]) <= 10:
+            pids = [where[name].pid == t.pid for name in listed]
+            assert pids.index(True) == int(row["rank"]) - 1
 
 
 def test_evaluate_refuses_features_that_are_not_finite(small_root):

@@ -483,6 +483,31 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_export_with_an_evaluation_and_at_the_end_of_a_training(small, refuses, tmp_path):
+    """Alone it evaluates; the parts of a run have folders of their own."""
+    exported = ["features.npz", "queries.csv"]
+    test_sets.write_ilids(tmp_path)
+    out = small("--epochs", 2, "--eval-every", 1, "--no-evaluate", "--export", "x", "--output", "a")
+    assert out.count("all frames") == 3 and out.count("wrote features.npz") == 1
+    assert sorted(file.name for file in (tmp_path / "x").iterdir()) == exported
+    whole = (tmp_path / "x/queries.csv").read_text()
+    out = small("--export", "y", "--resume", "a")
+    assert "epoch 2/2" not in out and (tmp_path / "y/queries.csv").read_text() == whole
+    assert "export" not in (tmp_path / "a/log.csv").read_text()
+    small("--export", "z", "--resume", "a", "--rerank")
+    assert (tmp_path / "z/queries.csv").read_text() != whole
+    assert "wrote" not in small("--evaluate", "--resume", "a")
+    flags = ("--data", "ilids", "--root", tmp_path, "--weights", "none", "--split", "all")
+    refuses((*flags, "--export", "s"), "--evaluate, --export and --figure take one split")
+    small(*flags, "--epochs", 1, "--no-evaluate", "--export", "s")
+    for split in range(10):
+        folder = tmp_path / f"s/split-{split}"
+        assert sorted(file.name for file in folder.iterdir()) == exported
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="^file/features.npz: cannot be written"):
+        small("--export", "file", "--resume", "a")
+
+
 def test_what_is_not_taken_is_named_by_its_parts(tmp_path, capsys):
     def network(**parts):
         parts = {name: torch.nn.Linear(*size) for name, size in parts.items()}
