@@ -604,6 +604,7 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
     "checkpoint_every": (1, "write last.pt and log.csv after every N epochs"),
     "eval_every": (0, "also evaluate after every N epochs; 0: at the end only"),
     "eval_first": (None, "evaluate before the training, too (synthetic: yes; others: no)"),
+    "tensorboard": (False, "also write the log for TensorBoard, into the output folder"),
     "rerank": (False, "k-reciprocal re-ranking in the evaluation"),
     "evaluate": (False, "only evaluate, with --resume or as initialised"),
     "export": (None, "write features.npz and queries.csv of the test into this folder, with "
@@ -614,7 +615,7 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
 }
 # what a checkpoint does not say, and what may differ from it when a run goes on or is evaluated
 HERE = {"eval_first", "evaluate", "export", "figure", "figure_tracklets", "complexity", "gpu",
-        "workers", "resume", "compile", "output", "chosen"}
+        "workers", "resume", "compile", "output", "chosen", "tensorboard"}
 GOING_ON = {*HERE, "root", "epochs", "checkpoint_every", "eval_every"}
 EVALUATED = {*FLAGS, *SCHEDULE, "erase", "weights"}
 
@@ -806,6 +807,7 @@ class Run:
         self.last, self.log_file = Path(args.output) / "last.pt", Path(args.output) / "log.csv"
         self.history = self.checkpoint["history"] if self.checkpoint else []
         self.steps, self.totals, self.states = 0, {}, {}
+        self.board, self.shown = None, set()
 
     @contextlib.contextmanager
     def setting_up(self):
@@ -890,6 +892,13 @@ class Run:
             self.file = locked(self.last.with_name("args.json"), json.dumps(vars(args), indent=2))
             if self.checkpoint:  # a kill may have left an older log
                 save_rows(self.history, self.log_file)
+            if args.tensorboard:
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                    self.board = SummaryWriter(args.output, purge_step=0)  # the log is written anew
+                except ImportError as error:
+                    print(f"--tensorboard: goes on without ({first_line(error)})", flush=True)
+                self.show()
         synthetic = args.data == "synthetic"
         self.evaluates_first = not self.checkpoint and (
             synthetic if args.eval_first is None else args.eval_first)
@@ -960,6 +969,17 @@ class Run:
                             "num_classes": self.num_identities, "history": self.history,
                             "progress": (self.steps, self.totals), **states}, file)
             save_rows(self.history, self.log_file)
+            self.show()
+
+    def show(self):
+        """Adds to TensorBoard's file what is new in the log."""
+        for row in self.history if self.board else ():
+            for key in row.keys() - {"epoch"}:
+                if row[key] != "" and (row["epoch"], key) not in self.shown:
+                    self.shown.add((row["epoch"], key))
+                    self.board.add_scalar(key, row[key], row["epoch"])
+        if self.board:
+            self.board.flush()
 
     def test_is_due(self, epoch):
         """After the last epoch and every --eval-every epochs, when it was not tested before."""

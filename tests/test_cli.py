@@ -50,7 +50,8 @@ def test_help(script, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert end.value.code in (0, None)
     flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every"
-    flags += " small eval-first init export evaluate resume rerank output figure complexity"
+    flags += " small eval-first init export tensorboard"
+    flags += " evaluate resume rerank output figure complexity"
     for flag in [*flags.split(), *(key.replace("_", "-") for key in module.RECIPE)]:
         assert f"\n  --{flag}" in out, flag
     assert max(map(len, out.splitlines())) < 250 and "as printed in the paper" in out

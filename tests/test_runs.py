@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -506,6 +507,63 @@ def test_export_with_an_evaluation_and_at_the_end_of_a_training(small, refuses, 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="^file/features.npz: cannot be written"):
         small("--export", "file", "--resume", "a")
+
+
+def test_tensorboard_gets_the_log(small, tmp_path, monkeypatch):
+    """Each number once, also when the run goes on, and what was logged before the flag."""
+    points, flushed = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert purge_step == 0  # what an earlier file has is hidden
+            points.append(str(folder))
+
+        def add_scalar(self, tag, value, step):
+            points.append((tag, value, step))
+
+        def flush(self):
+            flushed.append(len(points))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+
+    def logged():
+        rows = read_log(tmp_path / "a")
+        return [(key, float(v), int(row["epoch"])) for row in rows for key, v in row.items()
+                if v and key != "epoch"]
+
+    flags = ("--eval-every", 2, "--output", "a")
+    small(*flags, "--epochs", 3, "--tensorboard")
+    assert points[0] == "a" and flushed[-1] == len(points)
+    assert sorted(points[1:]) == sorted(logged())
+    assert {("mAP", 2), ("mAP", 3), ("rank-1", 3), ("loss", 1), ("xent", 1), ("lr", 1)} <= {
+        (tag, step) for tag, _, step in points[1:]}
+    points.clear()
+    small(*flags, "--epochs", 4, "--resume")
+    assert not points
+    small(*flags, "--epochs", 4, "--resume", "--tensorboard")
+    assert sorted(points[1:]) == sorted(logged())
+    start = common.Run.start
+
+    def second(run, **states):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "rank", lambda: 1)
+            return start(run, **states)
+
+    monkeypatch.setattr(common.Run, "start", second)
+    points.clear()
+    small("--epochs", 1, "--output", "b", "--tensorboard")
+    assert not points
+
+
+def test_without_tensorboard_a_run_goes_on(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.delattr(torch.utils, "tensorboard", raising=False)
+    out = small("--epochs", 1, "--output", "a", "--tensorboard")
+    (line,) = [line for line in out.splitlines() if "tensorboard" in line]
+    assert line.startswith("--tensorboard: goes on without (") and "after epoch 1" in out
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["args.json", "last.pt", "log.csv"]
 
 
 def test_what_is_not_taken_is_named_by_its_parts(tmp_path, capsys):
