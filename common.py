@@ -552,18 +552,19 @@ def save_rows(rows, path):
 # --------------------------------------------------------------------------------- the command line
 
 class Row:
-    """A row of a paper's table: settings of the recipe, and as printed (mAP, rank-1) of data sets,
-    None for one that is not, and COSTS."""
+    """A row of a paper's table: its place and name there; the name of the row that it equals, or
+    settings of the recipe, and as printed (mAP, rank-1), None for one that is not, and COSTS."""
 
-    def __init__(self, **given):
+    def __init__(self, about, same=None, **given):
+        self.about, self.same = about, same
         self.figures = {name: given.pop(name) for name in DATA_SETS if name in given}
         self.costs = {name: given.pop(name) for name in COSTS if name in given}
         self.settings = given
 
 
 def row_of(rows, name):
-    """The row of this name; where the script has a name in its place, the row of that name."""
-    return rows[rows[name]] if isinstance(rows[name], str) else rows[name]
+    """The row of this name, or the one that it equals."""
+    return rows[rows[name].same or name]
 
 
 # what the small run says of these goes before what a row says: a row's schedule is made for MARS
@@ -651,24 +652,27 @@ def add_flag(group, key, default, meaning, choices=None):
 
 
 def describe(rows):
-    """The rows of a script for --help: their figures as printed, and what they set."""
+    """The rows of a script for --help: what they are, their figures as printed, what they set."""
     for name, row in rows.items():
-        if isinstance(row, str):
-            yield f"  {name}: the same as {row}"
-            continue
         figures = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.figures.items()]
         figures += [f"{figure} {COSTS[cost][0]}" for cost, figure in row.costs.items()]
-        yield f"  {name}: " + (", ".join(figures) or "no figure")
-        yield "      " + " ".join(typed(*setting) for setting in row.settings.items())
+        sets = [typed(*setting) for setting in row.settings.items()]
+        says = [f"{name}  {row.about}", ", ".join(figures) or "no figure", " ".join(sets)]
+        if row.same:
+            says = [f"{says[0]} (the same as {row.same})"]
+        for n, line in enumerate(says):
+            yield textwrap.fill(line, 79, initial_indent="      " if n else "  ",
+                                subsequent_indent="      ", break_on_hyphens=False)
 
 
 def parse_args(recipe, rows, text, script):
     """A script's command line; what is left out comes from --resume, the row, the recipe."""
     first, script = next(iter(rows)), Path(script)
     parser = Parser(
-        description=text.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--flag value ...]",
-        epilog="variants, with mAP / rank-1 as printed in the paper, and what they set:\n"
+        description=textwrap.fill(text.split("\n")[0], 79), usage="%(prog)s [--flag value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        epilog="variants: their place in the paper, mAP / rank-1 as printed, what they set:\n"
                + "\n".join(describe(rows)))
     group = parser.add_argument_group("recipe", "(the paper's value; that of the small run)")
     for key, (paper, small, meaning, *choices) in recipe.items():

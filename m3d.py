@@ -431,38 +431,45 @@ METRIC = "euclidean"           # distance of the test
 
 NO_RAL = dict(stream="temporal", ral=())
 T16 = dict(frames=16, ids=12)
-ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
-    # Tables 2 to 4 (rank-5: MARS 93.84, PRID 100.00, iLIDS-VID 94.33; rank-20: MARS 97.74)
-    "two-stream": Row(stream="two", layer="m3d", ral=("s", "c", "t"), mars=(74.06, 84.39),
-                      prid=(None, 94.40), ilids=(None, 74.00)),
-    # Tables 1 and 2: the 2D network on images, with its own recipe; M3D
-    "2d": Row(stream="spatial", layer="2d", ral=(), frames=1, ids=128, lr=0.001, lr_step=10,
-              epochs=20, mars=(62.54, 76.43), prid=(None, 82.02), ilids=(None, 49.33)),
-    "m3d": Row(stream="temporal", layer="m3d", ral=(), mars=(69.90, 81.01), prid=(None, 87.64),
-               ilids=(None, 70.00), more_megabytes=4.2),
-    # Table 2: M3D with RAL
-    "m3d+ral-s": Row(stream="temporal", layer="m3d", ral=("s",), mars=(71.04, 82.19),
-                     prid=(None, 89.89), ilids=(None, 71.33)),
-    "m3d+ral-t": Row(stream="temporal", layer="m3d", ral=("t",), mars=(70.66, 81.81),
-                     prid=(None, 88.76), ilids=(None, 71.33)),
-    "m3d+ral-c": Row(stream="temporal", layer="m3d", ral=("c",), mars=(71.30, 82.13),
-                     prid=(None, 89.89), ilids=(None, 72.00)),
-    "m3d+ral": Row(stream="temporal", layer="m3d", ral=("s", "c", "t"), mars=(71.76, 82.79),
-                   prid=(None, 91.03), ilids=(None, 72.67)),
-    # Table 1: layers, for clips of 8 frames (3 in the small run) and of 16; clips/s printed for a
-    # GTX TITAN X: M3D 98.3 and 49.1, I3D 81.0 and 38.7, P3D-A 90.1 and 46.9, P3D-B 93.9 and 48.7,
-    # P3D-C 87.6 and 45.4; 2D 796 frames/s
-    "m3d-t16": Row(**NO_RAL, layer="m3d", **T16, mars=(66.23, 80.13), more_megabytes=4.2),
-    "i3d": Row(**NO_RAL, layer="i3d", mars=(62.84, 76.62), more_megabytes=90.6),
-    "i3d-t16": Row(**NO_RAL, layer="i3d", **T16, mars=(61.58, 75.11), more_megabytes=90.6),
-    "p3d-a": Row(**NO_RAL, layer="p3d-a", mars=(60.69, 75.08), more_megabytes=15.2),
-    "p3d-a-t16": Row(**NO_RAL, layer="p3d-a", **T16, mars=(60.52, 75.69), more_megabytes=15.2),
-    "p3d-b": Row(**NO_RAL, layer="p3d-b", mars=(67.03, 79.06), more_megabytes=15.2),
-    "p3d-b-t16": Row(**NO_RAL, layer="p3d-b", **T16, mars=(65.07, 77.63), more_megabytes=15.2),
-    "p3d-c": Row(**NO_RAL, layer="p3d-c", mars=(67.06, 79.08), more_megabytes=15.2),
-    "p3d-c-t16": Row(**NO_RAL, layer="p3d-c", **T16, mars=(65.17, 79.44), more_megabytes=15.2),
-    # text to Table 1: "all the 2D convolution layers", "don't get further performance improvement"
-    "m3d-everywhere": Row(**NO_RAL, layer="m3d", everywhere=True),
+ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, rank-1) as printed
+    # rank-5: MARS 93.84, PRID 100.00, iLIDS-VID 94.33; rank-20: MARS 97.74
+    "two-stream": Row("Tables 2-4: Two-stream M3D", stream="two", layer="m3d", ral=("s", "c", "t"),
+                      mars=(74.06, 84.39), prid=(None, 94.40), ilids=(None, 74.00)),
+    "2d": Row("Tables 1, 2: 2D CNN, on images", stream="spatial", layer="2d", ral=(), frames=1,
+              ids=128, lr=0.001, lr_step=10, epochs=20, mars=(62.54, 76.43), prid=(None, 82.02),
+              ilids=(None, 49.33)),
+    "m3d": Row("Tables 1, 2: M3D, 8 frames", stream="temporal", layer="m3d", ral=(),
+               mars=(69.90, 81.01), prid=(None, 87.64), ilids=(None, 70.00), more_megabytes=4.2),
+    "m3d+ral-s": Row("Table 2: M3D+RAL(s)", stream="temporal", layer="m3d", ral=("s",),
+                     mars=(71.04, 82.19), prid=(None, 89.89), ilids=(None, 71.33)),
+    "m3d+ral-t": Row("Table 2: M3D+RAL(t)", stream="temporal", layer="m3d", ral=("t",),
+                     mars=(70.66, 81.81), prid=(None, 88.76), ilids=(None, 71.33)),
+    "m3d+ral-c": Row("Table 2: M3D+RAL(c)", stream="temporal", layer="m3d", ral=("c",),
+                     mars=(71.30, 82.13), prid=(None, 89.89), ilids=(None, 72.00)),
+    "m3d+ral": Row("Table 2: M3D+RAL", stream="temporal", layer="m3d", ral=("s", "c", "t"),
+                   mars=(71.76, 82.79), prid=(None, 91.03), ilids=(None, 72.67)),
+    # Table 1 prints clips/s of a GTX TITAN X: M3D 98.3 for 8 and 49.1 for 16 frames, I3D 81.0 and
+    # 38.7, P3D-A 90.1 and 46.9, P3D-B 93.9 and 48.7, P3D-C 87.6 and 45.4; 2D 796 frames/s
+    "m3d-t16": Row("Table 1: M3D, 16 frames", **NO_RAL, layer="m3d", **T16, mars=(66.23, 80.13),
+                   more_megabytes=4.2),
+    "i3d": Row("Table 1: I3D, 8 frames", **NO_RAL, layer="i3d", mars=(62.84, 76.62),
+               more_megabytes=90.6),
+    "i3d-t16": Row("Table 1: I3D, 16 frames", **NO_RAL, layer="i3d", **T16, mars=(61.58, 75.11),
+                   more_megabytes=90.6),
+    "p3d-a": Row("Table 1: P3D-A, 8 frames", **NO_RAL, layer="p3d-a", mars=(60.69, 75.08),
+                 more_megabytes=15.2),
+    "p3d-a-t16": Row("Table 1: P3D-A, 16 frames", **NO_RAL, layer="p3d-a", **T16,
+                     mars=(60.52, 75.69), more_megabytes=15.2),
+    "p3d-b": Row("Table 1: P3D-B, 8 frames", **NO_RAL, layer="p3d-b", mars=(67.03, 79.06),
+                 more_megabytes=15.2),
+    "p3d-b-t16": Row("Table 1: P3D-B, 16 frames", **NO_RAL, layer="p3d-b", **T16,
+                     mars=(65.07, 77.63), more_megabytes=15.2),
+    "p3d-c": Row("Table 1: P3D-C, 8 frames", **NO_RAL, layer="p3d-c", mars=(67.06, 79.08),
+                 more_megabytes=15.2),
+    "p3d-c-t16": Row("Table 1: P3D-C, 16 frames", **NO_RAL, layer="p3d-c", **T16,
+                     mars=(65.17, 79.44), more_megabytes=15.2),
+    "m3d-everywhere": Row('text to Table 1: M3D for "all the 2D convolution layers"', **NO_RAL,
+                          layer="m3d", everywhere=True),
 }
 # Table 1 prints megabytes, 4 bytes a parameter. Its 95.7 MB of the 2D network fits nothing; rows
 # have what it prints over that (99.9 - 95.7 ...), as the text does. P3D-A and P3D-C would have

@@ -447,38 +447,43 @@ SAMPLE = sample_segments       # a training clip: one random frame of each of T 
 SPLIT = split_segments         # the test: all frames, in clips of one frame of each of T parts
 METRIC = "cosine"              # distance of the test, between means of the clips' embeddings
 
-ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
-    # Tables 1 and 2: the two modules (Table 3 prints 85.8 mAP for "+ 2 IDM")
-    "sinet": Row(sbm=True, idms=2, mars=(86.2, 91.0), lsvid=(79.6, 87.4), ilids=(None, 92.5),
-                 prid=(None, 96.5)),
-    "base": Row(sbm=False, idms=0, lambda2=0.0, mars=(83.2, 88.6), lsvid=(73.3, 82.8)),
-    "base+sbm": Row(sbm=True, idms=0, mars=(85.7, 90.2), lsvid=(77.1, 85.1), more_gflops=0.014),
-    "base+idm": Row(sbm=False, idms=2, lambda2=0.0, mars=(85.9, 90.5), lsvid=(78.0, 86.2),
-                    more_gflops=1.081),
-    # Table 3: other methods at the IDMs' places
-    "base+nonlocal": Row(sbm=False, idms=2, lambda2=0.0, block="softmax", mars=(85.1, 89.7),
-                         more_gflops=2.216),
-    "base+nonlocal-ones": Row(sbm=False, idms=2, lambda2=0.0, block="ones", mars=(85.1, 90.0)),
-    "base+nonlocal-inverse": Row(sbm=False, idms=2, lambda2=0.0, block="inverse",
-                                 mars=(85.0, 89.7)),
-    "base+gc": Row(sbm=False, idms=2, lambda2=0.0, block="gc", mars=(85.0, 89.8)),
-    # Table 3: components
-    "base+sbm-cal": Row(sbm=True, idms=0, cal=False, mars=(85.1, 89.9)),
-    "base+sbm-cpm": Row(sbm=True, idms=0, cpm=False, mars=(85.4, 90.0)),
-    "base+sbm-samepos": Row(sbm=True, idms=0, positions=(6, 6, 6), mars=(85.3, 89.5)),
-    "base+1idm": Row(sbm=False, idms=1, lambda2=0.0, mars=(85.7, 89.8)),
-    "base+2idm": Row(sbm=False, idms=2, lambda2=0.0, mars=(85.8, 90.5)),
-    "base+3idm": Row(sbm=False, idms=3, lambda2=0.0, mars=(85.8, 90.5)),
-    # Fig. 5 (a): kernel size of SBM
-    "base+sbm-k1": Row(sbm=True, idms=0, k=1),
-    "base+sbm-k3": "base+sbm",
-    "base+sbm-k5": Row(sbm=True, idms=0, k=5),
-    "base+sbm-k7": Row(sbm=True, idms=0, k=7),
-    # Fig. 5 (b): reduction of IDM
-    "base+idm-r2": Row(sbm=False, idms=2, lambda2=0.0, reduction=2),
-    "base+idm-r4": "base+2idm",
-    "base+idm-r8": Row(sbm=False, idms=2, lambda2=0.0, reduction=8),
-    "base+idm-r16": Row(sbm=False, idms=2, lambda2=0.0, reduction=16),
+ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, rank-1) as printed
+    "sinet": Row("Tables 1-3: SINet, base. + SBM + IDM", sbm=True, idms=2, mars=(86.2, 91.0),
+                 lsvid=(79.6, 87.4), ilids=(None, 92.5), prid=(None, 96.5)),
+    "base": Row("Tables 2, 3: base.", sbm=False, idms=0, lambda2=0.0, mars=(83.2, 88.6),
+                lsvid=(73.3, 82.8)),
+    "base+sbm": Row("Tables 2, 3: base. + SBM", sbm=True, idms=0, mars=(85.7, 90.2),
+                    lsvid=(77.1, 85.1), more_gflops=0.014),
+    # Table 3 prints 85.8 mAP for it, "+ 2 IDM"
+    "base+idm": Row("Table 2: base. + IDM", sbm=False, idms=2, lambda2=0.0, mars=(85.9, 90.5),
+                    lsvid=(78.0, 86.2), more_gflops=1.081),
+    "base+nonlocal": Row("Table 3: base. + Non-local", sbm=False, idms=2, lambda2=0.0,
+                         block="softmax", mars=(85.1, 89.7), more_gflops=2.216),
+    "base+nonlocal-ones": Row("Table 3: base. + Non-local (1)", sbm=False, idms=2, lambda2=0.0,
+                              block="ones", mars=(85.1, 90.0)),
+    "base+nonlocal-inverse": Row("Table 3: base. + Non-local (inverse)", sbm=False, idms=2,
+                                 lambda2=0.0, block="inverse", mars=(85.0, 89.7)),
+    "base+gc": Row("Table 3: base. + GC block", sbm=False, idms=2, lambda2=0.0, block="gc",
+                   mars=(85.0, 89.8)),
+    "base+sbm-cal": Row("Table 3: base. + SBM w/o CAL", sbm=True, idms=0, cal=False,
+                        mars=(85.1, 89.9)),
+    "base+sbm-cpm": Row("Table 3: base. + SBM w/o CPM", sbm=True, idms=0, cpm=False,
+                        mars=(85.4, 90.0)),
+    "base+sbm-samepos": Row("Table 3: base. + SBM (Same Pos.)", sbm=True, idms=0,
+                            positions=(6, 6, 6), mars=(85.3, 89.5)),
+    "base+1idm": Row("Table 3: base. + 1 IDM", sbm=False, idms=1, lambda2=0.0, mars=(85.7, 89.8)),
+    "base+2idm": Row("Table 3: base. + 2 IDM (Default)", sbm=False, idms=2, lambda2=0.0,
+                     mars=(85.8, 90.5)),
+    "base+3idm": Row("Table 3: base. + 3 IDM", sbm=False, idms=3, lambda2=0.0, mars=(85.8, 90.5)),
+    "base+sbm-k1": Row("Fig. 5a: kernel size of SBM, k = 1", sbm=True, idms=0, k=1),
+    "base+sbm-k3": Row("Fig. 5a: kernel size of SBM, k = 3", "base+sbm"),
+    "base+sbm-k5": Row("Fig. 5a: kernel size of SBM, k = 5", sbm=True, idms=0, k=5),
+    "base+sbm-k7": Row("Fig. 5a: kernel size of SBM, k = 7", sbm=True, idms=0, k=7),
+    "base+idm-r2": Row("Fig. 5b: reduction in IDM, 2", sbm=False, idms=2, lambda2=0.0, reduction=2),
+    "base+idm-r4": Row("Fig. 5b: reduction in IDM, 4", "base+2idm"),
+    "base+idm-r8": Row("Fig. 5b: reduction in IDM, 8", sbm=False, idms=2, lambda2=0.0, reduction=8),
+    "base+idm-r16": Row("Fig. 5b: reduction in IDM, 16", sbm=False, idms=2, lambda2=0.0,
+                        reduction=16),
 }
 # The paper prints what a module adds to the base, in multiply-adds of a clip; SBM's figure leaves
 # out its matrix products and SE, Non-local's fits nothing that was tried.

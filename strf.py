@@ -407,58 +407,58 @@ SAMPLE = sample_strided        # a training clip: T frames, at most 4 apart, fro
 SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive ones, averaged
 METRIC = "cosine"              # distance of the test
 
-ROWS = {  # the settings of the recipe that a row names; (mAP, rank-1) as printed in the paper
-    # Tables 2 and 3: four 3D layers; STRF's Duke figures in Table 3 are the P3D-B row's
-    "strf-p3dc": Row(layer="p3d-c", stages=(2, 3), mars=(86.10, 90.30), duke=(96.20, 97.20),
-                     ilids=(None, 89.30), million_parameters=25.53),
-    "strf-i3d": Row(layer="i3d", stages=(2, 3), mars=(83.10, 88.70), duke=(95.20, 95.90),
-                    million_parameters=28.97),
-    "strf-p3da": Row(layer="p3d-a", stages=(2, 3), mars=(85.40, 89.80), duke=(95.60, 96.00),
+ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, rank-1) as printed
+    # Table 3 prints the Duke figures of strf-p3db for STRF
+    "strf-p3dc": Row("Tables 2-5: P3DC + STRF, the best", layer="p3d-c", stages=(2, 3),
+                     mars=(86.10, 90.30), duke=(96.20, 97.20), ilids=(None, 89.30),
                      million_parameters=25.53),
-    "strf-p3db": Row(layer="p3d-b", stages=(2, 3), mars=(85.60, 90.30), duke=(96.40, 97.40),
-                     million_parameters=25.53),
-    "i3d": Row(layer="i3d", stages=(), mars=(82.70, 88.50), duke=(95.20, 95.40),
+    "strf-i3d": Row("Table 2: I3D + STRF", layer="i3d", stages=(2, 3), mars=(83.10, 88.70),
+                    duke=(95.20, 95.90), million_parameters=28.97),
+    "strf-p3da": Row("Table 2: P3DA + STRF", layer="p3d-a", stages=(2, 3), mars=(85.40, 89.80),
+                     duke=(95.60, 96.00), million_parameters=25.53),
+    "strf-p3db": Row("Table 2: P3DB + STRF", layer="p3d-b", stages=(2, 3), mars=(85.60, 90.30),
+                     duke=(96.40, 97.40), million_parameters=25.53),
+    "i3d": Row("Table 2: I3D", layer="i3d", stages=(), mars=(82.70, 88.50), duke=(95.20, 95.40),
                million_parameters=28.92),
-    "p3da": Row(layer="p3d-a", stages=(), mars=(83.20, 88.90), duke=(95.00, 95.00),
+    "p3da": Row("Table 2: P3DA", layer="p3d-a", stages=(), mars=(83.20, 88.90), duke=(95.00, 95.00),
                 million_parameters=25.48),
-    "p3db": Row(layer="p3d-b", stages=(), mars=(83.00, 88.80), duke=(95.40, 95.30),
+    "p3db": Row("Table 2: P3DB", layer="p3d-b", stages=(), mars=(83.00, 88.80), duke=(95.40, 95.30),
                 million_parameters=25.48),
-    "p3dc": Row(layer="p3d-c", stages=(), mars=(83.10, 88.50), duke=(95.30, 95.30),
-                million_parameters=25.48),
-    # Sec. 3.3: another unit in STRF's places
-    "p3dc+nonlocal": Row(unit="nonlocal", mars=(84.80, 89.90)),
-    # Table 4: the four modules, (s, tau), (s, sigma), (t, tau) and (t, sigma)
-    "p3dc+fine": Row(factors=("s-fine",), mars=(85.20, 89.70)),
-    "p3dc+coarse": Row(factors=("s-coarse",), mars=(85.10, 89.90)),
-    "p3dc+dynamic": Row(factors=("t-dynamic",), mars=(85.20, 89.90)),
-    "p3dc+static": Row(factors=("t-static",), mars=(85.10, 90.00)),
-    "p3dc+fine+coarse": Row(factors=("s-fine", "s-coarse"), mars=(85.50, 90.10)),
-    "p3dc+dynamic+static": Row(factors=("t-dynamic", "t-static"), mars=(85.30, 89.70)),
-    "p3dc+fine+dynamic": Row(factors=("s-fine", "t-dynamic"), mars=(85.40, 90.00)),
-    "p3dc+coarse+static": Row(factors=("s-coarse", "t-static"), mars=(85.70, 90.10)),
-    # Table 5: the stages with STRF; 2 and 3 are 3D in all
-    "stage1": Row(stages=(1,), mars=(83.40, 88.80)),
-    "stage12": Row(stages=(1, 2), mars=(83.60, 89.00)),
-    "stage23": "strf-p3dc",
-    "stage123": Row(stages=(1, 2, 3), mars=(84.70, 89.30)),
-    "stage234": Row(stages=(2, 3, 4), mars=(85.50, 90.00)),
-    "stage1234": Row(stages=(1, 2, 3, 4), mars=(83.70, 88.70)),
-    # Fig. 4 (a): resolutions; the text says how much below the best mAP, of (1, 3)
-    "resolutions-11": Row(resolutions=(1, 1)),
-    "resolutions-13": "strf-p3dc",
-    "resolutions-15": Row(resolutions=(1, 5)),           # 0.2 below
-    "resolutions-35": Row(resolutions=(3, 5)),           # 0.4 below
-    # Fig. 4 (b): pooling
-    "pool-t-max-s-max": "strf-p3dc",
-    "pool-t-max-s-avg": Row(pools=("max", "avg")),
-    "pool-t-avg-s-max": Row(pools=("avg", "max")),
-    "pool-t-avg-s-avg": Row(pools=("avg", "avg")),
-    # Fig. 4 (c): integration
-    "order-ts": "strf-p3dc",
-    "order-st": Row(order="st"),
-    "order-parallel": Row(order="parallel"),             # about 0.4 below the best mAP
-    # Fig. 6 (a): without FAM; the text prints no figure
-    "strf-nofam": Row(fam=False),
+    "p3dc": Row("Tables 2, 4, 5: P3DC, the baseline", layer="p3d-c", stages=(), mars=(83.10, 88.50),
+                duke=(95.30, 95.30), million_parameters=25.48),
+    "p3dc+nonlocal": Row("Sec. 3.3: P3DC + Non-local", unit="nonlocal", mars=(84.80, 89.90)),
+    "p3dc+fine": Row("Table 4: (s, tau)", factors=("s-fine",), mars=(85.20, 89.70)),
+    "p3dc+coarse": Row("Table 4: (s, sigma)", factors=("s-coarse",), mars=(85.10, 89.90)),
+    "p3dc+dynamic": Row("Table 4: (t, tau)", factors=("t-dynamic",), mars=(85.20, 89.90)),
+    "p3dc+static": Row("Table 4: (t, sigma)", factors=("t-static",), mars=(85.10, 90.00)),
+    "p3dc+fine+coarse": Row("Table 4: (s, tau), (s, sigma)", factors=("s-fine", "s-coarse"),
+                            mars=(85.50, 90.10)),
+    "p3dc+dynamic+static": Row("Table 4: (t, tau), (t, sigma)", factors=("t-dynamic", "t-static"),
+                               mars=(85.30, 89.70)),
+    "p3dc+fine+dynamic": Row("Table 4: (s, tau), (t, tau)", factors=("s-fine", "t-dynamic"),
+                             mars=(85.40, 90.00)),
+    "p3dc+coarse+static": Row("Table 4: (s, sigma), (t, sigma)", factors=("s-coarse", "t-static"),
+                              mars=(85.70, 90.10)),
+    # Table 5: stages 2 and 3 are 3D in all
+    "stage1": Row("Table 5: STRF in stage 1", stages=(1,), mars=(83.40, 88.80)),
+    "stage12": Row("Table 5: STRF in stages 1, 2", stages=(1, 2), mars=(83.60, 89.00)),
+    "stage23": Row("Table 5: STRF in stages 2, 3", "strf-p3dc"),
+    "stage123": Row("Table 5: STRF in stages 1, 2, 3", stages=(1, 2, 3), mars=(84.70, 89.30)),
+    "stage234": Row("Table 5: STRF in stages 2, 3, 4", stages=(2, 3, 4), mars=(85.50, 90.00)),
+    "stage1234": Row("Table 5: STRF in stages 1, 2, 3, 4", stages=(1, 2, 3, 4),
+                     mars=(83.70, 88.70)),
+    "resolutions-11": Row("Fig. 4a: r_tau, r_sigma = 1, 1", resolutions=(1, 1)),
+    "resolutions-13": Row("Fig. 4a: r_tau, r_sigma = 1, 3", "strf-p3dc"),
+    "resolutions-15": Row("Fig. 4a: r_tau, r_sigma = 1, 5; 0.2 mAP below 1, 3", resolutions=(1, 5)),
+    "resolutions-35": Row("Fig. 4a: r_tau, r_sigma = 3, 5; 0.4 mAP below 1, 3", resolutions=(3, 5)),
+    "pool-t-max-s-max": Row("Fig. 4b: max pooling for t, max for s", "strf-p3dc"),
+    "pool-t-max-s-avg": Row("Fig. 4b: max pooling for t, average for s", pools=("max", "avg")),
+    "pool-t-avg-s-max": Row("Fig. 4b: average pooling for t, max for s", pools=("avg", "max")),
+    "pool-t-avg-s-avg": Row("Fig. 4b: average pooling for t, average for s", pools=("avg", "avg")),
+    "order-ts": Row("Fig. 4c: time, then space", "strf-p3dc"),
+    "order-st": Row("Fig. 4c: space, then time", order="st"),
+    "order-parallel": Row("Fig. 4c: both added; about 0.4 mAP below the best", order="parallel"),
+    "strf-nofam": Row("Fig. 6a: without FAM", fam=False),
 }
 # The paper prints parameters, rounded, with the 625-way classifier and its bias and without a neck.
 COUNTING = {"without": ("neck",)}

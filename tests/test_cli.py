@@ -45,6 +45,7 @@ SCRIPTS = {
 def test_help(script, monkeypatch, capsys):
     module = importlib.import_module(Path(script).stem)
     monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         module.main()
     out = capsys.readouterr().out
@@ -54,18 +55,25 @@ def test_help(script, monkeypatch, capsys):
     flags += " evaluate resume rerank output figure complexity"
     for flag in [*flags.split(), *(key.replace("_", "-") for key in module.RECIPE)]:
         assert f"\n  --{flag}" in out, flag
-    assert max(map(len, out.splitlines())) < 250 and "as printed in the paper" in out
-    words = " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+    words = "".join(out.split())  # lines break at spaces and behind hyphens
     for key, (paper, small, meaning, *_) in module.RECIPE.items():
         shown = " ".join(map(str, paper)) if isinstance(paper, tuple) else str(paper)
-        assert " ".join(meaning.split()) in words and f"({shown}" in words, key
+        assert "".join(f"{meaning} ({shown}".split()) in words, key
+    said = {}
+    for line in out.split("what they set:\n")[1].splitlines():
+        if line.startswith("      "):
+            said[name] += line[5:]
+        else:
+            name, said[name] = line.strip().split("  ")
+    assert [*said] == [*module.ROWS]
     for name, row in module.ROWS.items():
-        (line,) = re.findall(rf"^  {re.escape(name)}: (.*)$", out, re.M)
-        if isinstance(row, str):
-            assert line == f"the same as {row}"
-            continue
-        for data, (mean_ap, first) in row.figures.items():
-            assert f"{data} {mean_ap or '-'} / {first}" in line
+        assert re.match(r"(text to )?(Tables?|Fig\.|Sec\.) \d[^:]*: .", row.about), name
+        figures = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.figures.items()]
+        figures += [f"{figure} {common.COSTS[cost][0]}" for cost, figure in row.costs.items()]
+        flags = [common.typed(*setting) for setting in row.settings.items()]
+        expected = f"{row.about} {', '.join(figures) or 'no figure'} {' '.join(flags)}"
+        assert said[name] == (f"{row.about} (the same as {row.same})" if row.same else expected)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -79,8 +87,8 @@ def test_recipes_and_rows_are_whole(script):
         given = {*paper, *small} if isinstance(paper, tuple) else {paper, small}
         assert not choices or given <= set(choices[0]), key
     for name, row in module.ROWS.items():
-        if isinstance(row, str):
-            assert isinstance(module.ROWS[row], common.Row)
+        if row.same:
+            assert not module.ROWS[row.same].same and not row.settings and not row.figures
             continue
         assert row.settings.keys() <= module.RECIPE.keys(), name
         args = common.settings(module.RECIPE, module.ROWS, name)
