@@ -514,12 +514,11 @@ def restore(path, checkpoint, **objects):
 
 def start_from(path, model):
     """Loads into the network what a run's last.pt has of its names and shapes; prints the rest."""
-    saved, own = load_file(path).get("model"), model.state_dict()
-    theirs = saved if isinstance(saved, dict) else {}
+    theirs, own = load_part(path, ""), model.state_dict()
     taken = {name: value for name, value in theirs.items()
              if name in own and getattr(value, "shape", None) == own[name].shape}
     if not taken:
-        raise UserError(f"{path}: holds nothing of this network; --init takes the last.pt of a run")
+        raise UserError(f"{path}: holds nothing of this network")
     model.load_state_dict(taken, strict=False)
 
     def starts(name):  # "a", "a.b", "a.b.c"
@@ -530,14 +529,12 @@ def start_from(path, model):
                              for name in names if name not in taken)
     used = {start for name in taken for start in starts(name)}
     new, left = rest(own), rest(theirs)
-    why = " (another number of identities)"
-    rests = {"not in it": [part for part in new if part not in left],
-             "not taken": [part + why * (part == "classifier") for part in left]}
+    why = {"classifier": "classifier (another number of identities)"}
     print(f"starting from {path}")
-    for says, parts in rests.items():
+    for says, parts in (("not in it", [p for p in new if p not in left]), ("not taken", left)):
         if parts:
-            more = f" and {len(parts) - 6} more" * (len(parts) > 6)
-            print(f"  {says}: {', '.join(parts[:6])}{more}")
+            names = ", ".join(why.get(part, part) for part in parts)
+            print(f"  {says}: {textwrap.shorten(names, 160)}")
 
 
 def save_rows(rows, path):
@@ -718,6 +715,7 @@ def parse_args(recipe, rows, text, script):
         row["weights"] = "none"
     return argparse.Namespace(**{
         **default, "chunk": CHUNK.get(f"{script.stem} {data}", CHUNK.get(data, 0)), "small": small,
+        "eval_first": data == "synthetic",
         **row, **saved, **chosen, "resume": resume, "evaluate": evaluate, "output": output,
         "chosen": [*chosen], "script": script.name, "checkpoint": checkpoint,
         "printed": row_of(rows, variant).figures.get(data)})
@@ -747,7 +745,7 @@ def load_part(path, prefix, module=None):
     model = saved if isinstance(saved, dict) else {}
     state = {k.removeprefix(prefix): model[k] for k in model if k.startswith(prefix)}
     if not state:
-        raise UserError(f"{path}: holds no {prefix.rstrip('.')} of a run of this script")
+        raise UserError(f"{path}: holds no {prefix.rstrip('.') or 'network'} of a run")
     if module:
         restore(path, {"network": state}, network=module)
     return state
@@ -811,7 +809,7 @@ class Run:
         self.last, self.log_file = Path(args.output) / "last.pt", Path(args.output) / "log.csv"
         self.history = self.checkpoint["history"] if self.checkpoint else []
         self.steps, self.totals, self.states = 0, {}, {}
-        self.board, self.shown = None, set()
+        self.board, self.shown = None, 0  # TensorBoard's writer, rows that it has
 
     @contextlib.contextmanager
     def setting_up(self):
@@ -903,9 +901,7 @@ class Run:
                 except ImportError as error:
                     print(f"--tensorboard: goes on without ({first_line(error)})", flush=True)
                 self.show()
-        synthetic = args.data == "synthetic"
-        self.evaluates_first = not self.checkpoint and (
-            synthetic if args.eval_first is None else args.eval_first)
+        self.evaluates_first = args.eval_first and not self.checkpoint
         self.checkpoint = None  # its memory
         model = states["model"]
         return model if world() == 1 else torch.nn.parallel.DistributedDataParallel(model)
@@ -976,14 +972,13 @@ class Run:
             self.show()
 
     def show(self):
-        """Adds to TensorBoard's file what is new in the log."""
-        for row in self.history if self.board else ():
+        """Adds the log's new rows to TensorBoard's file; the last one again, with its test."""
+        for row in self.history[self.shown:] if self.board else ():
             for key in row.keys() - {"epoch"}:
-                if row[key] != "" and (row["epoch"], key) not in self.shown:
-                    self.shown.add((row["epoch"], key))
+                if row[key] != "":
                     self.board.add_scalar(key, row[key], row["epoch"])
-        if self.board:
             self.board.flush()
+            self.shown = row["epoch"] - 1
 
     def test_is_due(self, epoch):
         """After the last epoch and every --eval-every epochs, when it was not tested before."""

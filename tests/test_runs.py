@@ -474,7 +474,7 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     torch.save({"model": {"neck.weight": torch.zeros(4), "x": 3}}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("text")
     for file, says in (
-        ("bare.pt", "holds nothing of this network; --init takes the last.pt of a run"),
+        ("bare.pt", "holds no network of a run"),
         ("other.pt", "holds nothing of this network"),
         ("text.pt", "not a readable checkpoint"),
         ("gone.pt", "no such file"),
@@ -510,7 +510,7 @@ def test_export_with_an_evaluation_and_at_the_end_of_a_training(small, refuses, 
 
 
 def test_tensorboard_gets_the_log(small, tmp_path, monkeypatch):
-    """Each number once, also when the run goes on, and what was logged before the flag."""
+    """Every number, also what was logged before the flag when the run goes on."""
     points, flushed = [], []
 
     class SummaryWriter:
@@ -536,14 +536,14 @@ def test_tensorboard_gets_the_log(small, tmp_path, monkeypatch):
     flags = ("--eval-every", 2, "--output", "a")
     small(*flags, "--epochs", 3, "--tensorboard")
     assert points[0] == "a" and flushed[-1] == len(points)
-    assert sorted(points[1:]) == sorted(logged())
+    assert sorted({*points[1:]}) == sorted(logged())
     assert {("mAP", 2), ("mAP", 3), ("rank-1", 3), ("loss", 1), ("xent", 1), ("lr", 1)} <= {
         (tag, step) for tag, _, step in points[1:]}
     points.clear()
     small(*flags, "--epochs", 4, "--resume")
     assert not points
     small(*flags, "--epochs", 4, "--resume", "--tensorboard")
-    assert sorted(points[1:]) == sorted(logged())
+    assert sorted({*points[1:]}) == sorted(logged())
     start = common.Run.start
 
     def second(run, **states):
@@ -571,7 +571,7 @@ def test_what_is_not_taken_is_named_by_its_parts(tmp_path, capsys):
         parts = {name: torch.nn.Linear(*size) for name, size in parts.items()}
         return torch.nn.ModuleDict({"stem": torch.nn.ModuleDict(parts)})
 
-    theirs = network(a=(2, 3), b=(2, 2), c=(2, 2), **{f"x{i}": (1, 1) for i in range(8)})
+    theirs = network(a=(2, 3), b=(2, 2), c=(2, 2), **{f"x{i}": (1, 1) for i in range(30)})
     torch.save({"model": theirs.state_dict()}, tmp_path / "a.pt")
     model = network(a=(2, 3), b=(2, 4), d=(2, 2))
     common.start_from(tmp_path / "a.pt", model)
@@ -579,7 +579,7 @@ def test_what_is_not_taken_is_named_by_its_parts(tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"starting from {tmp_path / 'a.pt'}\n"
         "  not in it: stem.d\n"
-        "  not taken: stem.b, stem.c, stem.x0, stem.x1, stem.x2, stem.x3 and 4 more\n"
+        f"  not taken: stem.b, stem.c, {', '.join(f'stem.x{i}' for i in range(14))}, [...]\n"
     )
 
 
