@@ -605,8 +605,7 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
     "tensorboard": (False, "also write the log for TensorBoard, into the output folder"),
     "rerank": (False, "k-reciprocal re-ranking in the evaluation"),
     "evaluate": (False, "only evaluate, with --resume or as initialised"),
-    "export": (None, "write features.npz and queries.csv of the test into this folder, with "
-                     "--no-evaluate after a training"),
+    "export": (None, "evaluate (--no-evaluate: train), write features.npz, queries.csv there"),
     "figure": (None, "only draw what the network does, into this folder"),
     "figure_tracklets": (3, "query tracklets to draw"),
     "complexity": (False, "only print parameters and FLOPs of all variants"),
@@ -707,18 +706,16 @@ def parse_args(recipe, rows, text, script):
     if "split" in chosen and data not in SPLIT_SETS:
         raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
     if run.split == "all" and evaluate:
-        raise UserError("--split all: is for training; --evaluate, --export and --figure take one "
-                        "split")
+        raise UserError("--split all: is for training, not for --evaluate, --export, --figure")
     small = chosen.get("small", saved.get("small", saved.get("data", data) == "synthetic"))
     row = vars(settings(recipe, rows, variant, small))
     if run.init:
         row["weights"] = "none"
     return argparse.Namespace(**{
         **default, "chunk": CHUNK.get(f"{script.stem} {data}", CHUNK.get(data, 0)), "small": small,
-        "eval_first": data == "synthetic",
-        **row, **saved, **chosen, "resume": resume, "evaluate": evaluate, "output": output,
-        "chosen": [*chosen], "script": script.name, "checkpoint": checkpoint,
-        "printed": row_of(rows, variant).figures.get(data)})
+        "eval_first": data == "synthetic", **row, **saved, **chosen, "resume": resume,
+        "evaluate": evaluate, "output": output, "chosen": [*chosen], "script": script.name,
+        "checkpoint": checkpoint, "printed": row_of(rows, variant).figures.get(data)})
 
 
 def part_of(args, rows, folder, variant=None, **changes):

@@ -640,7 +640,10 @@ def test_the_stages_take_their_own_recipes(monkeypatch, tmp_path):
     assert parts[1].init_2d == "runs/m3d-mars/2d/last.pt" and parts[0].printed == (62.54, 76.43)
     assert parts[2].join == [parts[1].init_2d, "runs/m3d-mars/temporal/last.pt"]
     assert parts[2].evaluate and parts[2].stream == "two" and parts[2].printed == (74.06, 84.39)
-    start = ("--init-2d", "x"), ("--init", "x")
+    parts.clear()
+    m3d.train_in_stages(arguments(monkeypatch, "--no-evaluate", "--stages", "--export", "x"))
+    assert [part.export for part in parts] == ["x/2d", "x/temporal", "x/both"]
+    start = ("--init-2d", "x"), ("--init", "x"), ("--export", "x")
     for flags in (("--no-stages",), ("--evaluate",), ("--variant", "m3d"), *start):
         parts.clear()
         m3d.train_in_stages(arguments(monkeypatch, "--data", "mars", *flags))
