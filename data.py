@@ -137,8 +137,7 @@ class Dataset(NamedTuple):
                          f"{sum(lengths):11,}{min(lengths):20}"
                          f"{sum(lengths) / len(lengths):7.1f}{max(lengths):5}")
         cameras = collections.Counter(pid for pid, _ in {(t.pid, t.cam) for t in self.train})
-        single = list(cameras.values()).count(1)
-        if single:
+        if single := [*cameras.values()].count(1):
             lines.append(f"  {single:,} training identities are seen by one camera only")
         own = {t.frames[0] for t in self.query} & {t.frames[0] for t in self.gallery}
         distractors = sum(t.pid == 0 for t in self.gallery)
@@ -204,7 +203,7 @@ def natural(name):
 
 
 def _numbered(key, first, *parts):
-    """Lists of tracklets with numbers from `first`, in natural order, in the place of their keys."""
+    """Lists of tracklets with numbers from `first`, in natural order, in the place of the key."""
     names = sorted({getattr(t, key) for part in parts for t in part}, key=natural)
     numbers = {name: i for i, name in enumerate(names, first)}
     return [[t._replace(**{key: numbers[getattr(t, key)]}) for t in part] for part in parts]
@@ -431,10 +430,8 @@ def load_prid(folder, name="prid", split=0):
     tracks = _two_cameras(folder, cams, 22)
     path = folder / "splits_prid2011.json"
     try:
-        if path.exists():
-            splits = json.loads(path.read_text("utf-8-sig", "replace"))
-        else:
-            splits = _draw_splits(path, list(tracks))
+        splits = (json.loads(path.read_text("utf-8-sig", "replace")) if path.exists()
+                  else _draw_splits(path, list(tracks)))
         train, test = (splits[split][part] for part in ("train", "test"))
         named = collections.Counter([*train, *test])
     except (ValueError, LookupError, TypeError) as error:
@@ -793,12 +790,11 @@ class TrackletSampler(PKSampler):
 
 _UPPER = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
 _LOWER = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
-_IN_TURN = dict(lower=_LOWER, cut=("trousers", "shorts", "skirt", "coat"),
-                head=("short", "long", "bun", "cap", "bald"),
-                bag=("none", "backpack", "shoulder", "hand"))
-_COLOURS = dict(bag_colour=_UPPER, cap=_UPPER,
-                hair=("#1c1816", "#54361e", "#cea85c", "sienna", "#9c9c9e"),
-                skin=("#f0ccb2", "#d8a882", "#a87450", "#62402c"), shoes=_LOWER)
+# in a group each has the next ones of _IN_TURN; of the others everyone has his own
+_IN_TURN = dict(lower=_LOWER, cut="trousers shorts skirt coat".split(),
+                head="short long bun cap bald".split(), bag="none backpack shoulder hand".split())
+_TINTS = dict(bag_colour=_UPPER, cap=_UPPER, hair="#1c1816 #54361e #cea85c sienna #9c9c9e".split(),
+              skin="#f0ccb2 #d8a882 #a87450 #62402c".split(), shoes=_LOWER)
 _BODY = dict(build=(0.82, 1.25), height=(0.9, 1.04), leg=(0.47, 0.53))
 _GAIT = dict(frequency=(0.55, 1.0), stride=(0.3, 0.6), arms=(0.15, 0.7))
 _SUPER = 3  # frames are drawn three times as large and averaged down
@@ -820,7 +816,7 @@ def _draw_people(count, rng, group=4, gait=False):
         for i in range(min(group, count - len(people))):
             if i == 0 or not gait:
                 own = {what: order[i % len(order)] for what, order in orders.items()}
-                own |= {what: rng.choice(colours) for what, colours in _COLOURS.items()}
+                own |= {what: rng.choice(colours) for what, colours in _TINTS.items()}
                 own |= {what: rng.uniform(*limits) for what, limits in _BODY.items()}
             walk = {what: rng.uniform(*limits) for what, limits in _GAIT.items()}
             people.append(SimpleNamespace(**shared, **own, **walk))
@@ -1101,7 +1097,7 @@ def _main():
     if args.check:
         dataset = load_dataset(args.data, args.root, draw=False)
         print(dataset.summary())
-        return 1 if check_images(dataset) else 0
+        return check_images(dataset) > 0
     for name, (_, low, high, _) in numbers.items():
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be {low} to {high}")
@@ -1113,7 +1109,6 @@ def _main():
                    args.frames, (args.height, args.width), args.group, args.occlusion / 100,
                    args.gait, args.seed)
     print(load_dataset("synthetic", args.synthetic).summary())
-    return 0
 
 
 if __name__ == "__main__":
