@@ -68,17 +68,12 @@ def match_ranks(d, q_pids, q_cams, g_pids, g_cams):
     """
     found = []
     for row, pid, cam in zip(d, q_pids, q_cams):
-        same = g_pids == pid
-        junk = same & (g_cams == cam) | (g_pids == -1)
-        matches = np.flatnonzero(same & ~junk)
-        matches = matches[np.argsort(row[matches], kind="stable")]
-        values = row[matches]
-        ranking = np.sort(row[~junk])
-        # a match ranks behind all smaller distances, and behind equal ones before it in the gallery
-        ranks = np.searchsorted(ranking, values, "left")
-        for i in np.flatnonzero(np.searchsorted(ranking, values, "right") - ranks > 1):
-            before = slice(matches[i])
-            ranks[i] += np.count_nonzero((row[before] == values[i]) & ~junk[before])
+        kept = ~((g_pids == pid) & (g_cams == cam) | (g_pids == -1))
+        row, same = row[kept], g_pids[kept] == pid
+        ranking, matches = np.sort(row), np.sort(row[same])
+        ranks = np.searchsorted(ranking, matches)
+        if (np.searchsorted(ranking, matches, "right") > ranks + 1).any():  # equal distances
+            ranks = np.flatnonzero(same[row.argsort(kind="stable")])
         found.append(ranks)
     return found
 

@@ -12,7 +12,6 @@ import collections
 import colorsys
 import contextlib
 import functools
-import io
 import itertools
 import json
 import math
@@ -138,8 +137,7 @@ class Dataset(NamedTuple):
                          f"{sum(lengths):11,}{min(lengths):20}"
                          f"{sum(lengths) / len(lengths):7.1f}{max(lengths):5}")
         cameras = collections.Counter(pid for pid, _ in {(t.pid, t.cam) for t in self.train})
-        single = list(cameras.values()).count(1)
-        if single:
+        if single := [*cameras.values()].count(1):
             lines.append(f"  {single:,} training identities are seen by one camera only")
         own = {t.frames[0] for t in self.query} & {t.frames[0] for t in self.gallery}
         distractors = sum(t.pid == 0 for t in self.gallery)
@@ -184,8 +182,8 @@ def load_dataset(name, root, split=0, chunk=0, draw=True):
     if chunk:
         pieces = []
         for t in dataset.train:
-            for start in range(0, max(1, len(t.frames) - chunk + 1), chunk):
-                end = start + chunk if start + 2 * chunk <= len(t.frames) else None
+            starts = range(0, max(1, len(t.frames) - chunk + 1), chunk)
+            for start, end in zip(starts, [*starts[1:], None]):
                 pieces.append(t._replace(frames=t.frames[start:end]))
         dataset = dataset._replace(train=pieces)
     return dataset
@@ -204,9 +202,11 @@ def natural(name):
     return parts, str(name)
 
 
-def _numbered(names, first):
-    """{name: its number}, in natural order from `first`."""
-    return {name: i for i, name in enumerate(sorted(set(names), key=natural), first)}
+def _numbered(key, first, *parts):
+    """Lists of tracklets with numbers from `first`, in natural order, in the place of the key."""
+    names = sorted({getattr(t, key) for part in parts for t in part}, key=natural)
+    numbers = {name: i for i, name in enumerate(names, first)}
+    return [[t._replace(**{key: numbers[getattr(t, key)]}) for t in part] for part in parts]
 
 
 _IMAGES = (".jpg", ".jpeg", ".png")
@@ -258,10 +258,7 @@ def _walk(folder, depth, layout, above=()):
 
 def _relabel(name, train, query, gallery):
     """The data set with numbers for identities: those of `train` from 0, the others from 1."""
-    own = _numbered([t.pid for t in train], 0)
-    others = _numbered([t.pid for t in query + gallery], 1)
-    return Dataset(name, [t._replace(pid=own[t.pid]) for t in train],
-                   *([t._replace(pid=others[t.pid]) for t in part] for part in (query, gallery)))
+    return Dataset(name, *_numbered("pid", 0, train), *_numbered("pid", 1, query, gallery))
 
 
 def _queries(table, variable, persons):
@@ -284,9 +281,7 @@ def load_mars(folder, name="mars"):
               "info/tracks_train_info.mat", "info/tracks_test_info.mat", "info/query_IDX.mat"]
     _need(folder, wanted, "{bbox_train/0001/*.jpg, bbox_test/0000/*.jpg, info/*} (the info folder "
           "is the one of MARS-evaluation)")
-    train = [t for t in _mars_part(folder, "train") if t.pid > 0]
-    labels = _numbered([t.pid for t in train], 0)
-    train = [t._replace(pid=labels[t.pid]) for t in train]
+    train, = _numbered("pid", 0, [t for t in _mars_part(folder, "train") if t.pid > 0])
     test = _mars_part(folder, "test")
     persons = {number: t for number, t in enumerate(test, 1) if t.pid > 0}
     query = _queries(folder / "info/query_IDX.mat", "query_IDX", persons)
@@ -435,10 +430,8 @@ def load_prid(folder, name="prid", split=0):
     tracks = _two_cameras(folder, cams, 22)
     path = folder / "splits_prid2011.json"
     try:
-        if path.exists():
-            splits = json.loads(path.read_text("utf-8-sig", "replace"))
-        else:
-            splits = _draw_splits(path, list(tracks))
+        splits = (json.loads(path.read_text("utf-8-sig", "replace")) if path.exists()
+                  else _draw_splits(path, list(tracks)))
         train, test = (splits[split][part] for part in ("train", "test"))
         named = collections.Counter([*train, *test])
     except (ValueError, LookupError, TypeError) as error:
@@ -509,9 +502,7 @@ def load_folder(folder, name="folder"):
     shared = {t.pid for t in train} & {t.pid for t in query + gallery}
     _odd["a training identity of the same name as one of the test"] += [
         f"{folder}/train/{pid}" for pid in sorted(shared)]
-    cams = _numbered([t.cam for t in train + query + gallery], 1)
-    return _relabel(name, *([t._replace(cam=cams[t.cam]) for t in part]
-                            for part in (train, query, gallery)))
+    return _relabel(name, *_numbered("cam", 1, train, query, gallery))
 
 
 def _read_table(path, variable):
@@ -644,11 +635,10 @@ def check_images(dataset):
     paths = sorted({frame for tracklets in dataset[1:] for t in tracklets for frame in t.frames})
     bad = 0
     with ThreadPool(16) as pool:
-        for line in tqdm(pool.imap(problem, paths, 64), "checking", len(paths), unit=" frames",
-                         disable=None):
-            if line:
-                bad += 1
-                tqdm.write(line)
+        lines = tqdm(pool.imap(problem, paths, 64), "checking", len(paths), unit=" frames",
+                     disable=None)
+        for bad, line in enumerate(filter(None, lines), 1):
+            tqdm.write(line)
     print(f"{len(paths):,} frames checked, {bad:,} bad")
     return bad
 
@@ -800,12 +790,13 @@ class TrackletSampler(PKSampler):
 
 _UPPER = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
 _LOWER = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
-_HAIR = "#1c1816 #54361e #cea85c sienna #9c9c9e".split()
-_SKIN = "#f0ccb2 #d8a882 #a87450 #62402c".split()
-_CUTS = ("trousers", "shorts", "skirt", "coat")
-_HEADS = ("short", "long", "bun", "cap", "bald")
-_BAGS = ("none", "backpack", "shoulder", "hand")
-_PATTERNS = ("plain", "plain", "hoops", "stripes", "halves")
+# in a group each has the next ones of _IN_TURN; of the others everyone has his own
+_IN_TURN = dict(lower=_LOWER, cut="trousers shorts skirt coat".split(),
+                head="short long bun cap bald".split(), bag="none backpack shoulder hand".split())
+_TINTS = dict(bag_colour=_UPPER, cap=_UPPER, hair="#1c1816 #54361e #cea85c sienna #9c9c9e".split(),
+              skin="#f0ccb2 #d8a882 #a87450 #62402c".split(), shoes=_LOWER)
+_BODY = dict(build=(0.82, 1.25), height=(0.9, 1.04), leg=(0.47, 0.53))
+_GAIT = dict(frequency=(0.55, 1.0), stride=(0.3, 0.6), arms=(0.15, 0.7))
 _SUPER = 3  # frames are drawn three times as large and averaged down
 
 
@@ -820,19 +811,15 @@ def _draw_people(count, rng, group=4, gait=False):
     while len(people) < count:
         upper, second = rng.choice(_UPPER, 2, replace=False)
         shared = dict(upper=upper, second=second, sleeves=rng.random() < 0.65,
-                      pattern=rng.choice(_PATTERNS))
-        lower, cut, head, bag = map(rng.permutation, (_LOWER, _CUTS, _HEADS, _BAGS))
+                      pattern=rng.choice(("plain", "plain", "hoops", "stripes", "halves")))
+        orders = {what: rng.permutation(looks) for what, looks in _IN_TURN.items()}
         for i in range(min(group, count - len(people))):
             if i == 0 or not gait:
-                own = dict(
-                    lower=lower[i % len(lower)], cut=cut[i % len(cut)], head=head[i % len(head)],
-                    bag=bag[i % len(bag)], bag_colour=rng.choice(_UPPER), cap=rng.choice(_UPPER),
-                    hair=rng.choice(_HAIR), skin=rng.choice(_SKIN), shoes=rng.choice(_LOWER),
-                    build=rng.uniform(0.82, 1.25), height=rng.uniform(0.9, 1.04),
-                    leg=rng.uniform(0.47, 0.53))
-            people.append(SimpleNamespace(
-                **shared, **own, frequency=rng.uniform(0.55, 1.0), stride=rng.uniform(0.3, 0.6),
-                arms=rng.uniform(0.15, 0.7)))
+                own = {what: order[i % len(order)] for what, order in orders.items()}
+                own |= {what: rng.choice(colours) for what, colours in _TINTS.items()}
+                own |= {what: rng.uniform(*limits) for what, limits in _BODY.items()}
+            walk = {what: rng.uniform(*limits) for what, limits in _GAIT.items()}
+            people.append(SimpleNamespace(**shared, **own, **walk))
     return people
 
 
@@ -916,53 +903,47 @@ def _draw_person(image, who, phase, yaw, x, y, h):
         if who.bag == "hand" and side == 1:
             limb((hand[0], hand[1] - 0.06), (hand[0], hand[1] - 0.11), 0.12, who.bag_colour)
 
-    def torso():
-        def band(top, low, colour):  # of the body between two heights
-            wide = [chest + (waist - chest) * (shoulder - v) / (shoulder - hip) for v in (top, low)]
-            draw.polygon([at(-wide[0], top), at(wide[0], top), at(wide[1], low),
-                          at(-wide[1], low)], colour)
-        if who.cut == "coat":
-            limb((0, hip), (0, hip - 0.12), 2 * waist, _shade(who.upper, 0.9))
-        limb((-0.8 * chest, shoulder - 0.015), (0.8 * chest, shoulder - 0.015), 0.05, who.upper)
-        band(shoulder, hip - 0.02, who.upper)
-        if who.pattern == "hoops":
-            for i in range(4):
-                band(shoulder - 0.03 - 0.08 * i, shoulder - 0.065 - 0.08 * i, who.second)
-        elif who.pattern == "stripes":
-            for u in (-0.6, 0, 0.6):
-                limb((u * chest, shoulder - 0.02), (u * waist, hip), 0.025, who.second)
-        elif who.pattern == "halves":
-            band((shoulder + hip) / 2, hip - 0.02, who.second)
-        if who.cut == "skirt":
-            draw.polygon([at(-waist, hip + 0.03), at(waist, hip + 0.03), at(1.4 * waist, hip / 2),
-                          at(-1.4 * waist, hip / 2)], who.lower)
+    def band(top, low, colour):  # of the body between two heights
+        wide = [chest + (waist - chest) * (shoulder - v) / (shoulder - hip) for v in (top, low)]
+        draw.polygon([at(-wide[0], top), at(wide[0], top), at(wide[1], low), at(-wide[1], low)],
+                     colour)
 
-    def face():
-        limb((0, shoulder), (0, head), 0.06, _shade(who.skin, 0.85))
-        if who.head == "long":
-            limb((-0.02 * s, head), (-0.03 * s, shoulder - 0.03), 0.13, who.hair)
-        if who.head == "bun":
-            oval(-0.06 * s, head + 0.07, 0.035, who.hair)
-        oval(0.015 * s, head, 0.06, who.skin)
-        if who.head in ("short", "long", "bun"):
-            oval(-0.012 * s, head + 0.008, 0.064, who.hair, half=c > -0.3)
-        elif who.head == "cap":
-            oval(0, head + 0.01, 0.066, who.cap, half=True)
-            limb((0, head + 0.015), (0.09 * s, head + 0.015), 0.02, _shade(who.cap, 0.75))
-
-    def backpack():
-        limb((-0.16 * s, shoulder - 0.06), (-0.16 * s, hip + 0.12), 0.15, who.bag_colour)
+    def backpack(seen):
+        if who.bag == "backpack" and seen:
+            limb((-0.16 * s, shoulder - 0.06), (-0.16 * s, hip + 0.12), 0.15, who.bag_colour)
 
     limb((-0.12, 0), (0.12, 0), 0.025, (60, 60, 64))  # the shadow
     arm(-ahead)  # from the far side to the near one
     leg(-ahead)
     leg(ahead)
-    if who.bag == "backpack" and c > 0:
-        backpack()
-    torso()
-    if who.bag == "backpack" and c <= 0:
-        backpack()
-    face()
+    backpack(c > 0)
+    if who.cut == "coat":
+        limb((0, hip), (0, hip - 0.12), 2 * waist, _shade(who.upper, 0.9))
+    limb((-0.8 * chest, shoulder - 0.015), (0.8 * chest, shoulder - 0.015), 0.05, who.upper)
+    band(shoulder, hip - 0.02, who.upper)
+    if who.pattern == "hoops":
+        for i in range(4):
+            band(shoulder - 0.03 - 0.08 * i, shoulder - 0.065 - 0.08 * i, who.second)
+    elif who.pattern == "stripes":
+        for u in (-0.6, 0, 0.6):
+            limb((u * chest, shoulder - 0.02), (u * waist, hip), 0.025, who.second)
+    elif who.pattern == "halves":
+        band((shoulder + hip) / 2, hip - 0.02, who.second)
+    if who.cut == "skirt":
+        draw.polygon([at(-waist, hip + 0.03), at(waist, hip + 0.03), at(1.4 * waist, hip / 2),
+                      at(-1.4 * waist, hip / 2)], who.lower)
+    backpack(c <= 0)
+    limb((0, shoulder), (0, head), 0.06, _shade(who.skin, 0.85))
+    if who.head == "long":
+        limb((-0.02 * s, head), (-0.03 * s, shoulder - 0.03), 0.13, who.hair)
+    elif who.head == "bun":
+        oval(-0.06 * s, head + 0.07, 0.035, who.hair)
+    oval(0.015 * s, head, 0.06, who.skin)
+    if who.head == "cap":
+        oval(0, head + 0.01, 0.066, who.cap, half=True)
+        limb((0, head + 0.015), (0.09 * s, head + 0.015), 0.02, _shade(who.cap, 0.75))
+    elif who.head != "bald":
+        oval(-0.012 * s, head + 0.008, 0.064, who.hair, half=c > -0.3)
     arm(ahead)
     if who.bag == "shoulder":
         side = math.copysign(waist, c)
@@ -1012,10 +993,10 @@ def _draw_tracklet(who, passer, camera, frames, size, occlusion, rng):
 def _write_mat(path, variable, values):
     """As scipy's savemat, without the time in the header."""
     from scipy.io import savemat
-    file = io.BytesIO()
-    savemat(file, {variable: values})
-    header = b"MATLAB 5.0 MAT-file, synthetic pedestrians".ljust(116)
-    path.write_bytes(header + file.getvalue()[116:])
+    with open(path, "wb") as file:
+        savemat(file, {variable: values})
+        file.seek(0)
+        file.write(b"MATLAB 5.0 MAT-file, synthetic pedestrians".ljust(116))
 
 
 def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=(5, 12),
@@ -1050,21 +1031,19 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
             part = "train" if 0 < pid <= identities else "test"
             where = aside / f"bbox_{part}/{pid:0>4}"
             where.mkdir(parents=True, exist_ok=True)
-            for cam, tracklet in itertools.product(range(cameras), (1, 2)):
+            cams = [number % cameras] if pid == 0 else range(cameras)
+            for cam, tracklet in itertools.product(cams, (1, 2)):
                 rng = np.random.default_rng([seed, 5, number, cam, tracklet])
                 if tracklet == 2 and (pid < 1 or rng.random() < 0.75):
                     continue
-                if pid == 0 and number % cameras != cam:  # a stranger is seen by one camera
-                    continue
-                take = number if pid == 0 else tracklet
+                start = f"{pid:0>4}C{cam + 1}T{tracklet if pid else number:04}"
                 first = len(names[part]) + 1
-                count = int(rng.integers(frames[0], frames[1] + 1))
+                count = rng.integers(*frames, endpoint=True)
                 passer = people[1 + rng.integers(2 * cameras)]
                 images = _draw_tracklet(who, passer, views[cam], count, size, occlusion, rng)
                 for i, image in enumerate(images, 1):
-                    name = f"{pid:0>4}C{cam + 1}T{take:04}F{i:03}.jpg"
-                    image.save(where / name, quality=90)
-                    names[part].append(name)
+                    names[part].append(f"{start}F{i:03}.jpg")
+                    image.save(where / names[part][-1], quality=90)
                 rows[part].append((first, len(names[part]), pid, cam + 1))
                 if part == "test" and pid > 0 and tracklet == 1:
                     query.append(len(rows[part]))
@@ -1118,7 +1097,7 @@ def _main():
     if args.check:
         dataset = load_dataset(args.data, args.root, draw=False)
         print(dataset.summary())
-        return 1 if check_images(dataset) else 0
+        return check_images(dataset) > 0
     for name, (_, low, high, _) in numbers.items():
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be {low} to {high}")
@@ -1130,7 +1109,6 @@ def _main():
                    args.frames, (args.height, args.width), args.group, args.occlusion / 100,
                    args.gait, args.seed)
     print(load_dataset("synthetic", args.synthetic).summary())
-    return 0
 
 
 if __name__ == "__main__":
