@@ -10,7 +10,6 @@ import signal
 import sys
 import textwrap
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, Parser, TrainClips, UserError, first_line,
-                  load_dataset, locked, normalize, read_clip, replacing)
+                  load_dataset, load_file, locked, normalize, read_clip, replacing, save_rows)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
@@ -409,20 +408,6 @@ def command_line(main):
 
 # -------------------------------------------------------------------------------------------- files
 
-def load_file(path):
-    """A dict that torch.save wrote, on the CPU; torch.load alone does not compare the checksums."""
-    try:
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path or '(an empty name)'}: no such file") from None
-    except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
-    if damaged:
-        raise UserError(f"{path}: is damaged, the checksum of its entry {damaged} does not fit")
-    return state if isinstance(state, dict) else {}
-
-
 def load_checkpoint(path, script, rows, flags, but, training=True):
     """A checkpoint of `script`, as a run writes it, with these flags, but for those in `but`."""
     checkpoint = load_file(path)
@@ -470,14 +455,6 @@ def restore(path, checkpoint, **objects):
                 raise ValueError("other types or shapes than a run writes")
         except Exception as error:  # a state of another network raises many kinds
             raise UserError(f"{path}: its {name} does not fit ({first_line(error)} ...)") from None
-
-
-def save_rows(rows, path):
-    """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
-    if rows:
-        lines = [",".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
-        with replacing(path) as file:
-            file.write("\r\n".join([*lines, ""]).encode())
 
 
 # --------------------------------------------------------------------------------- the command line
