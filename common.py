@@ -2,10 +2,7 @@
 import argparse
 import contextlib
 import copy
-import csv
 import datetime
-import io
-import itertools
 import json
 import math
 import os
@@ -13,7 +10,6 @@ import signal
 import sys
 import textwrap
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, Parser, TrainClips, UserError, first_line,
-                  load_dataset, locked, normalize, read_clip, replacing)
+                  load_dataset, load_file, locked, normalize, read_clip, replacing, save_rows)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
@@ -444,20 +440,6 @@ def command_line(main):
 
 # -------------------------------------------------------------------------------------------- files
 
-def load_file(path):
-    """A dict that torch.save wrote, on the CPU; torch.load alone does not compare the checksums."""
-    try:
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path or '(an empty name)'}: no such file") from None
-    except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
-    if damaged:
-        raise UserError(f"{path}: is damaged, the checksum of its entry {damaged} does not fit")
-    return state if isinstance(state, dict) else {}
-
-
 def load_checkpoint(path, script, rows, flags, but, training=True):
     """A checkpoint of `script`, as a run writes it, with these flags, but for those in `but`."""
     checkpoint = load_file(path)
@@ -515,30 +497,11 @@ def start_from(path, model):
     if not taken:
         raise UserError(f"{path}: holds nothing of this network")
     model.load_state_dict(taken, strict=False)
-
-    def starts(name):  # "a", "a.b", "a.b.c"
-        return itertools.accumulate(name.split("."), "{}.{}".format)
-
-    def rest(names):  # named by the parts of which nothing was taken
-        return dict.fromkeys(next(start for start in starts(name) if start not in used)
-                             for name in names if name not in taken)
-    used = {start for name in taken for start in starts(name)}
-    new, left = rest(own), rest(theirs)
-    why = {"classifier": "classifier (another number of identities)"}
     print(f"starting from {path}")
-    for says, parts in (("not in it", [p for p in new if p not in left]), ("not taken", left)):
+    for says, names in (("as initialised", own), ("not taken from it", theirs)):
+        parts = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in taken)
         if parts:
-            names = ", ".join(why.get(part, part) for part in parts)
-            print(f"  {says}: {textwrap.shorten(names, 160)}")
-
-
-def save_rows(rows, path):
-    """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
-    if rows:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
-        with replacing(path) as file:
-            file.write(text.getvalue().encode(errors="surrogateescape"))  # names may be no text
+            print(f"  {says}: {textwrap.shorten(', '.join(parts), 160)}")
 
 
 # --------------------------------------------------------------------------------- the command line

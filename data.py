@@ -11,7 +11,9 @@ import bisect
 import collections
 import colorsys
 import contextlib
+import csv
 import functools
+import io
 import itertools
 import json
 import math
@@ -20,6 +22,7 @@ import re
 import shutil
 import sys
 import warnings
+import zipfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +99,29 @@ def locked(path, text="", wait=False):
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
     return file
+
+
+def save_rows(rows, path):
+    """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
+    if rows:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
+        with replacing(path) as file:
+            file.write(text.getvalue().encode(errors="surrogateescape"))  # names may be no text
+
+
+def load_file(path):
+    """A dict that torch.save wrote, on the CPU; torch.load alone does not compare the checksums."""
+    try:
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path or '(an empty name)'}: no such file") from None
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
+    if damaged:
+        raise UserError(f"{path}: is damaged, the checksum of its entry {damaged} does not fit")
+    return state if isinstance(state, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------- data sets

@@ -459,8 +459,8 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     assert torch.equal(models["other"]["neck.weight"], model["neck.weight"])
     assert len(models["other"]["classifier.weight"]) == 2 != len(model["classifier.weight"])
     assert files["other"]["args"]["weights"] == "none"  # that of mars ... is not downloaded
-    assert "starting from a/last.pt\n" in out["same"] and "not taken:" not in out["same"]
-    assert "\n  not taken: classifier (another number of identities)\n" in out["other"]
+    assert "starting from a/last.pt\n" in out["same"] and "not taken" not in out["same"]
+    assert "\n  as initialised: classifier\n  not taken from it: classifier\n" in out["other"]
     for name, flags in (("same", ()), ("other", others)):
         (first,) = re.findall("^from a/last.pt, all frames: (.*) .*s\\)$", out[name], re.M)
         alone = small("--evaluate", *flags, "--init", "a/last.pt", "--output", "none")
@@ -578,8 +578,9 @@ def test_what_is_not_taken_is_named_by_its_parts(tmp_path, capsys):
     assert torch.equal(model["stem"]["a"].weight, theirs["stem"]["a"].weight)
     assert capsys.readouterr().out == (
         f"starting from {tmp_path / 'a.pt'}\n"
-        "  not in it: stem.d\n"
-        f"  not taken: stem.b, stem.c, {', '.join(f'stem.x{i}' for i in range(14))}, [...]\n"
+        "  as initialised: stem.b, stem.d\n"
+        "  not taken from it: "
+        f"stem.b, stem.c, {', '.join(f'stem.x{i}' for i in range(14))}, [...]\n"
     )
 
 
