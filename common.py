@@ -1,10 +1,10 @@
 """What the five papers share beside the data, and what a run needs beside the paper."""
 import argparse
+import codecs
 import contextlib
 import copy
 import csv
 import datetime
-import io
 import itertools
 import json
 import math
@@ -540,10 +540,9 @@ def start_from(path, model):
 def save_rows(rows, path):
     """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
     if rows:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
         with replacing(path) as file:
-            file.write(text.getvalue().encode(errors="surrogateescape"))  # names may be no text
+            text = codecs.getwriter("utf-8")(file, "surrogateescape")  # names may be no text
+            csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
 
 
 # --------------------------------------------------------------------------------- the command line
