@@ -8,12 +8,12 @@ folder and a synthetic set; clips, (B, T, 3, H, W), uint8; augmentation, sampler
 """
 import argparse
 import bisect
+import codecs
 import collections
 import colorsys
 import contextlib
 import csv
 import functools
-import io
 import itertools
 import json
 import math
@@ -104,10 +104,9 @@ def locked(path, text="", wait=False):
 def save_rows(rows, path):
     """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
     if rows:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
         with replacing(path) as file:
-            file.write(text.getvalue().encode(errors="surrogateescape"))  # names may be no text
+            text = codecs.getwriter("utf-8")(file, "surrogateescape")  # names may be no text
+            csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
 
 
 def load_file(path):
