@@ -16,7 +16,7 @@ import torch
 import common
 import data
 import sinet
-from conftest import ROOT, TINY, Colours
+from conftest import ROOT, Colours
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ["bicnet_tks", "m3d", "sinet", "strf", "tclnet"]
@@ -70,10 +70,9 @@ def test_what_is_compared_with_the_papers_is_counted():
 
 def test_the_two_numbers_of_parameters_are_explained():
     """What the text says makes the difference between them does."""
-    ran, counted = (
-        int(number.replace(",", ""))
-        for number in re.search(r"The ([\d,]+) parameters.*?prints\n([\d,]+)\.", README, re.S).groups()
-    )
+    text = " ".join(README.split())
+    numbers = re.search(r"The ([\d,]+) parameters.*? prints ([\d,]+)\.", text).groups()
+    ran, counted = (int(number.replace(",", "")) for number in numbers)
     assert f"sinet: {ran:,} parameters, 4.228 GFLOPs" in README
 
     def network(small):
@@ -193,13 +192,14 @@ def test_own_tracklets(monkeypatch, capsys, tmp_path):
     """The lines that copy them, then the command below."""
     monkeypatch.chdir(tmp_path)
     data.draw_synthetic(tmp_path / "datasets/synthetic", cameras=2, frames=(1, 2), size=(32, 16))
-    block = re.search(r"```bash\n(.*?)```\s*\n    python (sinet.py .*)\n", README, re.S)
+    block = re.search(r"```bash\n(.*?)```\s*\n    python (sinet.py [^\n]*)\n", README, re.S)
     subprocess.run(["bash", "-euo", "pipefail", "-c", block[1]], check=True)
     stub(sinet, monkeypatch)
     monkeypatch.setattr(sys, "argv", shlex.split(block[2]) + ["--epochs", "1"])
     sinet.main()
     out = capsys.readouterr().out
-    assert re.search(r"train +64 .*\n +query +20 .*\n +gallery +20 ", out) and "after epoch 1" in out
+    assert re.search(r"train +64 .*\n +query +20 .*\n +gallery +20 ", out)
+    assert "after epoch 1, all frames" in out
 
 
 # -------------------------------------------------------------------------------------- from Python
