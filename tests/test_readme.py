@@ -60,7 +60,7 @@ def test_what_is_compared_with_the_papers_is_counted():
     near, middle = (sum(low <= d < high for d in off) for low, high in ((0, 1), (1, 19)))
     far = [d for d in off if d >= 19]
     sentence = (
-        f"which print {figures} of these figures, in {len(printed)} rows of their tables: "
+        f"which print {figures} of them for {len(printed)} of the rows: "
         f"{figures - len(off)} figures agree as rounded, {near} more are within 1 %, {middle} "
         f"within 19 %, and {len(far)} are off by {min(far):.0f} % or more. In "
         f"{sum({*row} == {'yes'} for row in printed)} rows all figures agree."
@@ -71,7 +71,7 @@ def test_what_is_compared_with_the_papers_is_counted():
 def test_the_two_numbers_of_parameters_are_explained():
     """What the text says makes the difference between them does."""
     text = " ".join(README.split())
-    numbers = re.search(r"The ([\d,]+) parameters.*? prints ([\d,]+)\.", text).groups()
+    numbers = re.search(r"trains, ([\d,]+) parameters.*? prints ([\d,]+)\.", text).groups()
     ran, counted = (int(number.replace(",", "")) for number in numbers)
     assert f"sinet: {ran:,} parameters, 4.228 GFLOPs" in README
 
@@ -113,7 +113,7 @@ def test_the_pictures_are_small_and_all_used():
 def commands():
     """Those of the indented lines and of the text, as lists of arguments."""
     text = re.sub(r"\\\n\s*", "", README)
-    found = re.findall(r"^    ((?:python|torchrun|pip) .*)$|[`>]((?:python|pytest) [^`<]+)[`<]",
+    found = re.findall(r"^    ((?:python|torchrun|pip) .*)$|[`>]((?:python|pytest|diff) [^`<]+)[`<]",
                        text, re.M)
     lines = [line for pair in found for part in pair for line in part.split("&&")]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
@@ -141,6 +141,9 @@ def test_the_commands_run(monkeypatch, small_root, tmp_path):
         for program, *words in commands():
             if program == "pip":
                 assert words == ["install", "-r", "requirements.txt"]
+                continue
+            if program == "diff":
+                assert all((ROOT / name).exists() for name in words)
                 continue
             if program == "pytest":
                 if words:
@@ -258,8 +261,7 @@ def test_a_module_runs_when_copied(name, takes, returns, along, use):
         stack.callback(hook.remove)
         out = eval(use, space)
     assert shapes(inputs[0]) == sizes(takes)
-    expected = sizes(takes if "the same" in returns else returns)
-    assert shapes(out if isinstance(out, (tuple, list)) else [out]) == expected
+    assert shapes(out if isinstance(out, (tuple, list)) else [out]) == sizes(returns)
     assert isinstance(out, list) == returns.startswith("a list")
 
 
@@ -270,5 +272,6 @@ def shapes(tensors):
 def sizes(cell):
     """The shapes that a cell names, for the input that the README makes."""
     letters = {"B": 2, "T": 4, "C": 256, "H": 16, "W": 8}
+    cell = cell.replace("`x`", "(B, T, C, H, W)")
     return [tuple(int(eval(part.replace("·", "*"), letters)) for part in shape.split(","))
             for shape in re.findall(r"\(([^()]*)\)", cell)]
