@@ -112,9 +112,9 @@ def test_the_pictures_are_small_and_all_used():
 def commands():
     """Those of the indented lines and of the text, once each, as lists of arguments."""
     text = re.sub(r"\\\n\s*", "", README)
-    found = re.findall(r"^    ((?:python|torchrun|pip) .*)$|[`>]((?:python|pytest|diff) [^`<]+)[`<]",
-                       text, re.M)
-    lines = [line for pair in found for part in pair for line in part.split("&&")]
+    indented = re.findall(r"^    ((?:python|torchrun|pip) .*)$", text, re.M)
+    inline = re.findall(r"[`>]((?:python|pytest|diff) [^`<]+)[`<]", text)
+    lines = [line for part in indented + inline for line in part.split("&&")]
     return [*map(list, dict.fromkeys(tuple(shlex.split(line, comments=True)) for line in lines))]
 
 
