@@ -48,6 +48,12 @@ def test_at_most_1500_words_stand_before_the_first_fold():
     assert folds == README.count("</details>") == README.count("</summary>\n\n") > 5
 
 
+def test_the_two_commands_are_where_ci_looks_for_them():
+    part = README[README.index("\n## Start"):README.index("\n## Real")]
+    found = re.findall(r"^    pip install -r requirements.txt && (.*)$", part, re.M)
+    assert found == ["python sinet.py", "pytest"] and part.count("\n    pip install") == 2
+
+
 def test_what_is_compared_with_the_papers_is_counted():
     """The sentence of the first page against the tables of --complexity."""
     rows = tables("variant", "clip", "parameters", "GFLOPs a clip", "a frame",
@@ -124,8 +130,7 @@ def stub(module, monkeypatch):
     monkeypatch.setattr(module, "build", lambda args, num_classes: Colours(num_classes))
     monkeypatch.setattr(module, "losses", lambda outputs, pids, _: losses(outputs, pids, args))
     monkeypatch.setattr(module, "make_optimizer", sinet.make_optimizer)
-    rows = [("label", [common.bars([1, 2])])]
-    monkeypatch.setattr(module, "picture", lambda *_: ("title", rows))
+    monkeypatch.setattr(module, "picture", lambda *_: ("title", []))
 
 
 def test_the_commands_run(monkeypatch, small_root, tmp_path):
