@@ -4,11 +4,9 @@ import importlib
 import inspect
 import json
 import math
-import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -595,19 +593,3 @@ def test_output_folder_errors(trained, refuses, small_root, tmp_path, monkeypatc
     refuses(("--root", small_root, "--output", trained[0]), "holds a run already", "--resume")
     (tmp_path / "file").write_text("")
     refuses(("--root", small_root, "--output", "file/run"), "file/run/args.json: cannot be written")
-
-
-def test_the_readme_snippet_runs(run, tmp_path):
-    """Copying a module out: the code block of the README, run as it stands beside the script."""
-    text = (ROOT / "README.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    assert 4 <= len(code.strip().splitlines()) <= 8
-    (tmp_path / "snippet.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "snippet.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0 and "torch.Size([2, 4, 1024, 16, 8])" in done.stdout, done.stderr

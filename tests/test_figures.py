@@ -1,10 +1,8 @@
-"""What --figure draws and --complexity prints, and that the README's commands and pictures are
-there."""
+"""What --figure draws and --complexity prints."""
 
 import importlib
 import math
 import re
-import shlex
 import sys
 import types
 
@@ -357,52 +355,3 @@ def test_complexity(name, monkeypatch, capsys):
     readme = [cells_of(line) for line in (ROOT / "README.md").read_text().splitlines()]
     missing = [cells for cells in (head, *lines) if cells not in readme]
     assert not missing, f"README.md lacks rows of {name}.py --complexity"
-
-
-# ------------------------------------------------------------------------------------------- README
-
-
-def test_the_readmes_pictures_are_small_and_all_used():
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"images/[\w-]+\.png", text))
-    there = {f"images/{path.name}" for path in (ROOT / "images").iterdir()}
-    assert named == there and sum((ROOT / name).stat().st_size for name in there) < 1.5e6
-
-
-def readme_commands():
-    text = re.sub(r"\\\n\s*", "", (ROOT / "README.md").read_text())
-    lines = re.findall(r"^    (?:pip install [^&\n]*&& )?(python .*)$", text, re.M)
-    return [shlex.split(line, comments=True) for line in lines]
-
-
-def test_the_readmes_commands_run(monkeypatch, small_root, tmp_path):
-    """Those that need no real data set, in order, on the small set and with a small network; the
-    others are understood."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "datasets").symlink_to(small_root)
-    args = common.settings(sinet.RECIPE, sinet.ROWS, "sinet", small=True)
-    ran, losses = 0, sinet.losses
-    for _, script, *flags in readme_commands():
-        if script.startswith("tests/"):
-            assert (ROOT / script).exists()
-            continue
-        module = importlib.import_module(script.removesuffix(".py"))
-        monkeypatch.setattr(sys, "argv", [script, *flags])
-        if script == "data.py":
-            assert flags[0] in ("--check", "--synthetic")
-            continue
-        if "--help" in flags or "--complexity" in flags:
-            continue  # tested above, and in test_cli.py
-        if {"mars", "folder"} & {*flags}:
-            if "--resume" not in flags:
-                understood = common.parse_args(module.RECIPE, module.ROWS, module.__doc__, script)
-                assert understood.data in ("mars", "folder")
-            continue
-        monkeypatch.setattr(module, "build", lambda args, num_classes: Colours(num_classes))
-        monkeypatch.setattr(module, "losses", lambda outputs, pids, _: losses(outputs, pids, args))
-        rows = [("label", [common.bars([1, 2])])]
-        monkeypatch.setattr(module, "picture", lambda *_: ("title", rows))
-        monkeypatch.setattr(sys, "argv", [script, *flags, "--ids", "4", "--clips", "2"])
-        module.main()
-        ran += 1
-    assert ran >= 4

@@ -1,0 +1,278 @@
+"""The README: its length, and that its commands run, its Python runs as printed, and its numbers
+are those of its tables."""
+
+import ast
+import contextlib
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import common
+import data
+import sinet
+from conftest import ROOT, Colours
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = ["bicnet_tks", "m3d", "sinet", "strf", "tclnet"]
+
+
+def tables(*head):
+    """The cells of all rows of the tables with this head."""
+    found, inside = [], False
+    for line in README.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            inside = False
+        elif cells == [*head]:
+            inside = True
+        elif inside and set(line) - set("|- "):
+            found.append(cells)
+    assert found, head
+    return found
+
+
+# ---------------------------------------------------------------------------------- the first pages
+
+
+def test_at_most_1500_words_stand_before_the_first_fold():
+    before, fold, _ = README.partition("<details>")
+    assert fold and len(before.split()) <= 1500
+    for text in ("**Checked.**", "**Not checked.**", "pip install", "images/sinet.png"):
+        assert before.index(text) < before.index("## Papers"), text
+    folds = README.count("<details>\n<summary>")
+    assert folds == README.count("</details>") == README.count("</summary>\n\n") > 5
+
+
+def test_the_two_commands_are_where_ci_looks_for_them():
+    part = README[README.index("\n## Start"):README.index("\n## Real")]
+    found = re.findall(r"^    pip install -r requirements.txt && (.*)$", part, re.M)
+    assert found == ["python sinet.py", "pytest"] and part.count("\n    pip install") == 2
+
+
+def test_what_is_compared_with_the_papers_is_counted():
+    """The sentence of the first page against the tables of --complexity."""
+    rows = tables("variant", "clip", "parameters", "GFLOPs a clip", "a frame",
+                  "printed in the paper", "ours, counted so", "equal")
+    assert len(rows) == sum(len(importlib.import_module(name).ROWS) for name in SCRIPTS)
+    printed = [cells[7].split(", ") for cells in rows if cells[5]]
+    off = [abs(float(met.split()[0])) for row in printed for met in row if met != "yes"]
+    figures = sum(map(len, printed))
+    near, middle = (sum(low <= d < high for d in off) for low, high in ((0, 1), (1, 19)))
+    far = [d for d in off if d >= 19]
+    sentence = (
+        f"which print {figures} of them for {len(printed)} of the rows: "
+        f"{figures - len(off)} figures agree as rounded, {near} more are within 1 %, {middle} "
+        f"within 19 %, and {len(far)} are off by {min(far):.0f} % or more. In "
+        f"{sum({*row} == {'yes'} for row in printed)} rows all figures agree."
+    )
+    assert sentence in " ".join(README.split())
+
+
+def test_the_two_numbers_of_parameters_are_explained():
+    """What the text says makes the difference between them does."""
+    text = " ".join(README.split())
+    numbers = re.search(r"trains, ([\d,]+) parameters.*? prints ([\d,]+)\.", text).groups()
+    ran, counted = (int(number.replace(",", "")) for number in numbers)
+    assert f"sinet: {ran:,} parameters, 4.228 GFLOPs" in README
+
+    def network(small):
+        settings = common.settings(sinet.RECIPE, sinet.ROWS, "sinet", small, weights="none")
+        with torch.device("meta"):
+            return sinet.build(settings, 64)
+
+    def size(model):
+        return sum(p.numel() for p in model.parameters())
+
+    small, paper = network(True), network(False)
+    training = size(small.neck) + size(small.classifier) + size(small.projection)
+    idms = [sum(size(m) for m in model.modules()
+                if isinstance(m, sinet.IntegrationDistributionModule)) for model in (small, paper)]
+    assert size(small) == ran == counted + training + idms[0] - idms[1]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_papers_figures_are_those_of_the_rows(name):
+    (row,) = re.findall(rf"^\| `{name}.py` \|.*\|$", README, re.M)
+    script = importlib.import_module(name)
+    figures = script.ROWS[next(iter(script.ROWS))].figures["mars"]  # of the full model
+    printed = [float(v) for v in re.search(r"\| ([\d.]+) / ([\d.]+) \|$", row).groups()]
+    assert printed == list(figures)
+    for link in re.findall(r"https?://[^\s)]+", script.__doc__):
+        assert link in row, link
+
+
+def test_the_pictures_are_small_and_all_used():
+    named = set(re.findall(r"images/[\w-]+\.png", README))
+    there = {f"images/{path.name}" for path in (ROOT / "images").iterdir()}
+    assert named == there and sum((ROOT / name).stat().st_size for name in there) < 1.5e6
+
+
+# ------------------------------------------------------------------------------------- the commands
+
+
+def commands():
+    """Those of the indented lines and of the text, once each, as lists of arguments."""
+    text = re.sub(r"\\\n\s*", "", README)
+    indented = re.findall(r"^    ((?:python|torchrun|pip) .*)$", text, re.M)
+    inline = re.findall(r"[`>]((?:python|pytest|diff) [^`<]+)[`<]", text)
+    lines = [line for part in indented + inline for line in part.split("&&")]
+    return [*map(list, dict.fromkeys(tuple(shlex.split(line, comments=True)) for line in lines))]
+
+
+def stub(module, monkeypatch):
+    """A small network and SINet's losses in the place of a script's own."""
+    losses, args = sinet.losses, common.settings(sinet.RECIPE, sinet.ROWS, "sinet", small=True)
+    monkeypatch.setattr(module, "build", lambda args, num_classes: Colours(num_classes))
+    monkeypatch.setattr(module, "losses", lambda outputs, pids, _: losses(outputs, pids, args))
+    monkeypatch.setattr(module, "make_optimizer", sinet.make_optimizer)
+    monkeypatch.setattr(module, "picture", lambda *_: ("title", []))
+
+
+def test_the_commands_run(monkeypatch, small_root, tmp_path):
+    """Those that need no real data set, in order, on the small set and with a small network; the
+    others are understood."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets").symlink_to(small_root)
+    ran = 0
+    with monkeypatch.context() as patch:
+        for name in SCRIPTS:
+            stub(importlib.import_module(name), patch)
+        for program, *words in filter(None, commands()):
+            if program == "pip":
+                assert words == ["install", "-r", "requirements.txt"]
+                continue
+            if program == "diff":
+                assert all((ROOT / name).exists() for name in words)
+                continue
+            if program == "pytest":
+                if words:
+                    names = re.findall(r"^def (test_\w+)", (ROOT / words[0]).read_text(), re.M)
+                    assert any(words[words.index("-k") + 1] in name for name in names)
+                continue
+            if program == "torchrun":
+                assert words[0] == "--nproc_per_node"
+                words = words[2:]
+            script, *flags = words
+            if script == "tests/bench.py":
+                assert (ROOT / script).exists()
+            elif script == "data.py":
+                if flags[0] == "--check":
+                    flags += ["--data", "synthetic"]
+                else:
+                    flags[flags.index("DIR")] = "drawn"
+                    flags += ["--identities", "2", "--test-identities", "1", "--frames", "1", "2"]
+                patch.setattr(sys, "argv", [script, *flags])
+                assert data._main() == 0
+            elif script != "SCRIPT" and not {"--help", "--complexity"} & {*flags}:
+                ran += run_or_parse(importlib.import_module(script[:-3]), script, flags, patch)
+    assert ran >= 12
+    for name in ("features/features.npz", "features/queries.csv", "figures", "runs/tuned/last.pt"):
+        assert (tmp_path / name).exists(), name
+
+
+def run_or_parse(module, script, flags, patch):
+    """1 when the command was run, 0 when it was only understood."""
+    flags = ["1" if flag == "SEED" else flag for flag in flags]
+    if {"mars", "ilids", "folder"} & {*flags}:
+        patch.setattr(sys, "argv", [script, *flags])
+        understood = common.parse_args(module.RECIPE, module.ROWS, module.__doc__, script)
+        assert understood.data == flags[flags.index("--data") + 1]
+        return 0
+    if "--seed" in flags:
+        flags += ["--output", "runs/seed"]
+    if "--resume" not in flags:
+        flags += ["--ids", "4", "--clips", "2"]
+    patch.setattr(sys, "argv", [script, *flags])
+    module.main()
+    return 1
+
+
+def test_own_tracklets(monkeypatch, capsys, tmp_path):
+    """The lines that copy them, then the command below."""
+    monkeypatch.chdir(tmp_path)
+    data.draw_synthetic(tmp_path / "datasets/synthetic", cameras=2, frames=(1, 2), size=(32, 16))
+    block = re.search(r"```bash\n(.*?)```\s*\n    python (sinet.py [^\n]*)\n", README, re.S)
+    subprocess.run(["bash", "-euo", "pipefail", "-c", block[1]], check=True)
+    stub(sinet, monkeypatch)
+    monkeypatch.setattr(sys, "argv", shlex.split(block[2]) + ["--epochs", "1"])
+    sinet.main()
+    out = capsys.readouterr().out
+    assert re.search(r"train +64 .*\n +query +20 .*\n +gallery +20 ", out)
+    assert "after epoch 1, all frames" in out
+
+
+# -------------------------------------------------------------------------------------- from Python
+
+
+def blocks():
+    return re.findall(r"^```python\n(.*?)^```$", README, re.S | re.M)
+
+
+def test_the_python_runs_as_printed(trained, small_root, monkeypatch, tmp_path):
+    """Where a run and the synthetic set are: an embedding, the features of the set, the ranks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets").symlink_to(small_root)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/sinet-synthetic").symlink_to(trained[0])
+    embed, rank, _ = blocks()
+    assert len(embed.splitlines()) <= 8 and max(map(len, (embed + rank).splitlines())) <= 130
+    space = {}
+    exec(embed, space)
+    assert space["x"].shape == (1, 2048) and not space["model"].training
+    assert len(space["frames"]) >= 3
+    exec(rank, space)
+    dataset = space["dataset"]
+    assert space["q"].shape == (len(dataset.query), 2048)
+    assert space["g"].shape == (len(dataset.gallery), 2048)
+    assert len(space["ranks"]) == len(dataset.query)
+    _, mean_ap, _ = common.cmc_map(space["distances"], *dataset.ids())
+    assert f"mAP {100 * mean_ap:.1f}   CMC-1" in trained[1].splitlines()[-2]
+
+
+MODULES = tables("module", "takes", "returns", "copy along", "use")
+
+
+@pytest.mark.parametrize(
+    "name, takes, returns, along, use", MODULES, ids=[row[0].split("`")[1] for row in MODULES]
+)
+def test_a_module_runs_when_copied(name, takes, returns, along, use):
+    """With what the table names beside it, no more and no less, and nothing but the imports."""
+    name, script = re.findall(r"`([^`]+)`", name)
+    along, (use,) = (re.findall(r"`([^`]+)`", cell) for cell in (along, use))
+    nodes = {getattr(n, "name", None): n for n in ast.parse((ROOT / script).read_text()).body}
+    named, new = {name}, {name}
+    while new:
+        new = {n.id for one in new for n in ast.walk(nodes[one]) if isinstance(n, ast.Name)}
+        new = (new & nodes.keys()) - named
+        named |= new
+    assert named == {name, *along}
+    space = {}
+    exec(blocks()[2], space)
+    kept = [node for one, node in nodes.items() if one in named]
+    exec(compile(ast.Module(kept, []), script, "exec"), space)
+    inputs = []
+    with contextlib.ExitStack() as stack:
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, given: inputs.append(given) if type(module).__name__ == name else None)
+        stack.callback(hook.remove)
+        out = eval(use, space)
+    assert shapes(inputs[0]) == sizes(takes)
+    assert shapes(out if isinstance(out, (tuple, list)) else [out]) == sizes(returns)
+    assert isinstance(out, list) == returns.startswith("a list")
+
+
+def shapes(tensors):
+    return [tuple(tensor.shape) for tensor in tensors]
+
+
+def sizes(cell):
+    """The shapes that a cell names, for the input that the README makes."""
+    letters = {"B": 2, "T": 4, "C": 256, "H": 16, "W": 8}
+    cell = cell.replace("`x`", "(B, T, C, H, W)")
+    return [tuple(int(eval(part.replace("·", "*"), letters)) for part in shape.split(","))
+            for shape in re.findall(r"\(([^()]*)\)", cell)]
