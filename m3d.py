@@ -501,7 +501,7 @@ def train(args):  # same in every script
         model = build(args, run.num_classes(dataset))
     model = run.prepare(model)                          # device, channels_last, weights of --resume
     if args.figure:
-        return figures(run, model, dataset, SPLIT, METRIC, picture)
+        return figures(run, model, dataset, SPLIT, METRIC, picture, load)
     if args.evaluate:
         return run.test(model, dataset, SPLIT, METRIC)
     optimizer = make_optimizer(model, args)
@@ -551,30 +551,36 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Fig. 4 and 5: the last map, the masks of the RALs before their product,
-    and how much each temporal kernel of each stage's first M3D layer adds."""
+    """For --figure, after Fig. 4 and 5: the last map, what the temporal kernels add, the masks of
+    the RALs before their product."""
     stream = model.streams["temporal" if "temporal" in model.streams else "spatial"]
-    net, rals = stream.net, stream.ral.values()
+    net, rals = stream.net, [*stream.ral.values()]
     firsts = [stage[0].conv2 for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
     m3ds = [layer for layer in firsts if isinstance(layer, M3DLayer) and len(layer.temporal)]
     watched = [net.layer4, *(branch for ral in rals for branch in ral.branches.values()),
                *(conv for layer in m3ds for conv in (layer.spatial, *layer.temporal))]
-    seen = {module: call[0][1] for module, call in zip(watched, watch(model, clips, *watched))}
-    masks = {kind: [seen[ral.branches[kind]][0].float().cpu() for ral in rals
-                    if kind in ral.branches] for kind in "sct"}
-    charts = []
-    for layer in m3ds:
-        s, *t = [seen[m].float().square().mean().sqrt() for m in (layer.spatial, *layer.temporal)]
-        charts.append(bars([value / s for value in t], [f"i = {i + 1}" for i in range(len(t))]))
-    rows = [
-        ("last map: root mean square of the channels", overlays(frames, energy(seen[net.layer4]))),
-        ("S of the RALs behind stages 1, 2, 3, on the first frame",
-         [panel for s in masks["s"] for panel in overlays(frames[:1], s)]),
-        ("T: one number a frame", [bars(t) for t in masks["t"]]),
-        ("C: one number a channel, sorted", [bars(c.sort().values, line=True) for c in masks["c"]]),
-        ("temporal kernels of the M3D layers of stages 1 to 4: energy over that of S", charts)]
-    return ("M3D: where the stream looks, what its attention weighs and how far in time it sees",
-            [(label, panels) for label, panels in rows if panels])
+    seen = {module: call[0][1] for module, call in zip(watched, watch(stream, clips, *watched))}
+    size = {module: x.float().square().mean().sqrt() for module, x in seen.items()}
+    masks = {kind: [seen[ral.branches[kind]][0].float() for ral in rals if kind in ral.branches]
+             for kind in "sct"}
+    stages = [f"stage {n}" for n in range(1, 5)]
+    rows = {"last map, over its mean": overlays(frames, energy(seen[net.layer4]))}
+    if m3ds:
+        rows["what the temporal kernels of stage 1 add, over its mean"] = overlays(
+            frames, energy(sum(seen[conv] for conv in m3ds[0].temporal)))
+    if masks["s"]:
+        rows["S of the RALs, on the first frame"] = overlays(
+            frames[:1].expand(3, -1, -1, -1), [s[0] for s in masks["s"]], stages)
+    if masks["t"]:
+        rows["T of the RALs, by frame"] = bars(masks["t"], stages)
+    if masks["c"]:
+        rows["C of the RALs, of the channels, sorted"] = bars(
+            [c.sort().values for c in masks["c"]], stages)
+    if m3ds:
+        rows["temporal kernels, by dilation: energy over that of S"] = bars(
+            [torch.stack([size[conv] / size[layer.spatial] for conv in layer.temporal])
+             for layer in m3ds], stages)
+    return "M3D: where the stream looks", rows
 
 
 if __name__ == "__main__":  # same in every script
