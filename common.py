@@ -944,10 +944,10 @@ def watch(model, clips, *modules):
 
 
 def energy(x):
-    """Maps (T, C, H, W) of a clip -> their root mean square over the channels, divided by its mean,
-    so that networks can be compared, (T, H, W)."""
+    """Maps (T, C, H, W) -> their root mean square over the channels, divided by its mean over each
+    map, so that frames and networks can be compared by where it is high, (T, H, W)."""
     x = x.float().square().mean(1).sqrt()
-    return x / x.mean().clamp(min=1e-12)
+    return x / x.mean((1, 2), keepdim=True).clamp(min=1e-12)
 
 
 def photo(image, head="", **look):
@@ -995,12 +995,12 @@ def bars(charts, heads):
 
 
 def compare(pictures):
-    """Rows for a sheet from pictures of networks, [(name, {label: row})]: those of a label beneath
-    each other, with one range of all their numbers. It is at least 5 % of their mean size, as less
-    is noise; a row whose own numbers span less than 1 % of it is not drawn, but said."""
+    """Rows for a sheet from pictures of networks, [(name, title, {label: row})]: those of a label
+    beneath each other, with one range of all their numbers. It is at least 5 % of their mean size,
+    as less is noise; a row whose own numbers span less than 1 % of it is not drawn, but said."""
     drawn = []
-    for label in dict.fromkeys(label for _, rows in pictures[::-1] for label in rows):
-        same = [(name, *rows[label]) for name, rows in pictures if label in rows]
+    for label in dict.fromkeys(label for *_, rows in pictures[::-1] for label in rows):
+        same = [(name, *rows[label]) for name, _, rows in pictures if label in rows]
         numbers = [torch.cat([m.float().cpu().flatten() for m in row[1]]) for row in same]
         numbers = [x[x.isfinite()] for x in numbers]
         every = torch.cat([*numbers, torch.tensor(same[0][2], dtype=torch.float32)])
@@ -1055,8 +1055,8 @@ def figures(run, model, dataset, split, metric, picture, load):
     features of the test, the ranked lists and two charts."""
     args, size, history = run.args, run.size, run.history
     q_pids, q_cams, g_pids, g_cams = ids = dataset.ids()
-    found = match_ranks([np.zeros(len(g_pids))] * len(q_pids), *ids)
-    matched = [i for i, ranks in enumerate(found) if len(ranks)]
+    nowhere = [np.zeros(len(g_pids))] * len(q_pids)
+    matched = [i for i, ranks in enumerate(match_ranks(nowhere, *ids)) if len(ranks)]
     queries = {i: f"query-{i + 1}-person-{q_pids[i]}-camera-{q_cams[i]}" for i in
                matched[::len(matched) // args.figure_tracklets or 1][:args.figure_tracklets]}
 
@@ -1075,22 +1075,20 @@ def figures(run, model, dataset, split, metric, picture, load):
         query = dataset.query[i]
         clip = split(len(query.frames), args.frames)[0]
         frames = read_clip([query.frames[k] for k in clip], size)
-        clips, pictures = normalize(frames[None].to(run.device)), []
-        for variant, network in models:
-            title, rows = picture(network, clips, frames)
-            pictures.append((variant, rows))
-        heads = [f"frame {n}" for n in range(1, len(frames) + 1)]
-        rows = [(f"person {query.pid}, camera {query.cam}", [*map(photo, frames, heads)])]
-        both = " and ".join(variant for variant, _ in models)
-        draw(f"{title}; {both} on {args.data}", rows + compare(pictures), name)
+        clips = normalize(frames[None].to(run.device))
+        pictures = [(variant, *picture(network, clips, frames)) for variant, network in models]
+        panels = [photo(frame, f"frame {n}") for n, frame in enumerate(frames, 1)]
+        rows = [(f"person {query.pid}, camera {query.cam}", panels), *compare(pictures)]
+        both = " and ".join(variant for variant, *_ in pictures)
+        draw(f"{pictures[-1][1]}; {both} on {args.data}", rows, name)
     if len(history) > 1 and not rank():
         lines = {key: {row["epoch"]: row[key] for row in history if row[key] != ""}
                  for key in history[0] if key not in ("epoch", "lr")}
         tested = {key: lines.pop(key) for key in ("mAP", "rank-1")}
-        charts = {"loss, the sum of its weighted parts": lines}
-        if tested["mAP"]:
-            charts["mAP and rank-1 in %, where measured"] = tested
-        rows = [(label, [curves(chart, len(history), "epoch")]) for label, chart in charts.items()]
+        charts = (("loss, the sum of its weighted parts", lines),
+                  ("mAP and rank-1 in %, where measured", tested))
+        rows = [(label, [curves(chart, len(history), "epoch")]) for label, chart in charts
+                if any(chart.values())]
         draw(f"Training of {args.variant} on {args.data}", rows, "training", 2.5)
 
     q, g = test_features(model, dataset, split, args.frames, size, **run.extraction)
@@ -1125,20 +1123,19 @@ def figures(run, model, dataset, split, metric, picture, load):
     draw(f"CMC; {state}", [("% of queries matched up to a rank", [chart])], "cmc", 2.5)
 
     def pca(ax):
-        people, markers = [*np.unique(q_pids)[:10]], "os^Dv<>PXphd*H8"
-        shown = {t.frames[0]: (t, x) for t, x in zip([*dataset.gallery, *dataset.query],
-                                                     torch.cat([g, q]).float().cpu())
-                 if t.pid in people}  # once: queries are in the gallery, too
-        x = torch.stack([x for _, x in shown.values()])
+        people, markers, shown = [*np.unique(q_pids)[:10]], "os^Dv<>PXphd*H8", {}
+        for part, x, edge in (dataset.gallery, g, "none"), (dataset.query, q, "black"):
+            shown.update({t.frames[0]: (t, v, edge) for t, v in zip(part, x.float().cpu())
+                          if t.pid in people})  # once: queries are in the gallery, too
+        x = torch.stack([v for _, v, _ in shown.values()])
         x = F.normalize(x) if metric == "cosine" else x
         x = x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
-        asked = {t.frames[0] for t in dataset.query}
-        for (first, (t, _)), place in zip(shown.items(), x.tolist()):
-            ax.plot(*place, markers[t.cam % 15], color=f"C{people.index(t.pid)}", ms=9,
-                    markeredgecolor="black" if first in asked else "none")
+        for (t, _, edge), place in zip(shown.values(), x.tolist()):
+            ax.plot(*place, markers[t.cam % 15], color=f"C{people.index(t.pid)}",
+                    markeredgecolor=edge, ms=9)
         for k, pid in enumerate(people):
             ax.plot([], [], "s", color=f"C{k}", label=f"person {pid}")
-        for cam in sorted({t.cam for t, _ in shown.values()}):
+        for cam in sorted({t.cam for t, *_ in shown.values()}):
             ax.plot([], [], markers[cam % 15], color="grey", label=f"camera {cam}")
         ax.plot([], [], "o", color="none", markeredgecolor="black", label="query")
         ax.set(box_aspect=1, xticks=[], yticks=[])

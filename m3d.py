@@ -560,7 +560,6 @@ def picture(model, clips, frames):
     watched = [net.layer4, *(branch for ral in rals for branch in ral.branches.values()),
                *(conv for layer in m3ds for conv in (layer.spatial, *layer.temporal))]
     seen = {module: call[0][1] for module, call in zip(watched, watch(stream, clips, *watched))}
-    size = {module: x.float().square().mean().sqrt() for module, x in seen.items()}
     masks = {kind: [seen[ral.branches[kind]][0].float() for ral in rals if kind in ral.branches]
              for kind in "sct"}
     stages = [f"stage {n}" for n in range(1, 5)]
@@ -568,6 +567,9 @@ def picture(model, clips, frames):
     if m3ds:
         rows["what the temporal kernels of stage 1 add, over its mean"] = overlays(
             frames, energy(sum(seen[conv] for conv in m3ds[0].temporal)))
+        rows["temporal kernels, by dilation: norm over that of S"] = bars(
+            [torch.stack([seen[conv].float().norm() for conv in layer.temporal])
+             / seen[layer.spatial].float().norm() for layer in m3ds], stages)
     if masks["s"]:
         rows["S of the RALs, on the first frame"] = overlays(
             frames[:1].expand(3, -1, -1, -1), [s[0] for s in masks["s"]], stages)
@@ -576,10 +578,6 @@ def picture(model, clips, frames):
     if masks["c"]:
         rows["C of the RALs, of the channels, sorted"] = bars(
             [c.sort().values for c in masks["c"]], stages)
-    if m3ds:
-        rows["temporal kernels, by dilation: energy over that of S"] = bars(
-            [torch.stack([size[conv] / size[layer.spatial] for conv in layer.temporal])
-             for layer in m3ds], stages)
     return "M3D: where the stream looks", rows
 
 

@@ -69,7 +69,7 @@ def test_the_papers_pictures(name, tmp_path, one_backbone):
     assert model.training and title and len(rows) >= 3
     # a map for each frame
     assert any(len(maps) == 4 for maps, *_ in rows.values())
-    drawn = common.compare([(name, rows)])
+    drawn = common.compare([(name, title, rows)])
     # TKS selects hardly at first
     assert [label for label, panels in drawn if panels] == [*rows][:len(rows) - ("tks" in name)]
     common.sheet(title, drawn, tmp_path / "a.png")
@@ -99,7 +99,7 @@ def test_pictures_of_other_variants(name, one_backbone):
         script, model = network(name, variant)
         _, rows = script.picture(model, clips, frames)
         assert rows and rows.keys() & first.keys(), variant
-        for _, panels in common.compare([("a", rows), ("b", first)]):
+        for _, panels in common.compare([("a", "", rows), ("b", "", first)]):
             for panel in panels[:1] + panels[-1:]:
                 axes_of(panel)
 
@@ -205,14 +205,14 @@ def test_rows_of_two_networks_share_a_range():
     a = {"only a": common.overlays(frames, [low, low, None]),
          "both": common.overlays(frames, [None, low, low])}
     b = {"both": common.overlays(frames, [high, high, high])}
-    drawn = common.compare([("a", a), ("b", b)])
+    drawn = common.compare([("a", "", a), ("b", "", b)])
     assert [label for label, _ in drawn] == ["a: both", "b: both", "a: only a"]
     assert ranges(drawn) == [(-2, 9), (-2, 9), (-2, 3)]
-    drawn = common.compare([("a", a)])
+    drawn = common.compare([("a", "", a)])
     assert [label for label, _ in drawn] == ["only a", "both"] and ranges(drawn) == 2 * [(-2, 3)]
     # numbers that the range shall have
     limited = {"S": common.overlays(frames, [0.1 * high / 9, low.clamp(0, 0.2)], limits=(0, 1))}
-    assert ranges(common.compare([("a", limited)])) == [(0, 1)]
+    assert ranges(common.compare([("a", "", limited)])) == [(0, 1)]
 
 
 def test_small_differences_are_not_stretched():
@@ -220,7 +220,7 @@ def test_small_differences_are_not_stretched():
     frames = torch.randint(0, 256, (1, 3, 32, 16), dtype=torch.uint8)
 
     def drawn(*values):
-        return common.compare([("a", {"x": common.overlays(frames, [torch.tensor([values])])})])
+        return common.compare([("a", "", {"x": common.overlays(frames, [torch.tensor([values])])})])
     assert ranges(drawn(0.9, 1.1)) == [pytest.approx((0.9, 1.1))]
     for values in ((0.99, 1.01), (-1.01, -0.99)):
         assert ranges(drawn(*values)) == [pytest.approx((np.mean(values) - 0.025,
@@ -228,20 +228,20 @@ def test_small_differences_are_not_stretched():
     for value in (0.0, 0.5, -7.0):
         (row,) = drawn(value, value * 1.001)
         assert row == (f"Not drawn, as it is {value:.3g} everywhere: x", [])
-    (row,) = common.compare([("a", {"T": common.bars(3 * [torch.ones(4)], "abc")})])
+    (row,) = common.compare([("a", "", {"T": common.bars(3 * [torch.ones(4)], "abc")})])
     assert row == ("Not drawn, as it is 1 everywhere: T", [])
 
 
 def test_bars_share_their_axis():
     charts = [torch.tensor([0.25, -2, 1.5]), torch.tensor([3.0, 1.0])]
-    ((label, panels),) = common.compare([("a", {"x": common.bars(charts, ["one", "two"])})])
+    ((label, panels),) = common.compare([("a", "", {"x": common.bars(charts, ["one", "two"])})])
     one, two = map(axes_of, panels)
     assert [bar.get_height() for bar in one.patches] == [0.25, -2, 1.5]
     assert one.get_ylim() == two.get_ylim() == pytest.approx((-2, 3.15))
     assert (one.get_title(), two.get_title()) == ("one", "two")
     assert [ax.yaxis.get_tick_params()["labelright"] for ax in (one, two)] == [False, True]
     assert all(x == round(x) for ax in (one, two) for x in ax.get_xticks())
-    ((_, (panel,)),) = common.compare([("a", {"x": common.bars([torch.rand(40)], [""])})])
+    ((_, (panel,)),) = common.compare([("a", "", {"x": common.bars([torch.rand(40)], [""])})])
     assert len(axes_of(panel).patches) == 40 and axes_of(panel).get_ylim()[0] == 0
 
 
@@ -347,15 +347,16 @@ def test_pictures_of_two_checkpoints_for_papers(monkeypatch, trained, tmp_path, 
     for format, first in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
         folder = tmp_path / format
         with pytest.raises(UserError, match="the test"):
-            small_run(monkeypatch, small_root, folder, *flags, format, "--beside", tmp_path / "b.pt")
+            small_run(monkeypatch, small_root, folder, *flags, format, "--beside",
+                      tmp_path / "b.pt")
         files = sorted(folder.iterdir())
         assert [file.suffix for file in files] == 2 * ["." + format]
         assert files[1].name == f"training.{format}"
         assert all(file.read_bytes().startswith(first) for file in files)
-    assert [name for name, _ in seen[0]] == ["base+idm", "base"]
+    assert [name for name, *_ in seen[0]] == ["base+idm", "base"]
     label = "last map, over its mean"
     assert [label for label, _ in original(seen[0])] == [f"base+idm: {label}", f"base: {label}"]
-    assert not torch.equal(seen[0][0][1][label][0][0], seen[0][1][1][label][0][0])
+    assert not torch.equal(seen[0][0][2][label][0][0], seen[0][1][2][label][0][0])
     small = sinet.load(last).state_dict()
     for change, says in (({"height": 64}, "is for 4 frames of 64x40, not for 4 of 48x40"),
                          ({"frames": 8}, "is for 8 frames"), ({"frames": 1}, "the test")):
