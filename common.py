@@ -1089,7 +1089,7 @@ def figures(run, model, dataset, split, metric, picture, load):
                   ("mAP and rank-1 in %, where measured", tested))
         rows = [(label, [curves(chart, len(history), "epoch")]) for label, chart in charts
                 if any(chart.values())]
-        draw(f"Training of {args.variant} on {args.data}", rows, "training", 2.5)
+        draw(f"Training of {args.variant} on {args.data}", rows, "training", 1.9)
 
     q, g = test_features(model, dataset, split, args.frames, size, **run.extraction)
     if rank():
@@ -1120,7 +1120,7 @@ def figures(run, model, dataset, split, metric, picture, load):
     cmc, mean_ap, _ = cmc_map(d, *ids)
     says = f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
     chart = curves({says: dict(enumerate(100 * cmc, 1))}, len(cmc), "rank")
-    draw(f"CMC; {state}", [("% of queries matched up to a rank", [chart])], "cmc", 2.5)
+    draw(f"CMC; {state}", [("% of queries matched up to a rank", [chart])], "cmc", 1.9)
 
     def pca(ax):
         people, markers, shown = [*np.unique(q_pids)[:10]], "os^Dv<>PXphd*H8", {}
@@ -1140,4 +1140,4 @@ def figures(run, model, dataset, split, metric, picture, load):
         ax.plot([], [], "o", color="none", markeredgecolor="black", label="query")
         ax.set(box_aspect=1, xticks=[], yticks=[])
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    draw(f"PCA; {state}", [("tracklets of ten people of the test", [pca])], "pca", 4.5)
+    draw(f"PCA; {state}", [("tracklets of ten people of the test", [pca])], "pca", 2.9)

@@ -61,17 +61,15 @@ def pixels_of(panel):
 def test_the_papers_pictures(name, tmp_path, one_backbone):
     script, model = network(name)
     frames = random_frames()
-    for module in model.modules():  # a branch that starts as zero gives a constant mask
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and not module.weight.any():
-            torch.nn.init.normal_(module.weight)
     model.train()
     title, rows = script.picture(model, normalize(frames[None]), frames)
     assert model.training and title and len(rows) >= 3
     # a map for each frame
     assert any(len(maps) == 4 for maps, *_ in rows.values())
     drawn = common.compare([(name, title, rows)])
-    # TKS selects hardly at first
-    assert [label for label, panels in drawn if panels] == [*rows][:len(rows) - ("tks" in name)]
+    # of random weights a row can be constant
+    assert [label.split("everywhere: ")[-1] for label, _ in drawn] == [*rows] and drawn[0][1]
+    assert all(panels or label.startswith("Not drawn, as it is ") for label, panels in drawn)
     common.sheet(title, drawn, tmp_path / "a.png")
     image = Image.open(tmp_path / "a.png").convert("RGB")
     assert image.width < 830 and len(image.getcolors(10**6)) > 50
@@ -320,7 +318,7 @@ def test_figure_writes_all_of_them(run, trained, tmp_path):
     assert "epoch 1/" not in done.stdout
     for name in wrote:
         image = Image.open(tmp_path / "f" / name)
-        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(10**6)) > 10
+        assert min(image.size) > 250 and len(image.convert("RGB").getcolors(10**6)) > 10
         assert image.width < 830
     assert not (trained[0] / "f").exists()
 
