@@ -62,7 +62,7 @@ import torch.nn.functional as F
 import torchvision
 
 from common import (Row, Run, bars, batch_hard_triplet, command_line, energy, figures, gather,
-                    overlays, run_script, watch)
+                    load_network, overlays, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -495,7 +495,7 @@ def train(args):  # same in every script
         model = build(args, run.num_classes(dataset))
     model = run.prepare(model)                          # device, channels_last, weights of --resume
     if args.figure:
-        return figures(run, model, dataset, SPLIT, METRIC, picture)
+        return figures(run, model, dataset, SPLIT, METRIC, picture, load)
     if args.evaluate:
         return run.test(model, dataset, SPLIT, METRIC)
     optimizer = make_optimizer(model, args)
@@ -520,6 +520,11 @@ def train(args):  # same in every script
     return run.finish()
 
 
+def load(file):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
+    return load_network(file, build, RECIPE, ROWS, __file__)
+
+
 def main():  # same in every script
     run_script(train, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
 
@@ -527,27 +532,24 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Figures 1, 3 and 4: the last map and A_k on the frames of each branch,
+    """For --figure, after Figures 1, 3 and 4: A_k and the last map on the frames, big and small,
     and the weights of TKS' kernels."""
     selecting = {name: tks for name, tks in model.tks.items() if tks.w is not None}
     last, *calls = watch(model, clips, model.layer4, *model.dao,
                          *(tks.w for tks in selecting.values()))
-    rows = []
-    for k, i in enumerate(i for i, count in enumerate(model.counts) if count):
-        rest = 0, 0, 0, 0, sum(model.counts[:i]), sum(model.counts[i + 1:])  # of other branches
-        seen = f"frames of 1/{2 ** i} size" if i else "frames of full size"
-        maps = F.pad(energy(last[k][1]), rest, value=math.nan)
-        rows.append((f"{seen}: last map, root mean square of the channels", overlays(frames, maps)))
-        if model.dao:
-            (_, (_, a)), = calls[k]
-            maps = F.pad(a[0].float(), rest, value=math.nan)
-            rows.append((f"{seen}: attention A_k of DAO", overlays(frames, maps)))
+    names = ["big", *(f"1/{2 ** i} size" for i in range(1, len(model.counts)))]
+    heads = [name for name, count in zip(names, model.counts) for _ in range(count)]
+    rows = {}
+    if model.dao:
+        maps = [m * m.numel() for ((_, (_, a)),) in calls[:len(model.dao)] for m in a[0]]
+        rows["attention A_k, over its mean"] = overlays(frames, maps, heads)
+    maps = [m for _, x in last for m in energy(x)]
+    rows["last map, over its mean"] = overlays(frames, maps, heads)
     for (name, tks), ((_, w_u),) in zip(selecting.items(), calls[len(model.dao):]):
         g = w_u.float().unflatten(1, (len(tks.paths), -1)).softmax(1)[0].mean(1)
-        names = [f"{2 * path.dilation[0] + 1} frames" for path in tks.paths]
-        rows.append((f"TKS behind {name}: weight of each temporal kernel, mean over the channels",
-                     [bars(g, names)]))
-    return "BiCnet-TKS: where the frames of each size look", rows
+        lengths = ", ".join(str(2 * path.dilation[0] + 1) for path in tks.paths)
+        rows[f"TKS behind {name}: weights of its kernels"] = bars([g], [f"{lengths} frames"])
+    return "BiCnet-TKS: where the frames look", rows
 
 
 if __name__ == "__main__":  # same in every script

@@ -504,6 +504,18 @@ def start_from(path, model):
             print(f"  {says}: {textwrap.shorten(', '.join(parts), 160)}")
 
 
+def load_network(path, build, recipe, rows, script):
+    """A script's network of a checkpoint, in eval mode on the CPU; `.args` has its settings."""
+    checkpoint = load_checkpoint(path, Path(script).name, rows, {}, set(), training=False)
+    saved = checkpoint["args"]
+    row = settings(recipe, rows, saved["variant"], saved.get("small", saved["data"] == "synthetic"))
+    args = argparse.Namespace(**{**vars(row), **saved, "resume": str(path)})
+    model = build(args, checkpoint["num_classes"])
+    restore(path, checkpoint, model=model)
+    model.args = args
+    return model.eval()
+
+
 # --------------------------------------------------------------------------------- the command line
 
 class Row:
@@ -566,11 +578,13 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
     "export": (None, "evaluate (--no-evaluate: train), write features.npz, queries.csv there"),
     "figure": (None, "only draw what the network does, into this folder"),
     "figure_tracklets": (3, "query tracklets to draw"),
+    "figure_format": ("png", "of the pictures; pdf, svg: for papers", ("png", "pdf", "svg")),
+    "beside": (None, "last.pt of another row of the script, drawn above the first (with --figure)"),
     "complexity": (False, "only print parameters and FLOPs of all variants"),
 }
 # what a checkpoint does not say, and what may differ from it when a run goes on or is evaluated
-HERE = {"eval_first", "evaluate", "export", "figure", "figure_tracklets", "complexity", "gpu",
-        "workers", "resume", "compile", "output", "chosen", "tensorboard"}
+HERE = {"eval_first", "evaluate", "export", "figure", "figure_tracklets", "figure_format", "beside",
+        "complexity", "gpu", "workers", "resume", "compile", "output", "chosen", "tensorboard"}
 GOING_ON = {*HERE, "root", "epochs", "checkpoint_every", "eval_every"}
 EVALUATED = {*FLAGS, *SCHEDULE, "erase", "weights"}
 
@@ -966,7 +980,9 @@ class Run:
 
 
 # ----------------------------------------------------------------------------------------- pictures
-# A sheet is rows of (label, panels); a panel is a function that draws into a matplotlib Axes.
+# A sheet is rows of (label, panels); a panel is a function that draws into a matplotlib Axes. A row
+# of a script's picture: its numbers, a list of tensors; some that its range shall have, too; and a
+# function (low, high) -> panels.
 
 def watch(model, clips, *modules):
     """Runs the network on clips; of each module a list of its calls, (inputs, output)."""
@@ -981,80 +997,159 @@ def watch(model, clips, *modules):
 
 
 def energy(x):
-    """Maps (..., C, H, W) -> their root mean square over the channels, (..., H, W)."""
-    return x.float().square().mean(-3).sqrt()
+    """Maps (T, C, H, W) -> their root mean square over the channels, divided by its mean over each
+    map, so that frames and networks can be compared by where it is high, (T, H, W)."""
+    x = x.float().square().mean(1).sqrt()
+    return x / x.mean((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def photo(image, **look):
+def photo(image, head="", **look):
     """A panel: an image (3, H, W), uint8; look: of the rectangle around it, as of a Patch."""
     def panel(ax):
         ax.imshow(image.permute(1, 2, 0).cpu().numpy())
         ax.axvspan(*ax.get_xlim(), fill=False, clip_on=False, **look)
+        ax.set_title(head, size=9, pad=3)
         ax.set_axis_off()
     return panel
 
 
-def overlays(frames, maps, low=None, high=None):
-    """Maps (n, h, w) over grey frames (n, 3, H, W), uint8: n panels, and one of the colours, from
-    blue for `low` to red for `high`. A frame whose map is NaN stays as it is, but hatched."""
-    from matplotlib import cm, colors
-    maps = np.ma.masked_invalid(maps.float().cpu().numpy())
-    colours = cm.ScalarMappable(colors.Normalize(low, high), "coolwarm")
-    colours.norm.autoscale_None(maps)
-    cells = torch.from_numpy(colours.cmap(colours.norm(maps), bytes=True)).permute(0, 3, 1, 2)
-    cells = F.interpolate(cells[:, :3].float(), frames.shape[2:])  # the nearest
-    mixed = (0.6 * cells + 0.4 * frames.cpu().float().mean(1, keepdim=True)).byte()
-    panels = [photo(frame, hatch="//", color="white") if m.mask.all() else photo(image)
-              for frame, m, image in zip(frames, maps, mixed)]
+def overlays(frames, maps, heads=None, limits=()):
+    """A row: maps (h, w), of any sizes, from blue to red over grey frames (3, H, W), uint8, and the
+    scale. A cell that is NaN is black; a frame without a map, None, is as it was, but hatched."""
+    def panels(low, high):
+        from matplotlib import cm, colors
+        colours, drawn = cm.ScalarMappable(colors.Normalize(low, high), "jet"), []
+        for frame, m, head in zip(frames.cpu(), maps, heads or [""] * len(maps)):
+            if m is not None:
+                cells = torch.from_numpy(colours.to_rgba(m.float().cpu().numpy())[..., :3])
+                cells = F.interpolate(cells.permute(2, 0, 1)[None], frame.shape[1:])[0]  # nearest
+                frame = (127 * cells + 0.5 * frame.float().mean(0)).byte()
+            drawn.append(photo(frame, head, color="white", hatch="//" * (m is None)))
 
-    def scale(ax):
-        ax.set_box_aspect(12)
-        ax.figure.colorbar(colours, ax, format="%.3g")
-    return [*panels, scale]
+        def scale(ax):
+            ax.set_box_aspect(12)
+            ax.figure.colorbar(colours, ax, format="%.3g")
+        return [*drawn, scale]
+    return [m for m in maps if m is not None], limits, panels
 
 
-def bars(values, names=None, line=False):
-    """A panel: numbers as bars or as a line, with their names or 1, 2, 3 and so on below."""
+def bars(charts, heads):
+    """A row: charts of numbers as bars 1, 2, 3 and so on, on one axis."""
+    def panel(ax, k, low, high):
+        ax.bar(range(1, len(charts[k]) + 1), charts[k].tolist())
+        ax.locator_params("x", integer=True, nbins=4, min_n_ticks=1)
+        ax.set(box_aspect=1.2, ylim=(min(low, 0), 1.05 * max(high, 0)))
+        ax.set_title(heads[k], size=9, pad=3)
+        ax.tick_params(labelright=k == len(charts) - 1)
+
+    def panels(*limits):
+        return [lambda ax, k=k: panel(ax, k, *limits) for k in range(len(charts))]
+    return charts, (), panels
+
+
+def compare(pictures):
+    """Rows for a sheet from pictures of networks, [(name, title, {label: row})]: those of a label
+    beneath each other, with one range of all their numbers. It is at least 5 % of their mean size,
+    as less is noise; a row whose own numbers span less than 1 % of it is not drawn, but said."""
+    drawn = []
+    for label in dict.fromkeys(label for *_, rows in pictures[::-1] for label in rows):
+        same = [(name, *rows[label]) for name, _, rows in pictures if label in rows]
+        numbers = [torch.cat([m.float().cpu().flatten() for m in row[1]]) for row in same]
+        numbers = [x[x.isfinite()] for x in numbers]
+        every = torch.cat([*numbers, torch.tensor(same[0][2], dtype=torch.float32)])
+        low, high = every.aminmax()
+        more = max(0.05 * every.abs().mean() - (high - low), 0) / 2
+        for (name, _, _, panels), x in zip(same, numbers):
+            says = f"{name}: {label}" if len(pictures) > 1 else label
+            if x.max() - x.min() > 0.01 * x.abs().mean():
+                drawn.append((says, panels(float(low - more), float(high + more))))
+            else:
+                drawn.append((f"Not drawn, as it is {x.mean():.3g} everywhere: {says}", []))
+    return drawn
+
+
+def curves(lines, last, under):
+    """A panel: lines, {name: {whole number: value}}, from 1 to the last, and what is below."""
     def panel(ax):
-        places = range(1, len(values) + 1)
-        draw = ax.plot if line else ax.bar
-        draw(places, [float(value) for value in values])
+        for name, points in lines.items():
+            ax.plot(points.keys(), points.values(), "o-", ms=4, label=name)
         ax.locator_params("x", integer=True)
-        if names:
-            ax.set_xticks(places, names)
-        ax.set_box_aspect(0.4)
+        ax.set(box_aspect=0.5, xlabel=under, xlim=(0.5, last + 0.5))
+        ax.legend()
     return panel
 
 
-def sheet(title, rows, path, height=1.2):
-    """Draws rows of (label, panels of this height in inches) below a title, as a PNG file."""
+def sheet(title, rows, path, height=1.3):
+    """Draws rows of (label, panels of this height in inches) below a title, into a file."""
     from matplotlib.figure import Figure
     figure = Figure((1, 1))  # one inch: positions are inches, and the picture grows beyond it
     figure.text(0, 0.2, textwrap.fill(title, 56, break_on_hyphens=False), size="large")
-    for n, (label, panels) in enumerate(rows):
-        top = -n * (height + 0.25)
-        figure.text(0, top, textwrap.fill(label, 28), va="top")
-        x = 2.3
+    top = 0.0
+    for label, panels in rows:
+        x, axes = 1.8, []
         for panel in panels:
             ax = figure.add_axes((x, top - height, 9, height), anchor="W")
             ax.yaxis.tick_right()
             panel(ax)
+            axes.append(ax)
             x = ax.get_tightbbox().x1 / figure.dpi + 0.1
+        rise = max([ax.get_tightbbox().y1 / figure.dpi - top for ax in axes], default=0)
+        for ax in axes:  # their heads stand above them
+            ax.set_position(ax.get_position(True).translated(0, -rise))
+        text = figure.text(0, top - rise, textwrap.fill(label, 21 if panels else 70), va="top")
+        top = min(part.get_tightbbox().y0 for part in (text, *axes)) / figure.dpi - 0.1
     with replacing(path) as file:
-        figure.savefig(file, format="png", bbox_inches="tight")
+        figure.savefig(file, format=path.suffix[1:], bbox_inches="tight")
     print(f"wrote {path}", flush=True)
 
 
-def figures(run, model, dataset, split, metric, picture):
-    """--figure: of some queries the script's `picture` and the ranked list, then three charts."""
-    args, folder, size = run.args, Path(run.args.figure), run.size
+def figures(run, model, dataset, split, metric, picture, load):
+    """--figure: of some queries the script's `picture`, and the training's curves; then, with the
+    features of the test, the ranked lists and two charts."""
+    args, size, history = run.args, run.size, run.history
+    q_pids, q_cams, g_pids, g_cams = ids = dataset.ids()
+    nowhere = [np.zeros(len(g_pids))] * len(q_pids)
+    matched = [i for i, ranks in enumerate(match_ranks(nowhere, *ids)) if len(ranks)]
+    queries = {i: f"query-{i + 1}-person-{q_pids[i]}-camera-{q_cams[i]}" for i in
+               matched[::len(matched) // args.figure_tracklets or 1][:args.figure_tracklets]}
+
+    def draw(title, rows, name, height=1.3):
+        sheet(title, rows, Path(args.figure, f"{name}.{args.figure_format}"), height)
+
+    models = [(args.variant, model)]
+    if args.beside:
+        other = load(args.beside).to(run.device)
+        own = other.args
+        if (own.height, own.width) != size or own.frames not in (1, args.frames):
+            raise UserError(f"--beside {args.beside}: is for {own.frames} frames of {own.height}x"
+                            f"{own.width}, not for {args.frames} of {args.height}x{args.width}")
+        models.insert(0, (own.variant, other))
+    for i, name in queries.items() if not rank() else ():
+        query = dataset.query[i]
+        clip = split(len(query.frames), args.frames)[0]
+        frames = read_clip([query.frames[k] for k in clip], size)
+        clips = normalize(frames[None].to(run.device))
+        pictures = [(variant, *picture(network, clips, frames)) for variant, network in models]
+        panels = [photo(frame, f"frame {n}") for n, frame in enumerate(frames, 1)]
+        rows = [(f"person {query.pid}, camera {query.cam}", panels), *compare(pictures)]
+        both = " and ".join(variant for variant, *_ in pictures)
+        draw(f"{pictures[-1][1]}; {both} on {args.data}", rows, name)
+    if len(history) > 1 and not rank():
+        lines = {key: {row["epoch"]: row[key] for row in history if row[key] != ""}
+                 for key in history[0] if key not in ("epoch", "lr")}
+        tested = {key: lines.pop(key) for key in ("mAP", "rank-1")}
+        charts = (("loss, the sum of its weighted parts", lines),
+                  ("mAP and rank-1 in %, where measured", tested))
+        rows = [(label, [curves(chart, len(history), "epoch")]) for label, chart in charts
+                if any(chart.values())]
+        draw(f"Training of {args.variant} on {args.data}", rows, "training", 1.9)
+
     q, g = test_features(model, dataset, split, args.frames, size, **run.extraction)
     if rank():
         return
-    q_pids, q_cams, g_pids, g_cams = ids = dataset.ids()
     d = rerank(q, g, metric) if args.rerank else \
         next(distance_blocks(q, g, metric, len(q)))[1].numpy(force=True)
-    state = f"{args.variant} on {args.data}, epoch {len(run.history)}" + ", re-ranked" * args.rerank
+    state = f"{args.variant} on {args.data}, epoch {len(history)}" + ", re-ranked" * args.rerank
 
     def strip(label, tracklet, colour):
         places = np.linspace(0, len(tracklet.frames) - 1, 6).astype(int)
@@ -1063,41 +1158,39 @@ def figures(run, model, dataset, split, metric, picture):
         who = f"person {tracklet.pid}" if tracklet.pid else "distractor"
         return f"{label}: {who}, camera {tracklet.cam}", [panel]
 
-    matched = [i for i, ranks in enumerate(match_ranks(d, *ids)) if len(ranks)]
-    for i in matched[::len(matched) // args.figure_tracklets or 1][:args.figure_tracklets]:
-        query = dataset.query[i]
-        name = f"query-{i + 1}-person-{query.pid}-camera-{query.cam}"
-        clip = split(len(query.frames), args.frames)[0]
-        frames = read_clip([query.frames[k] for k in clip], size)
-        title, rows = picture(model, normalize(frames[None].to(run.device)), frames)
-        rows = [(f"person {query.pid}, camera {query.cam}", [*map(photo, frames)]), *rows]
-        sheet(f"{title}; {state}", rows, folder / f"{name}.png")
-
-        rows = [strip("query", query, "black")]
+    for i, name in queries.items():
+        rows = [strip("query", dataset.query[i], "black")]
         ranking = [j for j in np.argsort(d[i], kind="stable")  # as that of match_ranks
-                   if (g_pids[j], g_cams[j]) != (query.pid, query.cam)]
-        for place, j in enumerate(ranking[:8], 1):
-            verdict, colour = ("right", "green") if g_pids[j] == query.pid else ("wrong", "red")
-            label = f"{place}. {verdict}, distance {d[i, j]:.3f}"
-            rows.append(strip(label, dataset.gallery[j], colour))
-        sheet(f"Ranked list; {state}", rows, folder / f"{name}-ranked.png")
+                   if (g_pids[j], g_cams[j]) != (q_pids[i], q_cams[i])]
+        right = [g_pids[j] == q_pids[i] for j in ranking]
+        for k in sorted({*range(min(8, len(right))), right.index(True)}):
+            verdict, colour = ("right", "green") if right[k] else ("wrong", "red")
+            verdict += ", the first" * (k > 7)
+            label = f"{k + 1}. {verdict}, distance {d[i, ranking[k]]:.3f}"
+            rows.append(strip(label, dataset.gallery[ranking[k]], colour))
+        draw(f"Ranked list; {state}", rows, f"{name}-ranked", 1)
 
     cmc, mean_ap, _ = cmc_map(d, *ids)
-    label = f"% of queries matched up to a rank: rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
-    sheet(f"CMC; {state}", [(label, [bars(100 * cmc, line=True)])], folder / "cmc.png", height=3)
-    if len(run.history) > 1:
-        parts = [key for key in run.history[0] if key not in ("epoch", "lr", "mAP", "rank-1")]
-        rows = [(key, [bars([row[key] for row in run.history], line=True)]) for key in parts]
-        sheet(f"Training of {args.variant} on {args.data}, by epoch", rows, folder / "training.png")
+    says = f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
+    chart = curves({says: dict(enumerate(100 * cmc, 1))}, len(cmc), "rank")
+    draw(f"CMC; {state}", [("% of queries matched up to a rank", [chart])], "cmc", 1.9)
 
     def pca(ax):
-        x = torch.cat([q, g]).float().cpu()
+        people, markers, shown = [*np.unique(q_pids)[:10]], "os^Dv<>PXphd*H8", {}
+        for part, x, edge in (dataset.gallery, g, "none"), (dataset.query, q, "black"):
+            shown.update({t.frames[0]: (t, v, edge) for t, v in zip(part, x.float().cpu())
+                          if t.pid in people})  # once: queries are in the gallery, too
+        x = torch.stack([v for _, v, _ in shown.values()])
         x = F.normalize(x) if metric == "cosine" else x
-        x = (x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T).numpy()
-        for k, pid in enumerate(np.unique(q_pids)[:10]):
-            ax.plot(*x[:len(q)][q_pids == pid].T, f"C{k}o", fillstyle="none", ms=15, label=pid)
-            for point, cam in zip(x[len(q):][g_pids == pid], g_cams[g_pids == pid]):
-                ax.plot(*point, color=f"C{k}", marker=f"${cam}$", ms=7)
-        ax.set(box_aspect=0.8, xticks=[], yticks=[])
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="person")
-    sheet(f"PCA; {state}", [("cameras; ring: query", [pca])], folder / "pca.png", height=4)
+        x = x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
+        for (t, _, edge), place in zip(shown.values(), x.tolist()):
+            ax.plot(*place, markers[t.cam % 15], color=f"C{people.index(t.pid)}",
+                    markeredgecolor=edge, ms=9)
+        for k, pid in enumerate(people):
+            ax.plot([], [], "s", color=f"C{k}", label=f"person {pid}")
+        for cam in sorted({t.cam for t, *_ in shown.values()}):
+            ax.plot([], [], markers[cam % 15], color="grey", label=f"camera {cam}")
+        ax.plot([], [], "o", color="none", markeredgecolor="black", label="query")
+        ax.set(box_aspect=1, xticks=[], yticks=[])
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    draw(f"PCA; {state}", [("tracklets of ten people of the test", [pca])], "pca", 2.9)

@@ -63,8 +63,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, bars, command_line, energy, figures, gather, load_part, overlays,
-                    part_of, run_script, watch)
+from common import (Row, Run, bars, command_line, energy, figures, gather, load_network,
+                    load_part, overlays, part_of, run_script, watch)
 from data import TrackletSampler, load_dataset, normalize, sample_adjacent, split_whole
 
 
@@ -479,14 +479,15 @@ COUNTING = {"base": "2d", "without": ("neck", "classifier")}
 
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
-    if args.join and not (args.evaluate and len(args.join) == 2 and args.stream == "two"):
+    join = () if args.resume else args.join
+    if join and not (args.evaluate and len(join) == 2 and args.stream == "two"):
         raise ValueError("--join takes two checkpoints, with --evaluate or --figure, --stream two")
-    new = not (args.resume or args.join)
+    new = not (args.resume or join)
     init_2d = load_part(args.init_2d, "streams.spatial.net.") if args.init_2d and new else None
     model = TwoStreamM3D(num_classes, args.frames, args.stream, args.layer, args.ral, args.per_tap,
                          args.pool, args.weights if new else "none", init_2d, args.everywhere,
                          args.reduction, args.p3d_a_linear)
-    for path, stream in zip(args.join, ("spatial", "temporal")):
+    for path, stream in zip(join, ("spatial", "temporal")):
         load_part(path, f"streams.{stream}.", model.streams[stream])
         load_part(path, f"neck.{stream}.", model.neck[stream])
     return model
@@ -508,7 +509,7 @@ def train(args):  # same in every script
         model = build(args, run.num_classes(dataset))
     model = run.prepare(model)                          # device, channels_last, weights of --resume
     if args.figure:
-        return figures(run, model, dataset, SPLIT, METRIC, picture)
+        return figures(run, model, dataset, SPLIT, METRIC, picture, load)
     if args.evaluate:
         return run.test(model, dataset, SPLIT, METRIC)
     optimizer = make_optimizer(model, args)
@@ -547,6 +548,11 @@ def train_in_stages(args):
     return train(part_of(args, ROWS, "both", evaluate=True, join=files))
 
 
+def load(file):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
+    return load_network(file, build, RECIPE, ROWS, __file__)
+
+
 def main():  # same in every script
     run_script(train_in_stages, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
 
@@ -554,30 +560,34 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Fig. 4 and 5: the last map, the masks of the RALs before their product,
-    and how much each temporal kernel of each stage's first M3D layer adds."""
+    """For --figure, after Fig. 4 and 5: the last map, what the temporal kernels add, the masks of
+    the RALs before their product."""
     stream = model.streams["temporal" if "temporal" in model.streams else "spatial"]
-    net, rals = stream.net, stream.ral.values()
+    net, rals = stream.net, [*stream.ral.values()]
     firsts = [stage[0].conv2 for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
     m3ds = [layer for layer in firsts if isinstance(layer, M3DLayer) and len(layer.temporal)]
     watched = [net.layer4, *(branch for ral in rals for branch in ral.branches.values()),
                *(conv for layer in m3ds for conv in (layer.spatial, *layer.temporal))]
-    seen = {module: call[0][1] for module, call in zip(watched, watch(model, clips, *watched))}
-    masks = {kind: [seen[ral.branches[kind]][0].float().cpu() for ral in rals
-                    if kind in ral.branches] for kind in "sct"}
-    charts = []
-    for layer in m3ds:
-        s, *t = [seen[m].float().square().mean().sqrt() for m in (layer.spatial, *layer.temporal)]
-        charts.append(bars([value / s for value in t], [f"i = {i + 1}" for i in range(len(t))]))
-    rows = [
-        ("last map: root mean square of the channels", overlays(frames, energy(seen[net.layer4]))),
-        ("S of the RALs behind stages 1, 2, 3, on the first frame",
-         [panel for s in masks["s"] for panel in overlays(frames[:1], s)]),
-        ("T: one number a frame", [bars(t) for t in masks["t"]]),
-        ("C: one number a channel, sorted", [bars(c.sort().values, line=True) for c in masks["c"]]),
-        ("temporal kernels of the M3D layers of stages 1 to 4: energy over that of S", charts)]
-    return ("M3D: where the stream looks, what its attention weighs and how far in time it sees",
-            [(label, panels) for label, panels in rows if panels])
+    seen = {module: call[0][1] for module, call in zip(watched, watch(stream, clips, *watched))}
+    masks = {kind: [seen[ral.branches[kind]][0].float() for ral in rals if kind in ral.branches]
+             for kind in "sct"}
+    stages = [f"stage {n}" for n in range(1, 5)]
+    rows = {"last map, over its mean": overlays(frames, energy(seen[net.layer4]))}
+    if m3ds:
+        rows["what the temporal kernels of stage 1 add, over its mean"] = overlays(
+            frames, energy(sum(seen[conv] for conv in m3ds[0].temporal)))
+        rows["temporal kernels, by dilation: norm over that of S"] = bars(
+            [torch.stack([seen[conv].float().norm() for conv in layer.temporal])
+             / seen[layer.spatial].float().norm() for layer in m3ds], stages)
+    if masks["s"]:
+        rows["S of the RALs, on the first frame"] = overlays(
+            frames[:1].expand(3, -1, -1, -1), [s[0] for s in masks["s"]], stages)
+    if masks["t"]:
+        rows["T of the RALs, by frame"] = bars(masks["t"], stages)
+    if masks["c"]:
+        rows["C of the RALs, of the channels, sorted"] = bars(
+            [c.sort().values for c in masks["c"]], stages)
+    return "M3D: where the stream looks", rows
 
 
 if __name__ == "__main__":  # same in every script

@@ -59,8 +59,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather, overlays,
-                    run_script, watch)
+from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather,
+                    load_network, overlays, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_segments, split_segments
 
 
@@ -513,7 +513,7 @@ def train(args):  # same in every script
         model = build(args, run.num_classes(dataset))
     model = run.prepare(model)                          # device, channels_last, weights of --resume
     if args.figure:
-        return figures(run, model, dataset, SPLIT, METRIC, picture)
+        return figures(run, model, dataset, SPLIT, METRIC, picture, load)
     if args.evaluate:
         return run.test(model, dataset, SPLIT, METRIC)
     optimizer = make_optimizer(model, args)
@@ -538,6 +538,11 @@ def train(args):  # same in every script
     return run.finish()
 
 
+def load(file):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
+    return load_network(file, build, RECIPE, ROWS, __file__)
+
+
 def main():  # same in every script
     run_script(train, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
 
@@ -545,16 +550,15 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Figures 1 and 6: the last map, and S of each SBM, which the former frames
-    have none of."""
+    """For --figure, after Figures 1 and 6: the last map, and what S of each SBM takes away, nothing
+    in the former frames."""
     sbms = [m for m in model.modules() if isinstance(m, SalientToBroadModule)]
     (last,), *calls = watch(model, clips, model.layer4[-1], *(sbm.so for sbm in sbms))
-    rows = [("last map: root mean square of the channels", overlays(frames, energy(last[1])))]
-    for sbm, ((_, s),) in zip(sbms, calls):
-        s = F.pad(s[0, :, 0].float(), (0, 0, 0, 0, sbm.split, 0), value=math.nan)
-        rows.append((f"S of the SBM with s = {sbm.split}: blue is damped, red (1) is kept",
-                     overlays(frames, s, 0, 1)))
-    return "SINet: where the frames look, and what the SBMs damp in the later ones", rows
+    rows = {"last map, over its mean": overlays(frames, energy(last[1]))}
+    for n, (sbm, ((_, s),)) in enumerate(zip(sbms, calls), 1):
+        maps = [None] * sbm.split + [*1 - s[0, :, 0]]
+        rows[f"damped by SBM {n}, s = {sbm.split}: 1 - S"] = overlays(frames, maps, limits=(0, 1))
+    return "SINet: where the frames look", rows
 
 
 if __name__ == "__main__":  # same in every script

@@ -56,8 +56,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather, overlays,
-                    run_script, watch)
+from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather,
+                    load_network, overlays, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -488,7 +488,7 @@ def train(args):  # same in every script
         model = build(args, run.num_classes(dataset))
     model = run.prepare(model)                          # device, channels_last, weights of --resume
     if args.figure:
-        return figures(run, model, dataset, SPLIT, METRIC, picture)
+        return figures(run, model, dataset, SPLIT, METRIC, picture, load)
     if args.evaluate:
         return run.test(model, dataset, SPLIT, METRIC)
     optimizer = make_optimizer(model, args)
@@ -513,6 +513,11 @@ def train(args):  # same in every script
     return run.finish()
 
 
+def load(file):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
+    return load_network(file, build, RECIPE, ROWS, __file__)
+
+
 def main():  # same in every script
     run_script(train, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
 
@@ -520,27 +525,23 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Figure 5: the last map, the maps before and behind each unit, and of each
-    of its masks the weights for the middle position."""
+    """For --figure, after Figure 5: the last map, and of the first unit of each stage the weights
+    of each of its masks for the middle position."""
     (last,), = watch(model, clips, model.layer4)
-    rows = [("last map: root mean square of the channels", overlays(frames, energy(last[1])))]
-    for place, unit in model.named_modules():
-        if not isinstance(unit, (STRF, NonLocalBlock)):
-            continue
-        masks = [m for m in unit.modules() if isinstance(m, (FactorizedAttentionMask, SelfProduct))]
-        (call,), *calls = watch(model, clips, unit, *masks)
-        (x,), y = call
-        rows.append((f"{place[:8]}: before the unit, behind it",
-                     overlays(frames, energy(x[0])) + overlays(frames, energy(y[0]))))
-        H, W = x.shape[3:]
-        panels = []
-        for ((_, m),) in calls:
-            panels += overlays(frames[:1], m[0, :, H // 2 * W + W // 2].view(1, H, W))
-        windows = ", ".join(str(getattr(mask, "window", "without FAM")) for mask in masks)
-        if panels:
-            rows.append((f"{place[:8]}: weights for the middle position, pooled over (t, h, w) = "
-                         f"{windows}", panels))
-    return "STRF: maps before and behind each unit, and the masks of its factors", rows
+    rows = {"last map, over its mean": overlays(frames, energy(last[1]))}
+    for n, stage in enumerate((model.layer1, model.layer2, model.layer3, model.layer4), 1):
+        unit = next((m for m in stage.modules() if isinstance(m, STRF)), None)
+        masks = [(d, m) for d, ffm in unit.ffm.items() for m in ffm.masks] if unit else []
+        weights = []
+        for ((x,), m), in watch(model, clips, *(mask for _, mask in masks)):
+            H, W = x.shape[3:]
+            weights.append(m[0, :, H // 2 * W + W // 2].clone().view(H, W))
+            weights[-1][H // 2, W // 2] = torch.nan     # black
+        if masks:
+            heads = [f"{d} r={max(getattr(mask, 'window', (1,)))}" for d, mask in masks]
+            rows[f"stage {n}: weights of the positions like the middle one, black"] = overlays(
+                frames[:1].expand(len(masks), -1, -1, -1), weights, heads)
+    return "STRF: where the frames look, and which positions the units mix", rows
 
 
 if __name__ == "__main__":  # same in every script

@@ -65,8 +65,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather, overlays,
-                    run_script, watch)
+from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather,
+                    load_network, overlays, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -523,7 +523,7 @@ def train(args):  # same in every script
         model = build(args, run.num_classes(dataset))
     model = run.prepare(model)                          # device, channels_last, weights of --resume
     if args.figure:
-        return figures(run, model, dataset, SPLIT, METRIC, picture)
+        return figures(run, model, dataset, SPLIT, METRIC, picture, load)
     if args.evaluate:
         return run.test(model, dataset, SPLIT, METRIC)
     optimizer = make_optimizer(model, args)
@@ -548,6 +548,11 @@ def train(args):  # same in every script
     return run.finish()
 
 
+def load(file):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
+    return load_network(file, build, RECIPE, ROWS, __file__)
+
+
 def main():  # same in every script
     run_script(train, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
 
@@ -555,30 +560,30 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Figures 2, 3 (b) and 5: A of each TSB for the first frame, then of each
-    frame R, the erased block and its learner's map. The first learner has no R."""
-    tse, rows = model.tse, []
+    """For --figure, after Figures 5, 2 and 3 (b): of each frame its learner's map, R and the erased
+    block, which the first learner has none of, and A of each TSB for the first frame."""
+    tse, N = model.tse, len(model.tse.learners)
+
+    def by_frame(maps):                                 # of the learners, (segments, h, w) each
+        return [m for segment in zip(*maps) for m in segment]
+    seen = by_frame([maps for (_, maps), in watch(model, clips, *tse.learners)])
+    heads = [f"learner {n % N + 1}" for n in range(len(seen))]
+    rows = {"map of its learner, over the mean": overlays(frames, energy(torch.stack(seen)), heads)}
+    if tse.seo:
+        correlations, masks = watch(model, clips, tse.seo.correlation, tse.seo.binarization)
+        none = [None] * (len(seen) // N)
+        rows["R: like what the former learners saw"] = overlays(
+            frames, by_frame([none, *(r.mean(1) for _, r in correlations[1:])]))
+        rows["erased, as B is 0"] = overlays(
+            frames, by_frame([none, *(1 - b.prod(1) for _, b in masks[1:])]))
     for stage, tsb in model.after.items():
         if isinstance(tsb, TemporalSaliencyBoosting):
             (((x,), _),), = watch(model, clips, tsb)
             a = probability_map(x.mean((3, 4)), x.movedim(2, 4).flatten(1, 3), tsb.tau)
-            a = a[0, 0].float().view(len(frames), *x.shape[3:])
-            a[0] = math.nan                             # the query is not in its own memory
-            rows.append((f"A behind {stage}: where the others match the first frame, the query",
-                         overlays(frames, a)))
-
-    def by_frame(maps, *limits):                        # those of N learners, (segments, h, w) each
-        maps = torch.stack(maps, 1).flatten(0, 1)
-        return overlays(frames.expand(len(maps), -1, -1, -1), maps, *limits)
-    if tse.seo:
-        correlations, masks = watch(model, clips, tse.seo.correlation, tse.seo.binarization)
-        r = [maps.mean(1) for _, maps in correlations]  # NaN for the first learner: of no maps
-        erased = [r[0], *(1 - maps.prod(1) for _, maps in masks[1:])]
-        rows.append(("R: correlation with what the former learners saw", by_frame(r)))
-        rows.append(("erased: the block that B sets to 0", by_frame(erased, 0, 1)))
-    seen = [energy(maps) for (_, maps), in watch(model, clips, *tse.learners)]
-    rows.append(("the learners' maps: root mean square of the channels", by_frame(seen)))
-    return f"TCLNet: {len(tse.learners)} learners take turns on the frames", rows
+            a = a[0, 0].view(x.shape[1], *x.shape[3:])
+            rows[f"A of the TSB behind {stage}: like the first frame, the query"] = overlays(
+                frames, [None, *a[1:]])                 # the query is not in its own memory
+    return "TCLNet: what the learners see", rows
 
 
 if __name__ == "__main__":  # same in every script
