@@ -58,17 +58,18 @@ def test_what_is_compared_with_the_papers_is_counted():
     """The sentence of the first page against the tables of --complexity."""
     rows = tables("variant", "clip", "parameters", "GFLOPs a clip", "a frame",
                   "printed in the paper", "ours, counted so", "equal")
-    assert len(rows) == sum(len(importlib.import_module(name).ROWS) for name in SCRIPTS)
-    printed = [cells[7].split(", ") for cells in rows if cells[5]]
+    every = [row for name in SCRIPTS for row in importlib.import_module(name).ROWS.items()]
+    assert sorted(cells[0] for cells in rows) == sorted(name for name, _ in every)
+    same = {name for name, row in every if row.same}  # their figures are those of another row
+    printed = [cells[7].split(", ") for cells in rows if cells[5] and cells[0] not in same]
     off = [abs(float(met.split()[0])) for row in printed for met in row if met != "yes"]
     figures = sum(map(len, printed))
     near, middle = (sum(low <= d < high for d in off) for low, high in ((0, 1), (1, 19)))
     far = [d for d in off if d >= 19]
     sentence = (
-        f"which print {figures} of them for {len(printed)} of the rows: "
-        f"{figures - len(off)} figures agree as rounded, {near} more are within 1 %, {middle} "
-        f"within 19 %, and {len(far)} are off by {min(far):.0f} % or more. In "
-        f"{sum({*row} == {'yes'} for row in printed)} rows all figures agree."
+        f"of {figures} printed figures in {len(printed)} rows, {figures - len(off)} agree as "
+        f"rounded, {near} more are within 1 %, {middle} within 19 %, and {len(far)} are off by "
+        f"{min(far):.0f} % or more."
     )
     assert sentence in " ".join(README.split())
 
@@ -76,9 +77,8 @@ def test_what_is_compared_with_the_papers_is_counted():
 def test_the_two_numbers_of_parameters_are_explained():
     """What the text says makes the difference between them does."""
     text = " ".join(README.split())
-    numbers = re.search(r"trains, ([\d,]+) parameters.*? prints ([\d,]+)\.", text).groups()
-    ran, counted = (int(number.replace(",", "")) for number in numbers)
-    assert f"sinet: {ran:,} parameters, 4.228 GFLOPs" in README
+    numbers = re.search(r"sinet: ([\d,]+) parameters, .* prints ([\d,]+) parameters instead", text)
+    ran, counted = (int(number.replace(",", "")) for number in numbers.groups())
 
     def network(small):
         settings = common.settings(sinet.RECIPE, sinet.ROWS, "sinet", small, weights="none")
@@ -167,7 +167,7 @@ def test_the_commands_run(monkeypatch, small_root, tmp_path):
                     flags[flags.index("DIR")] = "drawn"
                     flags += ["--identities", "2", "--test-identities", "1", "--frames", "1", "2"]
                 patch.setattr(sys, "argv", [script, *flags])
-                assert data._main() == 0
+                assert not data._main()
             elif script != "SCRIPT" and not {"--help", "--complexity"} & {*flags}:
                 ran += run_or_parse(importlib.import_module(script[:-3]), script, flags, patch)
     assert ran >= 12
@@ -219,7 +219,7 @@ def test_the_python_runs_as_printed(trained, small_root, monkeypatch, tmp_path):
     (tmp_path / "datasets").symlink_to(small_root)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/sinet-synthetic").symlink_to(trained[0])
-    embed, rank, _ = blocks()
+    embed, _, rank = blocks()
     assert len(embed.splitlines()) <= 8 and max(map(len, (embed + rank).splitlines())) <= 130
     space = {}
     exec(embed, space)
@@ -252,7 +252,7 @@ def test_a_module_runs_when_copied(name, takes, returns, along, use):
         named |= new
     assert named == {name, *along}
     space = {}
-    exec(blocks()[2], space)
+    exec(blocks()[1], space)
     kept = [node for one, node in nodes.items() if one in named]
     exec(compile(ast.Module(kept, []), script, "exec"), space)
     inputs = []
