@@ -395,7 +395,7 @@ def mutual_information_loss(frames, pids, temperature=0.07):
     negative = same & (index[:, None] != index)
     # -log(e^a / (e^a + sum e^b)) = log(1 + e^(log sum e^b - a))
     loss = F.softplus(s.masked_fill(~negative, -math.inf).logsumexp(1, keepdim=True) - s)
-    return loss[positive].sum() / positive.sum().clamp(min=1)
+    return loss.masked_fill(~positive, 0).sum() / positive.sum().clamp(min=1)
 
 
 def losses(outputs, pids, args):

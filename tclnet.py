@@ -270,7 +270,7 @@ class TemporalConv(nn.Module):
         super().__init__()
         self.frames = frames
         self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, 1, 1), padding=(1, 0, 0),
-                              bias=False)
+                              bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
         with torch.no_grad():
             self.conv.weight.zero_()[:, :, 1].copy_(conv.weight)
 
