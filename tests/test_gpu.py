@@ -287,7 +287,7 @@ def small_network(script):
     frames, height, width = SIZES[script.__name__]
     args = common.settings(
         script.RECIPE, script.ROWS, next(iter(script.ROWS)), small=True, weights="none",
-        frames=frames, height=height, width=width,
+        pool="avg", frames=frames, height=height, width=width,
     )
     torch.manual_seed(0)
     model = wake(script.build(args, 3))
@@ -321,26 +321,36 @@ def embeddings_and_gradients(script, model, args, clips, pids):
     return {name: x.double().cpu() for name, x in found.items()}
 
 
-def compare(script, to, tolerance):
-    """The network on the CPU, in float32, against its copy after `to`."""
+def compare(script, device, dtype):
+    """Embeddings, losses and gradients on a device against the CPU's, to 1e-3 of their length.
+
+    In float32 the gradient as a whole, to 1e-2: a rectifier close to zero may let pass what it held
+    back, so that single gradients of float32 and float64 differ by 2e-2 on one CPU, the whole by
+    6e-4."""
     model, args, clips, pids = small_network(script)
-    other = to(copy.deepcopy(model))
-    on = next(other.parameters())
+    model, clips = model.to(dtype), clips.to(dtype)
+    other = copy.deepcopy(model).to(device)
     ours = embeddings_and_gradients(script, model, args, clips, pids)
-    theirs = embeddings_and_gradients(script, other, args, clips.to(on), pids.to(on.device))
+    theirs = embeddings_and_gradients(script, other, args, clips.to(device), pids.to(device))
     assert ours.keys() == theirs.keys() and len(ours) > 100
-    norm = max(x.norm() for name, x in ours.items() if name.startswith("gradient"))
-    for name, x in ours.items():  # of a gradient that is next to nothing only rounding is left
-        scale = max(x.norm(), 1e-4 * norm) if name.startswith("gradient") else x.norm()
-        assert (theirs[name] - x).norm() <= tolerance * scale, name
+    gradients = [name for name in ours if name.startswith("gradient")]
+    norm = torch.cat([ours[name].flatten() for name in gradients]).norm()
+    off = torch.cat([(ours[name] - theirs[name]).flatten() for name in gradients]).norm()
+    assert off <= 1e-2 * norm
+    for name, x in ours.items():
+        if name not in gradients:
+            assert (theirs[name] - x).norm() <= 1e-3 * x.norm(), name
+        elif dtype == torch.float64:  # where a gradient is zero only rounding is left
+            assert (theirs[name] - x).norm() <= 1e-3 * max(x.norm(), 1e-6 * norm), name
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_embeddings_and_gradients_are_those_of_the_cpu(script, monkeypatch):
+def test_embeddings_and_gradients_are_those_of_the_cpu(script, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    compare(script, lambda model: model.to("cuda"), 1e-3)
+    compare(script, "cuda", dtype)
 
 
 @pytest.fixture
