@@ -161,7 +161,7 @@ class OnGpu(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        readers = ("__float__", "__int__", "__bool__", "__index__", "item", "tolist", "numpy", "cpu")
+        readers = ("__float__", "__int__", "__bool__", "__index__", "item", "tolist", "cpu")
         if function.__name__ in readers:
             cls.read.append(cls.step)
         return super().__torch_function__(function, types, args, kwargs or {})
