@@ -773,6 +773,7 @@ class Run:
         if args.workers is None:
             args.workers = min(8, (os.cpu_count() or 1) // world()) if self.cuda else 0
         torch.manual_seed(args.seed)
+        torch.backends.cudnn.benchmark = True  # sizes are fixed
         self.size, self.batch = (args.height, args.width), args.ids * args.clips
         self.extraction = dict(batch=self.batch, workers=args.workers, amp=args.amp)
         self.last, self.log_file = Path(args.output) / "last.pt", Path(args.output) / "log.csv"
@@ -888,22 +889,23 @@ class Run:
             raise UserError(f"{self.args.resume}: this training set has no step {self.steps}")
         sampler.set_epoch(epoch, self.steps)
         with tqdm(total=len(loader) * self.batch, desc=f"epoch {epoch}/{self.args.epochs}",
+                  bar_format="{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}",
                   unit=" clips", leave=False, disable=rank() > 0 or None) as bar:
             for batch in loader:
                 yield [part.to(self.device, non_blocking=True) for part in batch]
-                means = {name: total / self.steps for name, total in self.totals.items()}
-                bar.set_postfix(means, refresh=False)
                 bar.update(self.batch)
-                if stop_asked():
-                    break
+                if not self.cuda or self.steps % 10 == 0 or world() == 1 and _asked:
+                    bar.set_postfix(loss=self.means()["loss"])  # which waits for a GPU
+                    if stop_asked():  # as this does, with several processes
+                        break
         sampler.set_epoch(epoch)
         if self.steps == len(sampler):
-            row = {"epoch": epoch, "lr": self.states["optimizer"].param_groups[0]["lr"], **means}
+            row = {"lr": self.states["optimizer"].param_groups[0]["lr"], **self.means()}
             speed = (self.steps - first) * self.batch / (time.time() - start)
-            says = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch")
+            says = "  ".join(f"{k} {v:.3g}" for k, v in row.items())
             print(f"epoch {epoch}/{self.args.epochs}: {says}  ({time.time() - start:.0f} s, "
                   f"{speed:.3g} clips/s)", flush=True)
-            self.history.append({**row, "mAP": "", "rank-1": ""})
+            self.history.append({"epoch": epoch, **row, "mAP": "", "rank-1": ""})
             self.steps, self.totals = 0, {}
         asked = stop_asked()
         if asked or self.test_is_due(epoch) or epoch % self.args.checkpoint_every == 0:
@@ -916,15 +918,21 @@ class Run:
         (loss * world()).backward()
 
     def log(self, parts):
-        """Counts a step and adds up the parts of its loss; UserError when one is not finite."""
+        """Counts a step and adds up the parts of its loss, on the device: nothing waits for it."""
         self.steps += 1
-        values = {name: part.item() for name, part in parts.items()}
-        values = {"loss": sum(values.values()), **values}
-        if not math.isfinite(values["loss"]):
-            says = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        parts = {name: part.detach().double() for name, part in parts.items()}
+        for name, value in {"loss": sum(parts.values()), **parts}.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def means(self):
+        """Reads the sums of the present epoch's losses; UserError when the loss is not finite."""
+        self.totals = {name: float(total) for name, total in self.totals.items()}
+        means = {name: total / self.steps for name, total in self.totals.items()}
+        if not math.isfinite(means["loss"]):
+            says = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
             raise UserError(f"epoch {len(self.history) + 1}, step {self.steps}: the loss is not "
                             f"finite ({says}); last.pt, if any, is good; try a smaller --lr")
-        self.totals = {name: self.totals.get(name, 0.0) + value for name, value in values.items()}
+        return means
 
     def save(self):
         """Writes last.pt and log.csv; refuses weights that are not finite."""

@@ -134,8 +134,8 @@ class M3DLayer(nn.Module):
 
 def mean_over_frames(x):
     """(B, T, C, H, W) -> (B, C, H, W), added up in the order of the memory, channels last: much
-    faster than x.mean(1)."""
-    return x.movedim(2, 4).mean(1).movedim(3, 1)
+    faster than x.mean(1), as the gradient of a sum is than that of a mean."""
+    return x.movedim(2, 4).sum(1).movedim(3, 1) / x.shape[1]
 
 
 def attend(x, s_m, c_m, t_m):
@@ -146,10 +146,11 @@ def attend(x, s_m, c_m, t_m):
     """
     # M = sigmoid(S_m * C_m * T_m)                                                # Eq. 8
     # y = x / 2 + M * x                                                           # Eq. 7
-    # sigmoid(2 m) = (1 + tanh(m)) / 2, so that y = x + tanh(m) * x / 2 with m = S_m C_m T_m / 2
-    m = 0.5 * t_m * s_m * c_m
-    m = m.to(torch.promote_types(m.dtype, torch.float32))
-    return torch.addcmul(x, m.tanh().to(x.dtype).movedim(4, 2), x, value=0.5)
+    # S_m T_m, a column, times C_m, a row: also their gradients are matrix products
+    B, T, C, H, W = x.shape
+    column = (s_m * t_m).expand(B, T, H, W, 1).reshape(B, T * H * W, 1)
+    m = (column @ c_m.expand(B, 1, 1, 1, C).reshape(B, 1, C)).sigmoid_().to(x.dtype)
+    return x * (m.view(B, T, H, W, C).movedim(4, 2) + 0.5)
 
 
 class ResidualAttentionLayer(nn.Module):
@@ -183,10 +184,10 @@ class ResidualAttentionLayer(nn.Module):
 
     def forward(self, x):
         B, T, C, H, W = x.shape
-        s_m = c_m = t_m = 1.0
+        s_m = c_m = t_m = x.new_ones(())
         x_s = mean_over_frames(x)                                                 # Eq. 9
         if "t" in self.branches:
-            t_m = self.branches["t"](x.mean((2, 3, 4))).view(B, T, 1, 1, 1)
+            t_m = self.branches["t"](x.sum((2, 3, 4)) / (C * H * W)).view(B, T, 1, 1, 1)
         if "s" in self.branches:
             s_m = self.branches["s"](x_s).view(B, 1, H, W, 1)                     # Eq. 10
         if "c" in self.branches:

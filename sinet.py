@@ -78,12 +78,14 @@ class ChannelAttentionLayer(nn.Module):
         self.excite = nn.Linear(channels // reduction, channels, bias=False)
 
     def forward(self, x):
-        if min(x.shape[-2:]) < 3:
-            raise ValueError(f"CAL needs maps of at least 3x3, not {x.shape[-2]}x{x.shape[-1]}")
+        _, T, _, H, W = x.shape
+        if min(H, W) < 3:
+            raise ValueError(f"CAL needs maps of at least 3x3, not {H}x{W}")
         from_first = x - x[:, :1, :, :1, :1]               # all equal: 0 < 0, without rounding
         x_no_pad = from_first[..., 1:-1, 1:-1]
         w_ctr = from_first.mean((1, 3, 4)) < x_no_pad.mean((1, 3, 4))             # Eq. 1
-        w_se = self.excite(self.squeeze(x.mean((1, 3, 4))).relu()).sigmoid()
+        mean = x.sum((1, 3, 4)) / (T * H * W)           # its gradient is cheaper than a mean's
+        w_se = self.excite(self.squeeze(mean).relu()).sigmoid()
         return (w_ctr * w_se)[:, None, :, None, None] * x                         # Eq. 2
 
 
@@ -158,8 +160,9 @@ class CrossPropagationModule(nn.Module):
 
     def forward(self, x, y):
         former, later = x[:, :-y.shape[1]], x[:, -y.shape[1]:]
-        lost = (later - y).mean((3, 4), keepdim=True).sum(1, keepdim=True)  # sum of GAP(X - Y)
-        seen = former.mean((3, 4), keepdim=True).sum(1, keepdim=True)     # sum of GAP(X)
+        size = x.shape[3] * x.shape[4]
+        lost = (later - y).sum((1, 3, 4), keepdim=True) / size            # sum of GAP(X - Y)
+        seen = former.sum((1, 3, 4), keepdim=True) / size                 # sum of GAP(X)
         z_former = former + self.alpha * lost                                     # Eq. 5
         z_later = y + self.alpha * seen                                           # Eq. 6
         return torch.cat([z_former, z_later], 1)
@@ -395,7 +398,7 @@ def mutual_information_loss(frames, pids, temperature=0.07):
     negative = same & (index[:, None] != index)
     # -log(e^a / (e^a + sum e^b)) = log(1 + e^(log sum e^b - a))
     loss = F.softplus(s.masked_fill(~negative, -math.inf).logsumexp(1, keepdim=True) - s)
-    return loss[positive].sum() / positive.sum().clamp(min=1)
+    return loss.masked_fill(~positive, 0).sum() / positive.sum().clamp(min=1)
 
 
 def losses(outputs, pids, args):

@@ -226,7 +226,7 @@ class TemporalSaliencyBoosting(nn.Module):
         B, T, D, H, W = x.shape
         if T < 2:
             raise ValueError(f"TSB needs a frame and its memory: at least 2 frames, not {T}")
-        q = x.mean((3, 4))                                                # GAP
+        q = x.sum((3, 4)) / (H * W)                                       # GAP
         m = x.movedim(2, 4).flatten(1, 3)                                 # (B, T*H*W, D)
         o = probability_map(q, m, self.tau).to(x.dtype) @ m               # o = M^T A
         return self.bn(o.flatten(0, 1)).to(x.dtype).view(B, T, D, 1, 1) + x  # E = BN(o) + Q
@@ -270,7 +270,7 @@ class TemporalConv(nn.Module):
         super().__init__()
         self.frames = frames
         self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, 1, 1), padding=(1, 0, 0),
-                              bias=False)
+                              bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
         with torch.no_grad():
             self.conv.weight.zero_()[:, :, 1].copy_(conv.weight)
 

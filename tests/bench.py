@@ -2,6 +2,7 @@
 
 python tests/bench.py                        # all parts, CPU or the first GPU
 python tests/bench.py inference --clips 4    # a part, with 4 clips a batch
+python tests/bench.py --gpu 0 --clips 32 --workers 8 --kinds float32 tf32 bfloat16 compile
 """
 
 import argparse
@@ -38,14 +39,18 @@ CPU = torch.device("cpu")
 # times its time is wanted)
 COMPARED = [
     (bicnet_tks, "bicnet-tks", 8, "base-b", 0.60),
-    (sinet, "sinet", 4, None, 1.20),
-    (tclnet, "tclnet", 4, None, 1.20),
-    (m3d, "m3d", 8, None, 1.20),
+    (sinet, "sinet", 4, None, 1.15),
+    (tclnet, "tclnet", 4, None, 1.10),
+    (m3d, "m3d", 8, None, 1.15),
     (m3d, "m3d+ral", 8, None, 1.20),
-    (strf, "strf-p3dc", 8, None, 1.35),
+    (strf, "strf-p3dc", 8, None, 1.15),
     (strf, "strf-i3d", 8, None, None),
     (strf, "p3dc", 8, None, None),
 ]
+
+# kinds of arithmetic: float32 throughout, TF32 in convolutions and matrix products, bfloat16
+# autocast, and torch.compile with it
+KINDS = ("float32", "tf32", "bfloat16", "compile")
 
 
 # ------------------------------------------------------------------------- what the parts share
@@ -90,6 +95,11 @@ def ready(model, device):
 def make(script, row, frames, size, device):
     """The network of a row as its script makes it, on the device."""
     return ready(script.build(row_settings(script, row, frames, size), 625), device)
+
+
+def set_kind(args, kind):
+    args.kind, args.amp = kind, kind in ("bfloat16", "compile")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
 
 
 def autocast(device, enabled):
@@ -150,9 +160,9 @@ def compare_rows(args, title, work):
     """The table of COMPARED, where work(script, settings, model, clips, pids) gives a function to
     time; of the plain ResNet-50 script and settings are None."""
     size = (args.height, args.width)
-    kind = "bfloat16" if args.amp else "float32"
     print(
-        f"{title}, {args.clips} clips of {args.height}x{args.width} a batch, {kind}, {args.device}"
+        f"{title}, {args.clips} clips of {args.height}x{args.width} a batch, {args.kind},"
+        f" {args.device}"
     )
     print(
         f"  {'model / baseline':36} {'ms a clip':>10} {'ms a clip':>10} {'ratio':>7} {'wanted':>7}"
@@ -166,17 +176,21 @@ def compare_rows(args, title, work):
 
         def work_of(name):
             if name is None:
-                plain = ready(Plain(2 if script is m3d else 1), args.device)
-                return work(None, None, plain, clips, pids)
-            model = make(script, name, frames, size, args.device)
-            return work(script, row_settings(script, name, frames, size), model, clips, pids)
+                model = ready(Plain(2 if script is m3d else 1), args.device)
+                of = None, None
+            else:
+                model = make(script, name, frames, size, args.device)
+                of = script, row_settings(script, name, frames, size)
+            if args.kind == "compile":
+                model.compile()
+            return work(*of, model, clips, pids)
 
         ours, theirs = work_of(row), work_of(base)
         a, b, ratio, low, high = paired(ours, theirs, args.repeats, args.device)
         name = f"{script.__name__}.py {row} / {base or 'plain'}"
         print(
             f"  {name:36} {1e3 * a / args.clips:10.1f} {1e3 * b / args.clips:10.1f} {ratio:7.2f}"
-            f" {wanted or '':>7}   ({low:.2f} - {high:.2f})",
+            f" {wanted or '':>7}   ({low:.2f} - {high:.2f})  {args.clips / a:.3g} clips/s",
             flush=True,
         )
 
@@ -457,26 +471,76 @@ def extraction(args):
         clips = torch.randn(batch, T, 3, *size, device=args.device)
 
         def bare():
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast(args.device, args.amp):
                 for _ in range(batches):
                     model(clips)
 
         def whole():
-            common.extract(model, tracklets, sinet.SPLIT, T, size, batch, args.workers)
+            common.extract(model, tracklets, sinet.SPLIT, T, size, batch, args.workers, args.amp)
 
         print(
             f"extraction, {len(lengths)} tracklets of {lengths.min()} to {lengths.max()} frames,"
-            f" mean {lengths.mean():.0f}, {size[0]}x{size[1]}, {batch} clips of {T} a batch"
+            f" mean {lengths.mean():.0f}, {size[0]}x{size[1]}, {batch} clips of {T} a batch,"
+            f" {args.kind}"
         )
         a, b, ratio, low, high = paired(bare, whole, min(args.repeats, 3), args.device)
         print(
-            f"  {frames / b:.1f} frames/s, bare forward {frames / a:.1f}: ratio {ratio:.2f},"
-            f" wanted 0.92   ({low:.2f} - {high:.2f})"
+            f"  {frames / b:.1f} frames/s ({frames / T / b:.1f} clips/s), bare forward"
+            f" {frames / a:.1f}: ratio {ratio:.2f}, wanted 0.92   ({low:.2f} - {high:.2f})"
         )
         if args.device.type == "cpu":
             for longest in (64, 1024):
                 megabytes = alone(LONG_TRACKLET, paths[0], longest)
                 print(f"  peak memory with a tracklet of {longest} frames: {megabytes} MB")
+
+
+def waiting(args):
+    """Clips/s of training SINet from JPEG files, and the share of that time in which the device
+    waits for the loader: what is left beside the same steps on one batch that is there already."""
+    size = (args.height, args.width)
+    T, count = 4, 20 if args.device.type == "cuda" else 3
+    settings = row_settings(sinet, "sinet", T, size)
+    model = make(sinet, "sinet", T, size, args.device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def step(clips, pids):
+        with autocast(args.device, args.amp):
+            outputs = model(data.normalize(clips.to(args.device, non_blocking=True)))
+        parts = sinet.losses(outputs, pids.to(args.device, non_blocking=True), settings)
+        optimizer.zero_grad(set_to_none=True)
+        sum(parts.values()).backward()
+        optimizer.step()
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_jpegs(folder, 256)
+        tracklets = [data.Tracklet(tuple(paths[i : i + 32]), i // 64, 1) for i in range(0, 256, 32)]
+        clips = data.TrainClips(tracklets, sinet.SAMPLE, T, size)
+        items = [(i % 8, i) for i in range(count * args.clips)]
+        loader = torch.utils.data.DataLoader(
+            clips,
+            batch_sampler=[items[i : i + args.clips] for i in range(0, len(items), args.clips)],
+            num_workers=args.workers,
+            persistent_workers=args.workers > 0,
+            pin_memory=args.device.type == "cuda",
+        )
+        kept = [part.to(args.device) for part in next(iter(loader))]
+
+        def bare():
+            for _ in range(count):
+                step(*kept)
+
+        def whole():
+            for batch in loader:
+                step(*batch)
+
+        a, b, ratio, low, high = paired(bare, whole, min(args.repeats, 3), args.device)
+        print(
+            f"training sinet.py from JPEG files, {args.clips} clips of {T} frames of {size[0]}x"
+            f"{size[1]} a batch, {args.workers} workers, {args.kind}: {count * args.clips / b:.3g}"
+            f" clips/s, the loader makes the device wait {100 * max(0, 1 - ratio):.0f} % of the"
+            f" time   ({100 * (1 - high):.0f} - {100 * (1 - low):.0f})",
+            flush=True,
+        )
 
 
 # ----------------------------------------------------------------- growth, precision and start-up
@@ -583,7 +647,17 @@ def startup(args):
 
 PARTS = {
     part.__name__: part
-    for part in (inference, training, retrieval, loader, extraction, growth, precision, startup)
+    for part in (
+        inference,
+        training,
+        retrieval,
+        loader,
+        extraction,
+        waiting,
+        growth,
+        precision,
+        startup,
+    )
 }
 
 
@@ -607,11 +681,20 @@ def main():
     parser.add_argument("--width", type=int, default=128, help="of a frame (default 128)")
     parser.add_argument("--repeats", type=int, default=9, help="paired runs (default 9)")
     parser.add_argument("--tracklets", type=int, default=8, help="of the extraction (default 8)")
-    parser.add_argument("--workers", type=int, default=0, help="of the extraction (default 0)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="of extraction and waiting (default 0)"
+    )
     parser.add_argument(
         "--only", metavar="TEXT", help="rows of inference and training with this text"
     )
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        help="of arithmetic in inference, training, extraction and waiting (float32; on a GPU all:"
+        " float32, TF32, bfloat16 autocast, and torch.compile with that)",
+    )
+    parser.add_argument("--amp", action="store_true", help="the same as --kinds bfloat16")
     parser.add_argument(
         "--gpu", default="0" if torch.cuda.is_available() else "cpu", help="GPU, or cpu"
     )
@@ -619,8 +702,15 @@ def main():
     if unknown := set(args.parts) - PARTS.keys():
         parser.error(f"no part {', '.join(unknown)}")
     args.device = torch.device("cpu" if args.gpu == "cpu" else f"cuda:{args.gpu}")
+    torch.backends.cudnn.benchmark = True  # as common.Run
+    usual = KINDS if args.device.type == "cuda" else KINDS[:1]
+    kinds = args.kinds or (["bfloat16"] if args.amp else usual)
     for part in args.parts or PARTS:
-        PARTS[part](args)
+        several = part in ("inference", "training", "extraction", "waiting")
+        for kind in kinds if several else kinds[:1]:
+            if kind != "compile" or part in ("inference", "training"):
+                set_kind(args, kind)
+                PARTS[part](args)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def multiply_adds(model, T, height, width):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="SIGKILLs in test_runs.py")
+    parser.addoption("--all-rows", action="store_true", help="not the first of a script alone")
 
 
 @contextlib.contextmanager
