@@ -62,7 +62,7 @@ import torch.nn.functional as F
 import torchvision
 
 from common import (Row, Run, bars, batch_hard_triplet, command_line, energy, figures, gather,
-                    overlays, run_script, watch)
+                    load_network, overlays, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -508,6 +508,11 @@ def train(args):  # same in every script
             run.test(model, dataset, SPLIT, METRIC)
         scheduler.step()
     return run.finish()
+
+
+def load(file):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
+    return load_network(file, build, RECIPE, ROWS, __file__)
 
 
 def main():  # same in every script

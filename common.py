@@ -477,6 +477,18 @@ def restore(path, checkpoint, **objects):
             raise UserError(f"{path}: its {name} does not fit ({first_line(error)} ...)") from None
 
 
+def load_network(path, build, recipe, rows, script):
+    """A script's network of a checkpoint, in eval mode on the CPU; `.args` has its settings."""
+    checkpoint = load_checkpoint(path, Path(script).name, rows, {}, set(), training=False)
+    saved = checkpoint["args"]
+    row = settings(recipe, rows, saved["variant"], small=saved["data"] == "synthetic")
+    args = argparse.Namespace(**{**vars(row), **saved, "resume": str(path)})
+    model = build(args, checkpoint["num_classes"])
+    restore(path, checkpoint, model=model)
+    model.args = args
+    return model.eval()
+
+
 def save_rows(rows, path):
     """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
     if rows:

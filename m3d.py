@@ -63,8 +63,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, bars, command_line, energy, figures, gather, load_part, overlays,
-                    part_of, run_script, watch)
+from common import (Row, Run, bars, command_line, energy, figures, gather, load_network,
+                    load_part, overlays, part_of, run_script, watch)
 from data import TrackletSampler, load_dataset, normalize, sample_adjacent, split_whole
 
 
@@ -471,14 +471,15 @@ COUNTING = {"base": "2d", "without": ("neck", "classifier")}
 
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
-    if args.join and not (args.evaluate and len(args.join) == 2 and args.stream == "two"):
+    join = () if args.resume else args.join
+    if join and not (args.evaluate and len(join) == 2 and args.stream == "two"):
         raise ValueError("--join takes two checkpoints, with --evaluate or --figure, --stream two")
-    new = not (args.resume or args.join)
+    new = not (args.resume or join)
     init_2d = load_part(args.init_2d, "streams.spatial.net.") if args.init_2d and new else None
     model = TwoStreamM3D(num_classes, args.frames, args.stream, args.layer, args.ral, args.per_tap,
                          args.pool, args.weights if new else "none", init_2d, args.everywhere,
                          args.reduction, args.p3d_a_linear)
-    for path, stream in zip(args.join, ("spatial", "temporal")):
+    for path, stream in zip(join, ("spatial", "temporal")):
         load_part(path, f"streams.{stream}.", model.streams[stream])
         load_part(path, f"neck.{stream}.", model.neck[stream])
     return model
@@ -536,6 +537,11 @@ def train_in_stages(args):
     train(part_of(args, ROWS, "temporal", variant="m3d+ral", layer=args.layer, ral=args.ral,
                   init_2d=files[0]))
     return train(part_of(args, ROWS, "both", evaluate=True, join=files))
+
+
+def load(file):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
+    return load_network(file, build, RECIPE, ROWS, __file__)
 
 
 def main():  # same in every script

@@ -59,8 +59,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather, overlays,
-                    run_script, watch)
+from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather,
+                    load_network, overlays, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_segments, split_segments
 
 
@@ -531,6 +531,11 @@ def train(args):  # same in every script
             run.test(model, dataset, SPLIT, METRIC)
         scheduler.step()
     return run.finish()
+
+
+def load(file):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
+    return load_network(file, build, RECIPE, ROWS, __file__)
 
 
 def main():  # same in every script

@@ -18,7 +18,7 @@ from PIL import Image
 
 import common
 import sinet
-from conftest import ROOT, TINY, Colours
+from conftest import ROOT, TINY, Colours, read_log
 from data import UserError, load_dataset, normalize
 
 SCRIPTS = ["bicnet_tks", "m3d", "sinet", "strf", "tclnet"]
@@ -319,6 +319,53 @@ def test_figure_errors(monkeypatch, small_root, tmp_path, colours):
         small_run(monkeypatch, small_root, tmp_path / "file/f")
     with pytest.raises(UserError, match="none.pt: no such file"):
         small_run(monkeypatch, small_root, tmp_path / "f", "--resume", tmp_path / "none.pt")
+
+
+# --------------------------------------------------------------------------------- load(FILE)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_load(name, monkeypatch, tmp_path, one_backbone):
+    """The network of a file as it was, without any other file, and its settings."""
+    variant = "m3d+ral" if name == "m3d" else [*importlib.import_module(name).ROWS][0]
+    script, model = network(name, variant)
+    for p in [*model.parameters(), *model.buffers()]:
+        if p.is_floating_point():
+            p.data.uniform_(0.01, 0.02)
+    args = common.settings(script.RECIPE, script.ROWS, variant, small=True, frames=4, height=64)
+    saved = {**vars(args), "width": 64, "data": "synthetic", "root": "gone", "weights": "gone.pth"}
+    if name == "m3d":
+        saved |= {"init_2d": "gone.pt", "join": ["gone.pt", "gone.pt"]}
+    del saved["pool"]  # of a time when there was no such flag
+    file = {"script": f"{name}.py", "args": saved, "num_classes": 5, "history": [],
+            "model": model.state_dict()}
+    torch.save(file, tmp_path / "last.pt")
+    loaded = script.load(tmp_path / "last.pt")
+    assert not loaded.training and loaded.args.width == 64 and loaded.args.variant == variant
+    assert loaded.args.pool == args.pool and next(loaded.parameters()).device.type == "cpu"
+    clips = torch.randn(2, 4, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(clips), model(clips))
+    wrong = {"no.pt": "no such file", "other.pt": f"not a checkpoint of {name}.py",
+             "text.pt": "not a readable checkpoint", "short.pt": "its model does not fit"}
+    (tmp_path / "text.pt").write_text("text")
+    torch.save({**file, "script": "other.py"}, tmp_path / "other.pt")
+    few = {key: value for key, value in file["model"].items() if "classifier" in key}
+    torch.save({**file, "model": few}, tmp_path / "short.pt")
+    for path, says in wrong.items():
+        with pytest.raises(UserError, match=says):
+            script.load(tmp_path / path)
+
+
+def test_load_of_a_run(trained, small_root):
+    """The features are those of the run's own evaluation."""
+    model = sinet.load(trained[0] / "last.pt")
+    dataset = load_dataset("synthetic", small_root)
+    assert model.args.variant == "base" and model.args.root == str(small_root)
+    result = common.evaluate(model, dataset, sinet.SPLIT, 4, (48, 40), sinet.METRIC)
+    logged = read_log(trained[0])[-1]
+    assert [f"{result[key]:.4f}" for key in ("mAP", "rank-1")] == [
+        f"{float(logged[key]):.4f}" for key in ("mAP", "rank-1")]
 
 
 # ------------------------------------------------------------------------------------- --complexity

@@ -29,6 +29,7 @@ PARTS = {  # in the order of the files
     "build": "the network of a row",
     "make_optimizer": "the optimiser",
     "train": "the training loop",
+    "load": "a trained network",
     "main": "the command line",
     "picture": "the picture",
 }
