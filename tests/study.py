@@ -53,11 +53,11 @@ FLAGS = {  # of a script, the same for all of its rows; batches of 32 frames
 IMAGES = "--frames 1 --ids 32"  # of M3D's row 2d: as many frames a batch and an epoch
 ROWS = {
     ("hard", "sinet"): ("base", "base+sbm", "base+idm", "sinet"),
+    ("hard", "m3d"): ("2d", "p3d-c", "m3d", "m3d+ral"),
     ("hard", "tclnet"): ("base", "base+tse-wo-seo", "base+tse", "base+tsb", "tclnet-xent"),
+    ("hard", "strf"): ("p3dc", "p3dc+dynamic+static", "p3dc+fine+coarse", "strf-p3dc"),
     ("hard", "bicnet_tks"): ("base-s", "base-b", "tb", "tb+csp", "tb+csp+ao", "tb+csp+dao",
                              "bicnet-tks"),
-    ("hard", "m3d"): ("2d", "p3d-c", "m3d", "m3d+ral"),
-    ("hard", "strf"): ("p3dc", "p3dc+dynamic+static", "p3dc+fine+coarse", "strf-p3dc"),
     ("gait", "m3d"): ("2d", "p3d-c", "m3d"),
     ("gait", "strf"): ("p3dc", "strf-p3dc"),
 }
@@ -134,20 +134,21 @@ def measure(file, root, tracklets=64):
 
     if tse := getattr(model, "tse", None):
         learners = tse.learners
-        masks = [tse.seo.binarization] if tse.seo else []
-        (*seen, ((_, c),), *masks) = watch(model, first, *learners, tse, *masks)
+        ((_, c),), *seen = watch(model, first, tse, *learners)
         maps = [energy(y) for ((_, y),) in seen]
         frames = torch.stack(maps, 1).view(B, -1, *maps[0].shape[1:])
         if len(learners) > 1:
             vectors = c.flatten(0, 1) - c.flatten(0, 1).mean(0)
-            found["learners alike"] = F.cosine_similarity(vectors[:, 0], vectors[:, 1]).mean().item()
-        if masks:
-            erased = 1 - masks[0][1][1][:, 0]
+            cosine = F.cosine_similarity(vectors[:, 0], vectors[:, 1])
+            found["learners alike"] = cosine.mean().item()
+        if tse.seo:
+            (_, b), = watch(model, first, tse.seo.binarization)[0][1:]  # of the second learner
+            erased = 1 - b[:, 0]
             inside = (maps[1] * erased).sum((1, 2)) / erased.sum((1, 2))
             found["inside block"] = (inside / maps[1].mean((1, 2))).mean().item()
     else:
         net = next(iter(model.streams.values())).net if hasattr(model, "streams") else model
-        maps = [energy(y) for _, y in watch(model, as_taken(first), net.layer4)[0]]
+        maps = [energy(y) for _, y in watch(model, as_taken(first), net.layer4[-1])[0]]
         smallest = (4, 2) if name == "bicnet_tks" else maps[0].shape[-2:]
         frames = of_frames(maps, B, smallest)
     found["maps alike"], found["top cells shared"] = alike(frames)
