@@ -38,15 +38,15 @@ SETS = {  # flags of data.py; the trunk's people are others than those of the tw
 }
 TRUNK = "--variant base --epochs 9 --lr-step 8"  # of sinet.py: the plain trunk with its losses
 SAME = "--amp --height 128 --width 64 --pool max --erase 0 --checkpoint-every 1000 --no-eval-first"
-ADAM = "--ids 4 --clips 2 --epochs 2 --lr 3e-4 --lr-step 1"
-SGD = "--ids 8 --clips 1 --epochs 2 --lr 0.0015 --lr-step 1"
-FLAGS = {  # of a script, the same for all of its rows; batches of 32 frames
+ADAM = "--ids 4 --clips 2 --epochs 4 --lr 3e-4 --lr-step 3"
+SGD = "--ids 8 --clips 1 --epochs 6 --lr 0.01 --lr-step 5"
+FLAGS = {  # of a script, the same for all of its rows; batches of 32 or 64 frames
     ("hard", "sinet"): f"{ADAM} --frames 4",
     ("hard", "tclnet"): f"{ADAM} --frames 4",
     ("hard", "bicnet_tks"): f"{ADAM} --frames 4",
     ("hard", "strf"): f"{ADAM} --frames 4",
     ("hard", "m3d"): f"{SGD} --frames 4",
-    ("gait", "strf"): f"{ADAM} --frames 8 --epochs 4 --lr-step 3",
+    ("gait", "strf"): f"{ADAM} --frames 8 --epochs 8 --lr-step 6",
     ("gait", "m3d"): f"{SGD} --frames 8",
 }
 IMAGES = "--frames 1 --ids 32"  # of M3D's row 2d: as many frames a batch and an epoch
