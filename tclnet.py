@@ -567,6 +567,7 @@ def picture(model, clips, frames):
     def by_frame(maps):                                 # of the learners, (segments, h, w) each
         return [m for segment in zip(*maps) for m in segment]
     seen = by_frame([maps for (_, maps), in watch(model, clips, *tse.learners)])
+    frames = frames.expand(len(seen), -1, -1, -1)       # of a single frame, one for each learner
     heads = [f"learner {n % N + 1}" for n in range(len(seen))]
     rows = {"map of its learner, over the mean": overlays(frames, energy(torch.stack(seen)), heads)}
     if tse.seo:

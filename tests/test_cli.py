@@ -50,7 +50,7 @@ def test_help(script, monkeypatch, capsys):
     assert end.value.code in (0, None)
     flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every"
     flags += " small eval-first init export tensorboard"
-    flags += " evaluate resume rerank output figure complexity"
+    flags += " evaluate resume rerank output figure figure-format beside complexity"
     for flag in [*flags.split(), *(key.replace("_", "-") for key in module.RECIPE)]:
         assert f"\n  --{flag}" in out, flag
     assert max(map(len, out.splitlines())) <= 80
@@ -63,7 +63,8 @@ def test_help(script, monkeypatch, capsys):
         if line.startswith("      "):
             said[name] += line[5:]
         else:
-            name, said[name] = line.strip().split("  ")
+            name, about = line.strip().split("  ")
+            said[name] = about
     assert [*said] == [*module.ROWS]
     for name, row in module.ROWS.items():
         assert re.match(r"(text to )?(Tables?|Fig\.|Sec\.) \d[^:]*: .", row.about), name

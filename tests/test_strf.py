@@ -667,11 +667,26 @@ def test_where_strf_stands():
     assert places("strf-p3dc", STRF, blocks=(1, 2, 3, 4, 5, 6)) == every
 
 
-@pytest.mark.parametrize("variant", ["strf-p3dc", "strf-nofam", "p3dc+nonlocal", "p3dc"])
-def test_the_picture_has_every_unit_and_mask(variant, one_backbone):
+@pytest.mark.parametrize(
+    "variant, masks", [("strf-p3dc", 4), ("strf-nofam", 2), ("p3dc+nonlocal", 0), ("p3dc", 0)]
+)
+def test_the_picture_has_the_masks_of_the_first_units(variant, masks, one_backbone):
+    """A map for each frame, and for each stage with STRF every mask on the first frame, with the
+    middle position left out: the row of the mask of Eq. 3 for it."""
     model = network(variant, frames=4).eval()
     frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-    _, rows = strf.picture(model, torch.randn(1, 4, 3, 64, 64), frames)
-    each = {"strf-p3dc": [10, 8], "strf-nofam": [10, 4], "p3dc+nonlocal": [10], "p3dc": []}
-    # a map for each frame, or a mask for the first, and a scale
-    assert [len(panels) for _, panels in rows] == [5] + 5 * each[variant]
+    clips, seen = torch.randn(1, 4, 3, 64, 64), []
+    for module in model.layer3.modules():
+        if type(module).__name__ in ("FactorizedAttentionMask", "SelfProduct"):
+            module.register_forward_hook(lambda own, x, m: seen.append(m))
+    _, rows = strf.picture(model, clips, frames)
+    stages = [2, 3] if masks else []
+    assert [label[:7] for label in rows] == ["last ma", *(f"stage {n}" for n in stages)]
+    assert [len(panels(0, 1)) for *_, panels in rows.values()] == [5] + [masks + 1] * len(stages)
+    if masks:
+        shown, *_ = rows["stage 3: weights of the positions like the middle one, black"]
+        for drawn, m in zip(shown, seen):
+            H, W = drawn.shape
+            own = m[0, :, H // 2 * W + W // 2].view(H, W)
+            assert drawn[H // 2, W // 2].isnan() and drawn.isnan().sum() == 1
+            assert torch.equal(drawn[drawn.isfinite()], own[drawn.isfinite()])

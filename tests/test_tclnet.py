@@ -637,44 +637,35 @@ def test_network_refuses(arguments, options, says):
 # ---------------------------------------------------------------------------------- the picture
 
 
-def drawn(monkeypatch, model, T):
-    """The rows of the picture, and the maps of each."""
-    shown, overlays = [], tclnet.overlays
-    monkeypatch.setattr(
-        tclnet, "overlays", lambda f, m, *limits: shown.append(m) or overlays(f, m, *limits)
-    )
+def drawn(model, T):
+    """The rows of the picture, each with a panel for each map and the scale; and their maps."""
     frames = torch.randint(0, 256, (T, 3, 64, 48), dtype=torch.uint8)
     _, rows = tclnet.picture(model, frames[None] / 255, frames)
-    assert all(len(panels) == len(m) + 1 for (_, panels), m in zip(rows, shown, strict=True))
-    return rows, shown, frames
+    assert all(len(panels(0, 1)) == max(T, 2) + 1 for *_, panels in rows.values())
+    return rows, [maps for maps, *_ in rows.values()]
 
 
-def test_the_picture_shows_a_of_the_first_frame(monkeypatch):
+def test_the_picture_shows_a_of_the_first_frame():
     """Fig. 3 (b): A of Eq. 6 over the other frames; the first learner has no R."""
     model, inputs = TCLNet(3, 4, 64, 48), []
     model.after["layer2"].register_forward_hook(lambda m, args, out: inputs.append(args[0]))
-    rows, shown, _ = drawn(monkeypatch, model, 4)
-    assert len(rows) == 4 and rows[0][0].startswith("A behind layer2") and model.training
-    assert shown[0][0].isnan().all()
+    rows, (seen, r, erased, a) = drawn(model, 4)
+    assert list(rows)[3].startswith("A of the TSB behind layer2") and model.training
+    assert [len(maps) for maps in (seen, r, erased, a)] == [4, 2, 2, 3]
     slow = slow_map(inputs[0][0].double(), 0, 5.0)[1:]
     # float32 against float64: exponents within 5, from dot products of 512 terms, each rounded by
     # at most 6e-8 of a sum of absolute values that is at most 1 for unit vectors
-    assert ((shown[0][1:] - slow).abs() <= 2 * 5 * 2 * 512 * 6e-8 * slow).all()
-    r, erased = shown[1:3]
-    for maps_of in (r, erased):
-        assert maps_of[0::2].isnan().all() and not maps_of[1::2].isnan().any()
-    assert (erased[1::2].sum((1, 2)) == 1 * 3).all()
+    assert ((torch.stack(a) - slow).abs() <= 2 * 5 * 2 * 512 * 6e-8 * slow).all()
+    assert all(block.sum() == 1 * 3 for block in erased)
 
 
-def test_the_picture_of_other_rows(monkeypatch, one_backbone):
+def test_the_picture_of_other_rows(one_backbone):
     for options, T, count in (
         (BASE, 4, 1),
         (dict(tsb=(), seo=False), 4, 1),
         (dict(tsb=(), extra="nl"), 4, 3),
         (dict(tsb=(1, 3), learners=4), 4, 5),
-        (dict(tsb=()), 1, 3),
+        (dict(tsb=()), 1, 3),  # the image, once for each learner
     ):
-        with monkeypatch.context() as patch:
-            rows, shown, _ = drawn(patch, TCLNet(3, T, 64, 48, **options), T)
+        rows, _ = drawn(TCLNet(3, T, 64, 48, **options), T)
         assert len(rows) == count
-        assert T > 1 or all(len(m) == 2 for m in shown)  # the image, once for each learner
