@@ -561,8 +561,8 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Fig. 4 and 5: the last map, what the temporal kernels add, the masks of
-    the RALs before their product."""
+    """For --figure, after Fig. 4 and 5: the last map, what the temporal kernels add, and S and T of
+    the RALs."""
     stream = model.streams["temporal" if "temporal" in model.streams else "spatial"]
     net, rals = stream.net, [*stream.ral.values()]
     firsts = [stage[0].conv2 for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
@@ -571,7 +571,7 @@ def picture(model, clips, frames):
                *(conv for layer in m3ds for conv in (layer.spatial, *layer.temporal))]
     seen = {module: call[0][1] for module, call in zip(watched, watch(stream, clips, *watched))}
     masks = {kind: [seen[ral.branches[kind]][0].float() for ral in rals if kind in ral.branches]
-             for kind in "sct"}
+             for kind in "st"}
     stages = [f"stage {n}" for n in range(1, 5)]
     rows = {"last map, over its mean": overlays(frames, energy(seen[net.layer4]))}
     if m3ds:
@@ -585,9 +585,6 @@ def picture(model, clips, frames):
             frames[:1].expand(3, -1, -1, -1), [s[0] for s in masks["s"]], stages)
     if masks["t"]:
         rows["T of the RALs, by frame"] = bars(masks["t"], stages)
-    if masks["c"]:
-        rows["C of the RALs, of the channels, sorted"] = bars(
-            [c.sort().values for c in masks["c"]], stages)
     return "M3D: where the stream looks", rows
 
 
