@@ -1023,14 +1023,17 @@ def photo(image, head="", **look):
 
 def overlays(frames, maps, heads=None, limits=()):
     """A row: maps (h, w), of any sizes, from blue to red over grey frames (3, H, W), uint8, and the
-    scale. A cell that is NaN is black; a frame without a map, None, is as it was, but hatched."""
+    scale. A cell lies around its middle in a ResNet, (i H / h, j W / w): the first ones are cut in
+    half. One that is NaN is black; a frame without a map, None, is as it was, but hatched."""
     def panels(low, high):
         from matplotlib import cm, colors
         colours, drawn = cm.ScalarMappable(colors.Normalize(low, high), "jet"), []
         for frame, m, head in zip(frames.cpu(), maps, heads or [""] * len(maps)):
             if m is not None:
+                y, x = ((torch.arange(size) * n / size).round().long().clamp(max=n - 1)
+                        for n, size in zip(m.shape, frame.shape[1:]))
                 cells = torch.from_numpy(colours.to_rgba(m.float().cpu().numpy())[..., :3])
-                cells = F.interpolate(cells.permute(2, 0, 1)[None], frame.shape[1:])[0]  # nearest
+                cells = cells.permute(2, 0, 1)[:, y[:, None], x]
                 frame = (127 * cells + 0.5 * frame.float().mean(0)).byte()
             drawn.append(photo(frame, head, color="white", hatch="//" * (m is None)))
 

@@ -170,10 +170,10 @@ def test_overlays_go_from_blue_to_red():
     ramp, plain, scale = panels(0, 1)
     ramp = pixels_of(ramp)
     assert ramp.shape == (120, 60, 3)
-    assert ramp[60, 15, 2] > ramp[60, 15, 0] + 50 and ramp[60, 45, 0] > ramp[60, 45, 2] + 50
-    # cells keep their edge
-    assert np.abs(ramp[60, 5:27] - ramp[60, 5]).max() <= 1
-    assert np.abs(ramp[60, 33:55] - ramp[60, 33]).max() <= 1
+    assert ramp[60, 6, 2] > ramp[60, 6, 0] + 50 and ramp[60, 45, 0] > ramp[60, 45, 2] + 50
+    # cells keep their edge; the first one's middle is the first pixel: half of it is seen
+    assert np.abs(ramp[60, 2:13] - ramp[60, 2]).max() <= 1
+    assert np.abs(ramp[60, 21:55] - ramp[60, 21]).max() <= 1
     # a frame without a map has its own colour, and a white hatch
     plain = pixels_of(plain)
     assert plain.shape == (120, 60, 3) and (np.ptp(plain, axis=2) == 0).all()
@@ -188,6 +188,20 @@ def test_overlays_go_from_blue_to_red():
         a, b = (pixels_of(common.overlays(f.expand(2, -1, -1, -1), sizes)[2](0, 1)[n])
                 for f in (grey, same))
         assert np.abs(a - b).max() <= 1  # of rounding
+
+
+def test_a_cell_lies_where_a_resnet_sees_it():
+    """Cell (i, j) depends most on the pixels around (i H / h, j W / w): the middle of its part of
+    the picture is there, but for the first ones."""
+    # the strides of conv1, the pooling, layer2 and layer3
+    layers = [torch.nn.Conv2d(1, 1, 7, 2, 3), *(torch.nn.Conv2d(1, 1, 3, 2, 1) for _ in range(3))]
+    for layer in layers:
+        torch.nn.init.ones_(layer.weight)
+    pixels = torch.zeros(1, 1, 128, 64, requires_grad=True)
+    torch.nn.Sequential(*layers)(pixels)[0, 0, 4, 2].backward()
+    for dim, middle in ((1, 4 * 128 / 8), (0, 2 * 64 / 4)):
+        weights = pixels.grad[0, 0].sum(dim)
+        assert (weights * torch.arange(len(weights))).sum() / weights.sum() == middle
 
 
 def ranges(drawn):
