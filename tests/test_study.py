@@ -73,9 +73,9 @@ def test_measure(script, row, there, tmp_path, eight, one_backbone):
     always = {"ms a clip", "maps alike", "top cells shared"}
     assert set(found) == {"shuffled"} | always | there
     assert -1 <= found["maps alike"] <= 1 and 0 <= found["top cells shared"] <= 1
-    if row in ("2d", "base"):  # of a mean over frames
-        assert found["shuffled"] == pytest.approx(0, abs=1e-4)
+    if row in ("2d", "base"):  # of a mean over frames: rounding, over two clips that are alike
+        assert abs(found["shuffled"]) < 0.01
     elif script == "bicnet_tks":  # the temporal kernels of M3D and P3D start at zero
-        assert found["shuffled"] > 1e-3
+        assert found["shuffled"] > 0.02
     if "inside block" in there:
         assert 0 <= found["inside block"] <= 4
