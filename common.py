@@ -79,17 +79,19 @@ def average_precision(ranks):
     return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
 
 
+def ranked_rows(d, q_pids, q_cams, g_pids, g_cams):
+    """Of each query its distances and its `match_ranks`. d: as there, or of `distance_blocks`."""
+    for rows, block in [(slice(None), d)] if hasattr(d, "shape") else d:
+        block = torch.as_tensor(block).numpy(force=True)
+        yield from zip(block, match_ranks(block, q_pids[rows], q_cams[rows], g_pids, g_cams))
+
+
 def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
     """CMC (top,) and mAP, in [0, 1], and the number of queries with a match, which are averaged.
 
-    CMC[k - 1] is the share of queries with a match among the first k. d: as of `match_ranks`, or
-    what `distance_blocks` yields.
+    CMC[k - 1] is the share of queries with a match among the first k. d: see `ranked_rows`.
     """
-    found = []
-    for rows, block in [(slice(None), d)] if hasattr(d, "shape") else d:
-        block = torch.as_tensor(block).numpy(force=True)
-        found += match_ranks(block, q_pids[rows], q_cams[rows], g_pids, g_cams)
-    found = [ranks for ranks in found if len(ranks)]
+    found = [ranks for _, ranks in ranked_rows(d, q_pids, q_cams, g_pids, g_cams) if len(ranks)]
     if not found:
         raise UserError("no query has a match in the gallery: another camera must have seen the "
                         "same identity")
@@ -227,7 +229,7 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
 
 def write_export(folder, dataset, q, g, d):
     """Features of the test part, and of each query AP, rank of the first match and first ten of the
-    gallery by the distances d, see `cmc_map`. A tracklet is named by its first frame."""
+    gallery by the distances d, see `ranked_rows`. A tracklet is named by its first frame."""
     q_pids, q_cams, g_pids, g_cams = dataset.ids()
     queries, gallery = [[str(t.frames[0]) for t in p] for p in (dataset.query, dataset.gallery)]
     with replacing(folder / "features.npz") as file:
@@ -235,16 +237,13 @@ def write_export(folder, dataset, q, g, d):
                  query_tracklets=queries, gallery_features=g.numpy(force=True),
                  gallery_pids=g_pids, gallery_cams=g_cams, gallery_tracklets=gallery)
     rows = []
-    for part, block in [(slice(None), d)] if hasattr(d, "shape") else d:
-        block = torch.as_tensor(block).numpy(force=True)
-        found = match_ranks(block, q_pids[part], q_cams[part], g_pids, g_cams)
-        for i, row, ranks in zip(range(len(q))[part], block, found):
-            junk = (g_pids == q_pids[i]) & (g_cams == q_cams[i]) | (g_pids == -1)
-            order = np.argsort(row, kind="stable")
-            firsts = [gallery[j] for j in order[~junk[order]][:10]]
-            ap, first = (100 * average_precision(ranks), ranks[0] + 1) if len(ranks) else ("", "")
-            rows.append({"query": queries[i], "AP": ap, "rank": first,
-                         **dict.fromkeys(range(1, 11)), **dict(enumerate(firsts, 1))})
+    for i, (row, ranks) in enumerate(ranked_rows(d, q_pids, q_cams, g_pids, g_cams)):
+        junk = (g_pids == q_pids[i]) & (g_cams == q_cams[i]) | (g_pids == -1)
+        order = np.argsort(row, kind="stable")
+        firsts = [gallery[j] for j in order[~junk[order]][:10]]
+        ap, first = (100 * average_precision(ranks), ranks[0] + 1) if len(ranks) else ("", "")
+        rows.append({"query": queries[i], "AP": ap, "rank": first,
+                     **dict.fromkeys(range(1, 11)), **dict(enumerate(firsts, 1))})
     save_rows(rows, folder / "queries.csv")
     print(f"wrote features.npz and queries.csv into {folder}", flush=True)
 

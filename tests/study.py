@@ -202,13 +202,20 @@ def study(folder, which, script, row, seed, threads):
         *_, last = csv.DictReader(file)
     found = json.loads((output / "measured.json").read_text())
     found |= {key: float(last[key]) for key in ("mAP", "rank-1")}
-    checkpoint = torch.load(output / "last.pt", map_location="cpu", weights_only=True)
+    return {"set": which, "script": script, "row": row, "seed": seed, **found}
+
+
+def drop_states(folder, row):
+    """When a run's results are written: leaves the network of seed 0, and of others nothing."""
+    last = folder / f"runs/{row['set']}/{row['script']}/{row['row']}-{row['seed']}/last.pt"
+    if row["seed"]:
+        last.unlink()
+        return
+    checkpoint = torch.load(last, map_location="cpu", weights_only=True)
     for key in ("optimizer", "scheduler", "random"):  # what pictures do not need
         checkpoint.pop(key, None)
-    (output / "last.pt").unlink()
-    if seed == 0:
-        torch.save(checkpoint, output / "last.pt")
-    return {"set": which, "script": script, "row": row, "seed": seed, **found}
+    with replacing(last) as file:
+        torch.save(checkpoint, file)
 
 
 def results(folder):
@@ -278,6 +285,7 @@ def main():
                 if new:
                     writer.writeheader()
                 writer.writerow(row)
+            drop_states(folder, row)
             which, script, name, seed = runs[future]
             print(f"[{n}/{len(runs)}] {which} {script} {name} seed {seed}: mAP {row['mAP']:.1f}, "
                   f"rank-1 {row['rank-1']:.1f}  ({time.time() - start:.0f} s)", flush=True)
