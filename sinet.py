@@ -69,7 +69,7 @@ from data import PKSampler, load_dataset, normalize, sample_segments, split_segm
 class ChannelAttentionLayer(nn.Module):
     """CAL, Eq. 1-2: keeps the channels that look at the centre, weighed by squeeze-and-excitation.
 
-    X (B, T, C, H, W) -> (B, T, C, H, W), H and W at least 3 (ValueError). reduction: of its SE.
+    X (B, T, C, H, W), H, W >= 3 (ValueError) -> w_ctr w_se (B, 1, C, 1, 1). reduction: of its SE.
     """
 
     def __init__(self, channels, reduction=4):
@@ -81,12 +81,13 @@ class ChannelAttentionLayer(nn.Module):
         _, T, _, H, W = x.shape
         if min(H, W) < 3:
             raise ValueError(f"CAL needs maps of at least 3x3, not {H}x{W}")
-        from_first = x - x[:, :1, :, :1, :1]               # all equal: 0 < 0, without rounding
+        x_sum = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+        from_first = x_sum - x_sum[..., :1, :1]            # all equal: 0 < 0, without rounding
         x_no_pad = from_first[..., 1:-1, 1:-1]
-        w_ctr = from_first.mean((1, 3, 4)) < x_no_pad.mean((1, 3, 4))             # Eq. 1
-        mean = x.sum((1, 3, 4)) / (T * H * W)           # its gradient is cheaper than a mean's
-        w_se = self.excite(self.squeeze(mean).relu()).sigmoid()
-        return (w_ctr * w_se)[:, None, :, None, None] * x                         # Eq. 2
+        w_ctr = from_first.mean((2, 3)) < x_no_pad.mean((2, 3))                   # Eq. 1
+        mean = x_sum.sum((2, 3)) / (T * H * W)          # its gradient is cheaper than a mean's
+        w_se = self.excite(self.squeeze(mean.to(x.dtype)).relu()).sigmoid()
+        return (w_ctr * w_se)[:, None, :, None, None]
 
 
 class KernelGenerationModule(nn.Module):
@@ -151,21 +152,20 @@ class SuppressOperation(nn.Module):
 class CrossPropagationModule(nn.Module):
     """CPM, Eq. 5-6: former frames get what the later ones lost, later ones the former ones' means.
 
-    X (B, T, C, H, W), Y (B, T - s, C, H, W), its later frames suppressed -> Z, as X. alpha: degree.
+    Former X, later X, and these suppressed, Y (B, s or L, C, H, W) -> Z (B, s + L, C, H, W).
     """
 
-    def __init__(self, alpha=0.1):
+    def __init__(self, alpha=0.1):                      # degree
         super().__init__()
         self.alpha = alpha
 
-    def forward(self, x, y):
-        former, later = x[:, :-y.shape[1]], x[:, -y.shape[1]:]
-        size = x.shape[3] * x.shape[4]
-        lost = (later - y).sum((1, 3, 4), keepdim=True) / size            # sum of GAP(X - Y)
-        seen = former.sum((1, 3, 4), keepdim=True) / size                 # sum of GAP(X)
-        z_former = former + self.alpha * lost                                     # Eq. 5
-        z_later = y + self.alpha * seen                                           # Eq. 6
-        return torch.cat([z_former, z_later], 1)
+    def forward(self, former, later, y):
+        def gap(x):                                     # summed over the frames
+            return x.sum((1, 3, 4), keepdim=True) / (x.shape[3] * x.shape[4])
+        lost = (gap(later) - gap(y)).expand(-1, former.shape[1], -1, -1, -1)
+        seen = gap(former).expand(-1, later.shape[1], -1, -1, -1)
+        z = torch.cat([former, y], 1)
+        return z.add_(self.alpha * torch.cat([lost, seen], 1))                    # Eq. 5-6
 
 
 class SalientToBroadModule(nn.Module):
@@ -184,7 +184,7 @@ class SalientToBroadModule(nn.Module):
         if split < 1 or kernel_size % 2 == 0:
             raise ValueError(f"SBM needs split >= 1 and an odd k, not {split} and {kernel_size}")
         self.split = split
-        self.cal = ChannelAttentionLayer(channels, reduction) if cal else nn.Identity()
+        self.cal = ChannelAttentionLayer(channels, reduction) if cal else None
         self.kgm = KernelGenerationModule(channels, kernel_size)
         self.so = SuppressOperation(beta, scaled)
         self.cpm = CrossPropagationModule(alpha if cpm else 0.0)
@@ -193,10 +193,11 @@ class SalientToBroadModule(nn.Module):
         s = self.split
         if x.shape[1] <= s:
             raise ValueError(f"SBM with split {s} needs more than {s} frames, not {x.shape[1]}")
-        weighted = self.cal(x)
-        p, q = weighted[:, :s], weighted[:, s:]
-        y = self.so(q, self.kgm(p)) * x[:, s:]                            # Y = S X
-        return self.cpm(x, y)
+        former, later = x.split((s, x.shape[1] - s), 1)
+        w = self.cal(x) if self.cal else x.new_ones(1, 1, x.shape[2], 1, 1)
+        kernel = self.kgm(w * former)                                     # P = w X, Eq. 2
+        y = self.so(later, w[..., 0, 0] * kernel) * later                 # (w X) * K = X * (w K)
+        return self.cpm(former, later, y)
 
 
 # ---------------------------------------------------- Sec. 3.2: integration and distribution module

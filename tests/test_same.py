@@ -178,7 +178,7 @@ COPIED = {
         "ChannelAttentionLayer": (lambda c: c(64), [MAPS]),
         "KernelGenerationModule": (lambda c: c(64), [MAPS]),
         "SuppressOperation": (lambda c: c(), [MAPS, (2, 9, 64)]),
-        "CrossPropagationModule": (lambda c: c(), [MAPS, (2, 2, 64, 8, 4)]),
+        "CrossPropagationModule": (lambda c: c(), [MAPS, MAPS, MAPS]),
         "SalientToBroadModule": (lambda c: c(64, 2), [MAPS]),
         "IntegrationDistributionModule": (lambda c: c(64, 4, 8, 4), [MAPS]),
         "NonLocalBlock": (lambda c: c(64), [MAPS]),

@@ -145,7 +145,7 @@ def slow_sbm(sbm, x, cal=True, cpm=True, beta=5.0, alpha=0.1, scaled=True):
 @LENGTHS
 def test_cal(T, C, H, W):
     cal, x = randomize(ChannelAttentionLayer(C)), maps(T, C, H, W)
-    out = cal(x)
+    out = cal(x) * x
     close(out, torch.stack([slow_cal(cal, clip) for clip in x]))
     kept = (out != 0).any((1, 3, 4))
     assert kept.any() and not kept.all()  # both kinds of channels occurred
@@ -215,9 +215,10 @@ def test_sbm_damps_what_the_former_frames_found():
         means.append(s.mean())
     assert means[1] < means[0]
     y = s * x[:, 1:]
-    z = CrossPropagationModule(0.1)(x, y)
+    z = CrossPropagationModule(0.1)(x[:, :1], x[:, 1:], y)
     assert (z[:, :1] > x[:, :1]).all() and z.shape == x.shape
-    close(CrossPropagationModule(0.0)(x, y), torch.cat([x[:, :1], y], 1))
+    same = CrossPropagationModule(0.0)(x[:, :1], x[:, 1:], y)
+    close(same, torch.cat([x[:, :1], y], 1))
 
 
 def test_scaled_suppression_is_broad_and_the_printed_one_is_one_cell():
@@ -578,7 +579,7 @@ def test_every_setting_reaches_its_module():
     assert idm.g_i.out_channels == 64 and idm.l_i.out_features == idm.l_i.in_features // 8
     assert set(model.after) == {"layer2_4", "layer3_1", "layer3_5"}
     plain = network(num_classes=3, cal=False, cpm=False).after["layer3_2"][0]
-    assert isinstance(plain.cal, nn.Identity) and plain.cpm.alpha == 0.0
+    assert plain.cal is None and plain.cpm.alpha == 0.0
 
 
 @pytest.mark.parametrize("variant", ROWS)
