@@ -6,6 +6,7 @@ python tests/bench.py --gpu 0 --clips 32 --workers 8 --kinds float32 tf32 bfloat
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -696,11 +697,20 @@ def main():
     )
     parser.add_argument("--amp", action="store_true", help="the same as --kinds bfloat16")
     parser.add_argument(
+        "--recycle",
+        action="store_true",
+        help="glibc keeps freed memory, as CUDA's allocator does; else the kernel hands out and"
+        " clears the pages of every large map anew, which can double the time of a pass over it",
+    )
+    parser.add_argument(
         "--gpu", default="0" if torch.cuda.is_available() else "cpu", help="GPU, or cpu"
     )
     args = parser.parse_args()
     if unknown := set(args.parts) - PARTS.keys():
         parser.error(f"no part {', '.join(unknown)}")
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    if args.recycle and not keep.items() <= os.environ.items():  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep})
     args.device = torch.device("cpu" if args.gpu == "cpu" else f"cuda:{args.gpu}")
     torch.backends.cudnn.benchmark = True  # as common.Run
     usual = KINDS if args.device.type == "cuda" else KINDS[:1]
