@@ -39,8 +39,8 @@ SETS = {  # flags of data.py; the trunk's people are others than those of the tw
 TRUNK = "--variant base --epochs 9 --lr-step 8"  # of sinet.py: the plain trunk with its losses
 SAME = "--amp --height 128 --width 64 --pool max --erase 0 --checkpoint-every 1000 --no-eval-first"
 ADAM = "--ids 4 --clips 2 --epochs 4 --lr 3e-4 --lr-step 3"
-SGD = "--ids 8 --clips 1 --epochs 6 --lr 0.01 --lr-step 5"
-FLAGS = {  # of a script, the same for all of its rows; batches of 32 or 64 frames
+SGD = "--ids 24 --clips 1 --epochs 6 --lr 0.01 --lr-step 5"
+FLAGS = {  # of a script, the same for all of its rows
     ("hard", "sinet"): f"{ADAM} --frames 4",
     ("hard", "tclnet"): f"{ADAM} --frames 4",
     ("hard", "bicnet_tks"): f"{ADAM} --frames 4",
@@ -49,7 +49,8 @@ FLAGS = {  # of a script, the same for all of its rows; batches of 32 or 64 fram
     ("gait", "strf"): f"{ADAM} --frames 8 --epochs 8 --lr-step 6",
     ("gait", "m3d"): f"{SGD} --frames 8",
 }
-IMAGES = "--frames 1 --ids 32"  # of M3D's row 2d: as many frames a batch and an epoch
+# M3D's row 2d takes as many frames a batch and an epoch; the other rows start from it, as printed
+IMAGES = {"hard": "--frames 1 --ids 96 --chunk 2", "gait": "--frames 1 --ids 192 --chunk 1"}
 ROWS = {
     ("hard", "sinet"): ("base", "base+sbm", "base+idm", "sinet"),
     ("hard", "tclnet"): ("base", "base+tse-wo-seo", "base+tse", "base+tsb", "tclnet-xent"),
@@ -191,11 +192,14 @@ def study(folder, which, script, row, seed, threads):
     output = folder / f"runs/{which}/{script}/{row}-{seed}"
     log = output.with_suffix(".log")
     output.parent.mkdir(parents=True, exist_ok=True)
-    flags = SAME + " " + FLAGS[which, script] + f" {IMAGES}" * (row == "2d")
-    chunk = {"hard": 2, "gait": 1}[which] if row == "2d" else 0  # as many frames an epoch
+    flags = f"{SAME} {FLAGS[which, script]}".split()
+    if row == "2d":
+        flags += IMAGES[which].split()
+    elif script == "m3d":
+        flags += ["--init-2d", output.with_name(f"2d-{seed}") / "last.pt"]
     command(f"{script}.py", "--root", folder / which, "--weights", folder / "trunk.pth",
-            "--variant", row, "--seed", seed, "--chunk", chunk, *flags.split(), "--resume",
-            "--output", output, log=log, threads=threads)
+            "--variant", row, "--seed", seed, *flags, "--resume", "--output", output, log=log,
+            threads=threads)
     command("tests/study.py", "--output", folder, "--measure", output, which, log=log,
             threads=1)
     with open(output / "log.csv") as file:
@@ -206,9 +210,10 @@ def study(folder, which, script, row, seed, threads):
 
 
 def drop_states(folder, row):
-    """When a run's results are written: leaves the network of seed 0, and of others nothing."""
+    """When a run's results are written: leaves the network of seed 0 or of row 2d, from which
+    other rows start; of others nothing."""
     last = folder / f"runs/{row['set']}/{row['script']}/{row['row']}-{row['seed']}/last.pt"
-    if row["seed"]:
+    if row["seed"] and row["row"] != "2d":
         last.unlink()
         return
     checkpoint = torch.load(last, map_location="cpu", weights_only=True)
@@ -275,20 +280,23 @@ def main():
             if not args.only or {which, script, row} & {*args.only}]
     done = {tuple(str(row[key]) for key in KEYS[:4]) for row in results(folder)}
     todo = [run for run in todo if tuple(map(str, run)) not in done]
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        runs = {pool.submit(study, folder, *run, threads): run for run in todo}
-        start = time.time()
-        for n, future in enumerate(concurrent.futures.as_completed(runs), 1):
-            row, new = future.result(), not (folder / "results.csv").exists()
-            with open(folder / "results.csv", "a", newline="") as file:
-                writer = csv.DictWriter(file, KEYS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
-            drop_states(folder, row)
-            which, script, name, seed = runs[future]
-            print(f"[{n}/{len(runs)}] {which} {script} {name} seed {seed}: mAP {row['mAP']:.1f}, "
-                  f"rank-1 {row['rank-1']:.1f}  ({time.time() - start:.0f} s)", flush=True)
+    start, count = time.time(), 0
+    for first in (True, False):  # the rows 2d, and those that may start from them
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            runs = [pool.submit(study, folder, *run, threads) for run in todo
+                    if (run[2] == "2d") == first]
+            for future in concurrent.futures.as_completed(runs):
+                row, new = future.result(), not (folder / "results.csv").exists()
+                with open(folder / "results.csv", "a", newline="") as file:
+                    writer = csv.DictWriter(file, KEYS)
+                    if new:
+                        writer.writeheader()
+                    writer.writerow(row)
+                drop_states(folder, row)
+                count += 1
+                print(f"[{count}/{len(todo)}] {row['set']} {row['script']} {row['row']} seed "
+                      f"{row['seed']}: mAP {row['mAP']:.1f}, rank-1 {row['rank-1']:.1f}  "
+                      f"({time.time() - start:.0f} s)", flush=True)
     table(results(folder))
 
 
