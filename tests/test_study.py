@@ -8,14 +8,14 @@ import torch
 
 import common
 import study
-from data import draw_synthetic
+from data import draw_synthetic, load_dataset
 
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """A set of tracklets of eight frames."""
     folder = tmp_path_factory.mktemp("eight") / "set"
-    draw_synthetic(folder, 2, 3, cameras=2, frames=(8, 8))
+    draw_synthetic(folder, 2, 5, cameras=2, frames=(8, 8))
     return folder
 
 
@@ -50,6 +50,19 @@ def test_frames_of_all_branches():
     assert torch.equal(maps[:, 2:], small)
 
 
+def test_told_apart(eight):
+    """An embedding by which the first four people are known, and one that takes two for another."""
+    queries = load_dataset("synthetic", eight).query
+    pids = sorted({query.pid for query in queries})
+    vectors = torch.eye(len(pids))
+    for expected, order in ((1.0, [0, 1, 2, 3, 4]), (0.5, [1, 0, 2, 3, 4])):
+        given = iter(vector for pid in range(len(pids)) for vector in (
+            vectors[pid] + 0.1, vectors[order[pid]] + 0.1))
+        # sorted by identity, the cameras of each in the order of the queries
+        share = study.told_apart(lambda clip: next(given)[None], queries, (32, 16), 8)
+        assert share == expected
+
+
 @pytest.mark.parametrize("script, row, there", [
     ("sinet", "base", set()), ("sinet", "sinet", set()),
     ("tclnet", "base+tse", {"learners alike", "inside block"}),
@@ -69,8 +82,9 @@ def test_measure(script, row, there, tmp_path, eight, one_backbone):
     file = tmp_path / "last.pt"
     torch.save({"script": f"{script}.py", "args": vars(args), "num_classes": 5, "history": [],
                 "model": model.state_dict()}, file)
-    found = study.measure(file, eight, tracklets=3)
+    found = study.measure(file, eight, tracklets=3, gait=row == "strf-p3dc")
     always = {"ms a clip", "maps alike", "top cells shared"}
+    assert 0 <= found.pop("told apart", 0) <= 1
     assert set(found) == {"shuffled"} | always | there
     assert -1 <= found["maps alike"] <= 1 and 0 <= found["top cells shared"] <= 1
     if row in ("2d", "base"):  # of a mean over frames: rounding, over two clips that are alike
