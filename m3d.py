@@ -82,11 +82,11 @@ def as_frames(x):
 
 
 def sum_of_taps(x, i):
-    """x_{t-i} + x_t + x_{t+i} for all t of x (B, T, C, H, W), zeros beyond the ends; 0 < i < T."""
-    y = x.clone()
-    y[:, i:] += x[:, :-i]
-    y[:, :-i] += x[:, i:]
-    return y
+    """x_{t-i} + x_t + x_{t+i} for all t of x (B, T, C, H, W), zeros beyond the ends; 0 < i < T. One
+    pass over the maps, as the gradient is: a product with a T x T matrix of zeros and ones."""
+    B, T, C, H, W = x.shape
+    taps = sum(x.new_ones(T - abs(gap)).diag(gap) for gap in (-i, 0, i)).expand(B, T, T)
+    return (taps @ x.movedim(2, 4).flatten(2)).view(B, T, H, W, C).movedim(4, 2)
 
 
 class M3DLayer(nn.Module):
