@@ -42,7 +42,7 @@ TRUNK = "--variant base --epochs 9 --lr-step 8"  # of sinet.py: the plain trunk 
 SAME = "--amp --height 128 --width 64 --pool max --erase 0 --checkpoint-every 1000 --no-eval-first"
 ADAM = "--ids 4 --clips 2 --epochs 4 --lr 3e-4 --lr-step 3"
 SGD = "--ids 8 --clips 1 --epochs 4 --lr 0.01 --lr-step 3"
-GAIT = "--frames 8 --height 64 --width 32 --epochs 6 --lr-step 5"
+GAIT = "--frames 8 --height 64 --width 32"
 FLAGS = {  # of a script, the same for all of its rows
     ("hard", "sinet"): f"{ADAM} --frames 4",
     ("hard", "tclnet"): f"{ADAM} --frames 4",
