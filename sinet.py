@@ -152,10 +152,10 @@ class SuppressOperation(nn.Module):
 class CrossPropagationModule(nn.Module):
     """CPM, Eq. 5-6: former frames get what the later ones lost, later ones the former ones' means.
 
-    Former X, later X, and these suppressed, Y (B, s or L, C, H, W) -> Z (B, s + L, C, H, W).
+    Former X, later X, its suppressed Y (B, s or L, C, H, W) -> Z (B, T, C, H, W). alpha: degree.
     """
 
-    def __init__(self, alpha=0.1):                      # degree
+    def __init__(self, alpha=0.1):
         super().__init__()
         self.alpha = alpha
 
