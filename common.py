@@ -479,6 +479,8 @@ def restore(path, checkpoint, **objects):
     for name, target in objects.items():
         own = target.state_dict()
         try:
+            for group in checkpoint[name]["param_groups"] if name == "optimizer" else ():
+                group["fused"] = True  # in older checkpoints it was not
             target.load_state_dict(checkpoint[name])
             shapes = [(value.shape, p.shape) for p, state in getattr(target, "state", {}).items()
                       for value in state.values() if value is not None]

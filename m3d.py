@@ -496,7 +496,7 @@ def build(args, num_classes):
 
 def make_optimizer(model, args):
     return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum,
-                           weight_decay=args.weight_decay)
+                           weight_decay=args.weight_decay, fused=True)
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -503,7 +503,8 @@ def build(args, num_classes):
 
 
 def make_optimizer(model, args):
-    return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                            fused=True)
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -223,7 +223,7 @@ def training(args):
 
     def work(script, settings, model, clips, pids):
         model.train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
         def run():
             with autocast(args.device, args.amp):
@@ -502,7 +502,7 @@ def waiting(args):
     T, count = 4, 20 if args.device.type == "cuda" else 3
     settings = row_settings(sinet, "sinet", T, size)
     model = make(sinet, "sinet", T, size, args.device).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
     def step(clips, pids):
         with autocast(args.device, args.amp):
