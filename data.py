@@ -822,6 +822,7 @@ _TINTS = dict(bag_colour=_UPPER, cap=_UPPER, hair="#1c1816 #54361e #cea85c sienn
               skin="#f0ccb2 #d8a882 #a87450 #62402c".split(), shoes=_LOWER)
 _BODY = dict(build=(0.82, 1.25), height=(0.9, 1.04), leg=(0.47, 0.53))
 _GAIT = dict(frequency=(0.55, 1.0), stride=(0.3, 0.6), arms=(0.15, 0.7))
+_GAITS = dict(frequency=(0.3, 1.6), stride=(0.2, 0.7), arms=(0.0, 0.8))  # where nothing else differs
 _SUPER = 3  # frames are drawn three times as large and averaged down
 
 
@@ -843,7 +844,8 @@ def _draw_people(count, rng, group=4, gait=False):
                 own = {what: order[i % len(order)] for what, order in orders.items()}
                 own |= {what: rng.choice(colours) for what, colours in _TINTS.items()}
                 own |= {what: rng.uniform(*limits) for what, limits in _BODY.items()}
-            walk = {what: rng.uniform(*limits) for what, limits in _GAIT.items()}
+            walk = {what: rng.uniform(*limits)
+                    for what, limits in (_GAITS if gait else _GAIT).items()}
             people.append(SimpleNamespace(**shared, **own, **walk))
     return people
 

@@ -725,8 +725,10 @@ def test_synthetic_people_may_differ_in_their_gait_only():
     group = data._draw_people(20, np.random.default_rng(0), group=20, gait=True)
     for what in vars(group[0]).keys() - {"frequency", "stride", "arms"}:
         assert len({getattr(p, what) for p in group}) == 1, what
+    others = data._draw_people(200, np.random.default_rng(0))
     for what in ("frequency", "stride", "arms"):
-        assert len({getattr(p, what) for p in group}) == 20, what
+        mine, theirs = ({getattr(p, what) for p in people} for people in (group, others))
+        assert len(mine) == 20 and min(mine) < min(theirs) < max(theirs) < max(mine), what
 
 
 def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
