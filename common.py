@@ -471,7 +471,7 @@ def alike(a, b):
         a, b = [a.get(key) for key in b], [*b.values()]
     if isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(alike, a, b))
-    return isinstance(a, type(b))
+    return isinstance(a, type(b)) or a is None and b is True  # fused, of older checkpoints
 
 
 def restore(path, checkpoint, **objects):
@@ -479,8 +479,6 @@ def restore(path, checkpoint, **objects):
     for name, target in objects.items():
         own = target.state_dict()
         try:
-            for group in checkpoint[name]["param_groups"] if name == "optimizer" else ():
-                group["fused"] = True  # in older checkpoints it was not
             target.load_state_dict(checkpoint[name])
             shapes = [(value.shape, p.shape) for p, state in getattr(target, "state", {}).items()
                       for value in state.values() if value is not None]

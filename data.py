@@ -581,8 +581,7 @@ def sample_adjacent(n, T, rng):
 
 
 def sample_segments(n, T, rng):
-    """One random frame of each of T equal parts (TSN: Wang et al., ECCV 2016); with n < T frames
-    are repeated in order."""
+    """A random frame of each of T equal parts (TSN: Wang et al., ECCV 2016); n < T repeats some."""
     edges = np.arange(T + 1) * n // T
     return rng.integers(edges[:-1], np.maximum(edges[1:], edges[:-1] + 1))
 
@@ -822,7 +821,7 @@ _TINTS = dict(bag_colour=_UPPER, cap=_UPPER, hair="#1c1816 #54361e #cea85c sienn
               skin="#f0ccb2 #d8a882 #a87450 #62402c".split(), shoes=_LOWER)
 _BODY = dict(build=(0.82, 1.25), height=(0.9, 1.04), leg=(0.47, 0.53))
 _GAIT = dict(frequency=(0.55, 1.0), stride=(0.3, 0.6), arms=(0.15, 0.7))
-_GAITS = dict(frequency=(0.3, 1.6), stride=(0.2, 0.7), arms=(0.0, 0.8))  # where nothing else differs
+_GAITS = dict(frequency=(0.3, 1.6), stride=(0.2, 0.7), arms=(0.0, 0.8))  # with gait
 _SUPER = 3  # frames are drawn three times as large and averaged down
 
 
@@ -833,7 +832,7 @@ def _shade(colour, factor):
 
 def _draw_people(count, rng, group=4, gait=False):
     """Looks and gaits of people in look-alike groups; gait: all but it is the same in a group."""
-    people = []
+    people, walks = [], _GAITS if gait else _GAIT
     while len(people) < count:
         upper, second = rng.choice(_UPPER, 2, replace=False)
         shared = dict(upper=upper, second=second, sleeves=rng.random() < 0.65,
@@ -844,8 +843,7 @@ def _draw_people(count, rng, group=4, gait=False):
                 own = {what: order[i % len(order)] for what, order in orders.items()}
                 own |= {what: rng.choice(colours) for what, colours in _TINTS.items()}
                 own |= {what: rng.uniform(*limits) for what, limits in _BODY.items()}
-            walk = {what: rng.uniform(*limits)
-                    for what, limits in (_GAITS if gait else _GAIT).items()}
+            walk = {what: rng.uniform(*limits) for what, limits in walks.items()}
             people.append(SimpleNamespace(**shared, **own, **walk))
     return people
 

