@@ -46,32 +46,34 @@ SAME = "--amp --height 128 --width 64 --pool max --erase 0 --checkpoint-every 10
 ADAM = "--ids 4 --clips 2 --epochs 3 --lr 3e-4 --lr-step 2"
 SGD = "--ids 8 --clips 1 --epochs 2 --lr 0.0025 --lr-step 1"
 # not in bfloat16: torch 2.15's convolutions of so small maps now and then gave NaN on the CPU
-GAIT = "--height 64 --width 32 --chunk 8 --no-amp"
+GAIT = "--frames 8 --height 64 --width 32 --chunk 8 --no-amp"
+LONGER = "--epochs 30 --lr-step 25"  # of gait, where an epoch has 8 steps
 FLAGS = {  # of a script, the same for all of its rows
     ("hard", "sinet"): f"{ADAM} --frames 4",
     ("hard", "tclnet"): f"{ADAM} --frames 4",
     ("hard", "bicnet_tks"): f"{ADAM} --frames 4",
     ("hard", "strf"): f"{ADAM} --frames 4",
     ("hard", "m3d"): f"{SGD} --frames 4",
-    ("gait", "sinet"): f"{ADAM} {GAIT} --frames 8 --epochs 30 --lr-step 25",
-    ("gait", "strf"): f"{ADAM} {GAIT} --frames 8 --epochs 30 --lr-step 25",
-    ("gait", "m3d"): f"{SGD} {GAIT} --frames 8",
+    ("gait", "sinet"): f"{ADAM} {GAIT} {LONGER}",
+    ("gait", "strf"): f"{ADAM} {GAIT} {LONGER}",
+    ("gait", "m3d"): f"{SGD} {GAIT}",
 }
 # M3D's row 2d takes as many frames a batch and an epoch; the other rows start from it, as printed,
 # and so does 2d-again, the same recipe once more, so that all have trained as long. The learning
 # rate is in proportion to the images or clips of a batch
 IMAGES = {"hard": "--frames 1 --ids 32 --chunk 2 --lr 0.01",
           "gait": "--frames 1 --ids 64 --chunk 1 --lr 0.02"}
+M3D = ("2d", "2d-again", "p3d-c", "m3d", "m3d+ral")
 ROWS = {
     ("hard", "sinet"): ("base", "base+sbm", "base+idm", "sinet"),
     ("hard", "tclnet"): ("base", "base+tse-wo-seo", "base+tse", "base+tsb", "tclnet-xent"),
     ("hard", "strf"): ("p3dc", "p3dc+dynamic+static", "p3dc+fine+coarse", "strf-p3dc"),
     ("hard", "bicnet_tks"): ("base-s", "base-b", "tb", "tb+csp", "tb+csp+ao", "tb+csp+dao",
                              "bicnet-tks"),
-    ("hard", "m3d"): ("2d", "2d-again", "p3d-c", "m3d", "m3d+ral"),
+    ("hard", "m3d"): M3D,
     ("gait", "sinet"): ("base",),
     ("gait", "strf"): ("p3dc", "strf-p3dc"),
-    ("gait", "m3d"): ("2d", "2d-again", "p3d-c", "m3d", "m3d+ral"),
+    ("gait", "m3d"): M3D,
 }
 QUANTITIES = {
     "mAP": "percent",
@@ -195,7 +197,7 @@ def command(*words, log, threads):
         code = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stdout=file,
                               stderr=file, env=environment).returncode
     if code:
-        raise RuntimeError(f"{' '.join(map(str, words))} ended with {code}: see {log}")
+        raise SystemExit(f"{' '.join(map(str, words))} ended with {code}: see {log}")
 
 
 def prepare(folder, threads):
@@ -317,7 +319,7 @@ def main():
             if not args.only or {which, script, row} & {*args.only}]
     done = {tuple(str(row[key]) for key in KEYS[:4]) for row in results(folder)}
     todo = [run for run in todo if tuple(map(str, run)) not in done]
-    start, count = time.time(), 0
+    start, count, failed = time.time(), 0, 0
     for first in (True, False):  # the rows 2d, and those that may start from them
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             runs = [pool.submit(study, folder, *run, threads) for run in todo
@@ -325,6 +327,7 @@ def main():
             for future in concurrent.futures.as_completed(runs):
                 if future.exception():  # the other rows go on
                     print(future.exception(), flush=True)
+                    failed += 1
                     continue
                 row, new = future.result(), not (folder / "results.csv").exists()
                 with open(folder / "results.csv", "a", newline="") as file:
@@ -338,6 +341,8 @@ def main():
                       f"{row['seed']}: mAP {row['mAP']:.1f}, rank-1 {row['rank-1']:.1f}  "
                       f"({time.time() - start:.0f} s)", flush=True)
     table(results(folder))
+    if failed:
+        raise SystemExit(f"{failed} of {len(todo)} runs failed, see above")
 
 
 if __name__ == "__main__":
