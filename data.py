@@ -581,7 +581,7 @@ def sample_adjacent(n, T, rng):
 
 
 def sample_segments(n, T, rng):
-    """A random frame of each of T equal parts (TSN: Wang et al., ECCV 2016); n < T repeats some."""
+    """A random frame of each of T equal parts, in order (TSN, ECCV 2016); n < T: some repeat."""
     edges = np.arange(T + 1) * n // T
     return rng.integers(edges[:-1], np.maximum(edges[1:], edges[:-1] + 1))
 
