@@ -238,9 +238,8 @@ def write_export(folder, dataset, q, g, d):
                  gallery_pids=g_pids, gallery_cams=g_cams, gallery_tracklets=gallery)
     rows = []
     for i, (row, ranks) in enumerate(ranked_rows(d, q_pids, q_cams, g_pids, g_cams)):
-        junk = (g_pids == q_pids[i]) & (g_cams == q_cams[i]) | (g_pids == -1)
-        order = np.argsort(row, kind="stable")
-        firsts = [gallery[j] for j in order[~junk[order]][:10]]
+        kept = np.flatnonzero((g_pids != -1) & ((g_pids != q_pids[i]) | (g_cams != q_cams[i])))
+        firsts = [gallery[j] for j in kept[row[kept].argsort(kind="stable")[:10]]]
         ap, first = (100 * average_precision(ranks), ranks[0] + 1) if len(ranks) else ("", "")
         rows.append({"query": queries[i], "AP": ap, "rank": first,
                      **dict.fromkeys(range(1, 11)), **dict(enumerate(firsts, 1))})

@@ -81,12 +81,12 @@ class ChannelAttentionLayer(nn.Module):
         _, T, _, H, W = x.shape
         if min(H, W) < 3:
             raise ValueError(f"CAL needs maps of at least 3x3, not {H}x{W}")
-        x_sum = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+        x_sum = x.detach().sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
         from_first = x_sum - x_sum[..., :1, :1]            # all equal: 0 < 0, without rounding
         x_no_pad = from_first[..., 1:-1, 1:-1]
         w_ctr = from_first.mean((2, 3)) < x_no_pad.mean((2, 3))                   # Eq. 1
-        mean = x_sum.sum((2, 3)) / (T * H * W)          # its gradient is cheaper than a mean's
-        w_se = self.excite(self.squeeze(mean.to(x.dtype)).relu()).sigmoid()
+        mean = x.sum((1, 3, 4)) / (T * H * W)           # its gradient is cheaper than a mean's
+        w_se = self.excite(self.squeeze(mean).relu()).sigmoid()
         return (w_ctr * w_se)[:, None, :, None, None]
 
 
@@ -164,8 +164,9 @@ class CrossPropagationModule(nn.Module):
             return x.sum((1, 3, 4), keepdim=True) / (x.shape[3] * x.shape[4])
         lost = (gap(later) - gap(y)).expand(-1, former.shape[1], -1, -1, -1)
         seen = gap(former).expand(-1, later.shape[1], -1, -1, -1)
-        z = torch.cat([former, y], 1)
-        return z.add_(self.alpha * torch.cat([lost, seen], 1))                    # Eq. 5-6
+        z = torch.cat([former.movedim(2, 4), y.movedim(2, 4)], 1)         # stays channels_last
+        z.add_(self.alpha * torch.cat([lost, seen], 1).movedim(2, 4))             # Eq. 5-6
+        return z.movedim(4, 2)
 
 
 class SalientToBroadModule(nn.Module):
@@ -193,7 +194,8 @@ class SalientToBroadModule(nn.Module):
         s = self.split
         if x.shape[1] <= s:
             raise ValueError(f"SBM with split {s} needs more than {s} frames, not {x.shape[1]}")
-        former, later = x.split((s, x.shape[1] - s), 1)
+        parts = x.movedim(2, 4).split((s, x.shape[1] - s), 1)             # stays channels_last
+        former, later = (part.movedim(4, 2) for part in parts)
         w = self.cal(x) if self.cal else x.new_ones(1, 1, x.shape[2], 1, 1)
         kernel = self.kgm(w * former)                                     # P = w X, Eq. 2
         y = self.so(later, w[..., 0, 0] * kernel) * later                 # (w X) * K = X * (w K)

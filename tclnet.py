@@ -179,8 +179,8 @@ class TemporalSaliencyErasing(nn.Module):
             raise ValueError(f"TSE with {N} learners needs a multiple of {N} frames, not {T}")
         x = x.reshape(B * T // N, N, *size)                               # all segments C_k at once
         f, c = x.new_empty(len(x), 0, self.features), []                  # f_1 ... f_(n-1)
-        for n, learner in enumerate(self.learners):
-            frame = x[:, n].contiguous(memory_format=torch.channels_last)
+        for learner, frame in zip(self.learners, x.movedim(2, 4).unbind(1)):
+            frame = frame.movedim(3, 1).contiguous(memory_format=torch.channels_last)
             if self.seo:
                 frame = self.seo(frame, f)                                # SEO(F_n; f_1 ...), Eq. 2
             y = learner(self.shared(frame))
@@ -200,11 +200,10 @@ def probability_map(q, m, tau=5.0):
     """
     T = q.shape[1]
     q = F.normalize(q, dim=2)
-    dtype = torch.promote_types(m.dtype, torch.float32)
-    length = torch.linalg.vector_norm(m, dim=2, dtype=dtype).clamp(min=1e-12)
+    length = torch.linalg.vector_norm(m, dim=2).clamp(min=torch.finfo(m.dtype).tiny)
     # A_i = exp(tau q^T m_i / |m_i|) / sum_j exp(tau q^T m_j / |m_j|)            # Eq. 6
     # for all queries at once, from all frames without the query's own
-    a = tau * (q @ m.transpose(1, 2)) / length[:, None]
+    a = tau * (m @ q.transpose(1, 2) / length[:, :, None]).transpose(1, 2)
     own = torch.eye(T, dtype=torch.bool, device=m.device).repeat_interleave(m.shape[1] // T, 1)
     return a.masked_fill(own, -math.inf).softmax(2)
 

@@ -300,7 +300,7 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "study", help="folder (study)")
     parser.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2), help="(0 1 2)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
-    parser.add_argument("--only", nargs="*", help="sets, scripts or rows, the others not")
+    parser.add_argument("--only", nargs="*", help="sets, scripts, rows or hard/m3d, nothing else")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -316,7 +316,9 @@ def main():
     prepare(folder, os.cpu_count())
     todo = [(which, script, row, seed) for seed in args.seeds
             for (which, script), names in ROWS.items() for row in names
-            if not args.only or {which, script, row} & {*args.only}]
+            if not args.only or {which, script, row, f"{which}/{script}"} & {*args.only}]
+    if not todo:
+        raise SystemExit(f"--only {' '.join(args.only or ())} and --seeds name no row")
     done = {tuple(str(row[key]) for key in KEYS[:4]) for row in results(folder)}
     todo = [run for run in todo if tuple(map(str, run)) not in done]
     start, count, failed = time.time(), 0, 0
