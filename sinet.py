@@ -81,10 +81,10 @@ class ChannelAttentionLayer(nn.Module):
         _, T, _, H, W = x.shape
         if min(H, W) < 3:
             raise ValueError(f"CAL needs maps of at least 3x3, not {H}x{W}")
-        x_sum = x.detach().sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x_sum = sum(frame.to(dtype) for frame in x.detach().unbind(1))
         from_first = x_sum - x_sum[..., :1, :1]            # all equal: 0 < 0, without rounding
-        x_no_pad = from_first[..., 1:-1, 1:-1]
-        w_ctr = from_first.mean((2, 3)) < x_no_pad.mean((2, 3))                   # Eq. 1
+        w_ctr = from_first.mean((2, 3)) < from_first[..., 1:-1, 1:-1].mean((2, 3))  # Eq. 1
         mean = x.sum((1, 3, 4)) / (T * H * W)           # its gradient is cheaper than a mean's
         w_se = self.excite(self.squeeze(mean).relu()).sigmoid()
         return (w_ctr * w_se)[:, None, :, None, None]

@@ -225,8 +225,8 @@ class TemporalSaliencyBoosting(nn.Module):
         B, T, D, H, W = x.shape
         if T < 2:
             raise ValueError(f"TSB needs a frame and its memory: at least 2 frames, not {T}")
-        q = x.sum((3, 4)) / (H * W)                                       # GAP
         m = x.movedim(2, 4).flatten(1, 3)                                 # (B, T*H*W, D)
+        q = m.unflatten(1, (T, -1)).sum(2) / (H * W)                      # GAP
         o = probability_map(q, m, self.tau).to(x.dtype) @ m               # o = M^T A
         return self.bn(o.flatten(0, 1)).to(x.dtype).view(B, T, D, 1, 1) + x  # E = BN(o) + Q
 
