@@ -12,6 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from common import settings
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("*.py"))
 SCRIPTS = [file for file in FILES if file.name not in ("common.py", "data.py")]
@@ -237,3 +239,32 @@ def test_a_class_runs_when_copied(script, name, one_backbone):
     torch.manual_seed(0)
     expected = make(getattr(importlib.import_module(script.stem), name)).eval()(*inputs)
     torch.testing.assert_close(out, expected, atol=0, rtol=0)
+
+
+@each_script
+def test_the_blocks_keep_channels_last(script, one_backbone):
+    """No module between the blocks leaves their maps, or the gradients, in another layout: it would
+    cost a copy of every map behind it."""
+    module = importlib.import_module(script.stem)
+    row, size = [*module.ROWS][0], {"height": 64, "width": 64}
+    args = settings(module.RECIPE, module.ROWS, row, weights="none", **size)
+    net = module.build(args, 5).train()
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):  # as Run.prepare does
+            layer.to(memory_format=torch.channels_last)
+    found = []
+
+    def note(x):
+        found.append(x.is_contiguous(memory_format=torch.channels_last))
+
+    def hook(block, inputs):
+        note(inputs[0])
+        inputs[0].register_hook(note)
+
+    blocks = [m for m in net.modules() if isinstance(m, torchvision.models.resnet.Bottleneck)]
+    for block in blocks:
+        block.register_forward_pre_hook(hook)
+    outputs = net(torch.rand(2, args.frames, 3, 64, 64))
+    streams = outputs.values() if isinstance(outputs, dict) else [outputs]
+    sum(embedding.sum() + logits.sum() for embedding, logits, *_ in streams).backward()
+    assert len(found) >= 2 * len(blocks) >= 32 and all(found)
