@@ -80,9 +80,9 @@ class CrossScalePath(nn.Module):
         self.conv = nn.Conv2d(channels, alpha * channels, 1, bias=False)          # W_c
 
     def forward(self, big, small):
-        # F_D' = R(W_c * P(F_D)), reshaped with the channels last, as in memory   # Eq. 2
-        pooled = F.max_pool2d(big.flatten(0, 1), 2)                       # P(F_D)
-        x = self.conv(pooled).movedim(1, 3).unflatten(3, (-1, small.shape[2])).movedim(3, 1)
+        # F_D' = R(W_c * P(F_D)), where R keeps the channels last, as in memory    # Eq. 2
+        x = self.conv(F.max_pool2d(big.flatten(0, 1), 2)).movedim(1, 3)   # (B M, H/2, W/2, alpha C)
+        x = x.unflatten(3, (-1, small.shape[2])).movedim(3, 1)           # (B M, alpha, H/2, W/2, C)
         return small + x.reshape(small.movedim(2, 4).shape).movedim(4, 2)  # F_C + F_D'
 
 
