@@ -80,7 +80,8 @@ QUANTITIES = {
     "rank-1": "percent",
     "ms a clip": "a forward pass of clips in eval mode, float32, one thread, on a busy machine",
     "maps alike": "mean correlation of the last maps' energy over pairs of frames of a clip",
-    "top cells shared": "share of a frame's top quarter of cells that is another frame's, too",
+    "top cells shared": "share of a frame's top quarter of cells that is another frame's, too; of "
+                        "maps of at least four cells",
     "A alike": "BiCnet-TKS: mean correlation of the attention maps A_k over pairs of frames",
     "A top shared": "the same share of cells for A_k",
     "learners alike": "TCLNet: cosine of two learners' vectors on a clip, each without its mean",
@@ -267,7 +268,7 @@ def results(folder):
     if not file.exists():
         return []
     with open(file, newline="") as lines:
-        return [{key: value for key, value in row.items() if value != ""}
+        return [{key: value for key, value in row.items() if value not in ("", "nan")}
                 for row in csv.DictReader(lines)]
 
 
