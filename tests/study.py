@@ -182,7 +182,9 @@ def measure(file, root, tracklets=32, gait=False):
         maps = [energy(y) for _, y in watch(model, as_taken(first), net.layer4[-1])[0]]
         smallest = (4, 2) if name == "bicnet_tks" else maps[0].shape[-2:]
         frames = of_frames(maps, B, smallest)
-    found["maps alike"], found["top cells shared"] = alike(frames)
+    found["maps alike"], shared = alike(frames)
+    if frames[0, 0].numel() >= 4:  # else no quarter
+        found["top cells shared"] = shared
     if len(getattr(model, "dao", ())):
         maps = [y[1] for ((_, y),) in watch(model, first, *model.dao)]
         found["A alike"], found["A top shared"] = alike(of_frames(maps, B, (4, 2)))
@@ -268,7 +270,7 @@ def results(folder):
     if not file.exists():
         return []
     with open(file, newline="") as lines:
-        return [{key: value for key, value in row.items() if value not in ("", "nan")}
+        return [{key: value for key, value in row.items() if value != ""}
                 for row in csv.DictReader(lines)]
 
 
@@ -313,13 +315,13 @@ def main():
         return
     if args.table:
         return table(results(folder))
-    threads = max(1, os.cpu_count() // args.jobs)
-    prepare(folder, os.cpu_count())
     todo = [(which, script, row, seed) for seed in args.seeds
             for (which, script), names in ROWS.items() for row in names
             if not args.only or {which, script, row, f"{which}/{script}"} & {*args.only}]
     if not todo:
         raise SystemExit(f"--only {' '.join(args.only or ())} and --seeds name no row")
+    threads = max(1, os.cpu_count() // args.jobs)
+    prepare(folder, os.cpu_count())
     done = {tuple(str(row[key]) for key in KEYS[:4]) for row in results(folder)}
     todo = [run for run in todo if tuple(map(str, run)) not in done]
     start, count, failed = time.time(), 0, 0

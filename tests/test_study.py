@@ -26,6 +26,13 @@ def test_the_rows_and_flags_are_the_scripts():
         assert (which, script) in study.FLAGS
 
 
+def test_a_name_of_no_row_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["study.py", "--output", f"{tmp_path / 'a'}", "--only", "bse"])
+    with pytest.raises(SystemExit, match="--only bse and --seeds name no row"):
+        study.main()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_alike_is_the_correlation_and_the_share_of_the_top_quarter():
     maps = torch.rand(3, 4, 8, 2)
     correlation, share = study.alike(maps)
