@@ -92,7 +92,7 @@ def _dumps(script):
 
 
 @each_script
-def test_a_script_is_short_and_stands_alone(script):
+def test_a_script_stands_alone(script):
     text = script.read_text()
     nodes = list(ast.walk(ast.parse(text)))
     modules = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
@@ -100,14 +100,7 @@ def test_a_script_is_short_and_stands_alone(script):
     allowed = {"torch", "torchvision", "numpy", "common", "data"}
     assert modules - set(sys.stdlib_module_names) <= allowed
     assert ".cuda(" not in text
-    assert len(text.splitlines()) <= 600 and len(imported(script)) <= 20
-    assert sum(length for _, length in marked(script).values()) <= 120
-
-
-def test_the_shared_files_are_short():
-    lengths = {file.name: len(file.read_text().splitlines()) for file in FILES}
-    assert lengths["common.py"] <= 1210 and lengths["data.py"] <= 1150
-    assert sum(lengths.values()) <= 5210
+    assert len(imported(script)) <= 20
 
 
 @pytest.mark.parametrize(
