@@ -10,6 +10,7 @@ kernels of several lengths, selected for every clip and channel.
 
     python bicnet_tks.py                            # a small run on synthetic data, on any machine
     python bicnet_tks.py --data mars --gpu 0        # the paper's recipe
+    python bicnet_tks.py --data mars --plan         # what that would train and test
     python bicnet_tks.py --data mars --gpu 0 --variant tb+csp --shares 1 1  # a row, changed
 
 Sec. 3.1, Eq. 2, Fig. 3    CrossScalePath (CSP), behind stages 1 to 3
@@ -21,37 +22,54 @@ Sec. 4.3.1                 losses
 Sec. 4.1                   RECIPE; Tables 1 to 6: ROWS
 To copy                    each class alone, BiCnet with resnet50 and the other classes
 
-Changed (printed, and done otherwise):
-  CSP           "after each stage": after stages 1 to 3, as the printed 27.6 million parameters
-                exclude stage 4 (+12.6 million). --csp-stages 1 2 3 4: as printed.
+Deviations from the paper (its sentence, what we do, the flag for the paper's form):
+  CSP           "after each stage": after stages 1 to 3, as the paper's 27.6 million parameters
+                exclude stage 4 (+12.6 million). --csp-stages 1 2 3 4
   Eq. 7         "W_i" is C x C: ours is C -> C/16, shared, BatchNorm, ReLU, then C/16 -> C, as the
-                printed parameters exclude C x C (61.2 million with TKS behind stage 4, printed
-                53.5). --no-bottleneck: as printed.
+                paper's parameters exclude C x C (61.2 million with TKS after stage 4, the paper has
+                53.5). --no-bottleneck
   excite        "E_t = U(Z_t) + F_t": Z goes through a BatchNorm before, which starts at zero, so
-                that training starts from the backbone. --no-excite-bn: as printed.
+                that training starts from the backbone. --no-excite-bn
 
-Open (not printed; the reading taken):
+Unspecified in the paper; our choice (the authors' release is named where the choice follows it):
   small frames  frames are resized, as the text says (GFLOPs: COUNTING), bilinear with antialiasing
   CSP           big frame m feeds the small frames alpha m ... alpha m + alpha - 1; no bias; before
                 TKS and DAO of the same stage
   DAO           k > 1: 1x1 convolution C -> 1, then H W -> H W, no bias; own modules of each branch
-  its residual  D_k + BN(sum over positions of A_k * D_k), BN starting at zero, as D_k + A_k * D_k
-                would change D_k by 1 / (H W) only
+  its residual  D_k + BN(sum over positions of A_k * D_k), BN starting at zero (release), as
+                D_k + A_k * D_k would change D_k by 1 / (H W) only
   Eq. 5         mean of the two branches, 0 for a branch of one frame, weight 0.01; its gradient
                 goes on into the backbone, and for A_1, which has no parameters, only there
-  TKS           over all N frames in their order, big ones first; zeros before and behind them
-  its grid      4 x 2 regions of a frame, as the text says, for frames of either size; the printed
-                GFLOPs fit regions of 4 x 2 pixels (with TKS behind stage 2: --grid 8 8)
+  TKS           over all N frames in their order, big ones first; zeros before and after them
+  its grid      4 x 2 regions of a frame, as the text says, for frames of either size; the paper's
+                GFLOPs fit regions of 4 x 2 pixels (with TKS after stage 2: --grid 8 8)
   one kernel    Eq. 7 gives g = 1, so that W_i is left out
   shared        BatchNorm's weights, and the running averages, into which both branches' batches go
                 one by one. --own-statistics: a pair of averages
   Tables 3, 4   clips of 9 for alpha = 2 and for three branches, 10 for alpha = 4 (8 do not divide)
-  triplet       on the embedding behind a BN neck, cosine distance, margin 0.5
-  stride        it shrinks in training where a tracklet has fewer than 29 frames
+  pooling       the maximum over the last map of a frame, then the mean over frames (release)
+  triplet       on the embedding after a BN neck, cosine distance, margin 0.5
+  short         a tracklet of fewer than 32 frames gives 8 different ones at random, in order; one
+                of fewer than 8 some of them twice or more (release)
   augmentation  a flip and one box to erase, each with probability 0.5, for all frames of a clip
-  pieces        training tracklets are cut into pieces of 32 frames on Duke, 64 on LS-VID: --chunk 0
+  resizing      bicubic (release)
+  pieces        training tracklets are cut into pieces of 32 frames on Duke, 64 on LS-VID (release):
+                --chunk 0
   test clips    the last is filled by cycling the tracklet: of 10 frames 1-8, and 9, 10, 1-6
-  epoch         every identity at least once, K clips of it
+  an epoch      shows all tracklets, in groups of K of one identity (release): 117 steps on MARS;
+                --epoch identities: every identity once, 40 steps
+
+The authors' release departs from the paper's text here; we follow the text:
+  big frames    are frames 1 and 5 of eight, each leading its four; the text: the first N/(1+alpha)
+  small frames  are halved by maximum pooling after the stem; the text: resized before the network
+  DAO           works on 8 stripes, means over the width: A_1 the softmax of the channels' mean, the
+                others a 1x1 convolution to one map, an 8x8 matrix with a bias, BatchNorm, softmax
+  Eq. 4-5       |P P^T - I| / 4 with square roots of P for each pair of the four small frames' maps,
+                of the small branch alone, A_1 without gradient
+  LS-VID        a contrastive loss in the triplet loss' place, with s the cosine: the mean over the
+                positives of -log(e^16s+ / (e^16s+ + sum over other identities of e^16s-)); so the
+                paper's 75.1 / 84.6 come from another loss than the one the paper names
+  batches       of 16 groups, of which about 7 % hold one identity twice
 """
 import copy
 import math
@@ -61,8 +79,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, bars, batch_hard_triplet, command_line, energy, figures, gather,
-                    load_network, overlays, run_script, watch)
+from common import (Row, Run, at_least_float32, bars, batch_hard_triplet, command_line, energy,
+                    figures, gather, load_network, overlays, plan, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -250,13 +268,13 @@ class BiCnet(nn.Module):
     frames, height, width: N, H, W. shares: how the frames divide over branches of 1, 1/2, 1/4 ...
     of the size, (1, alpha) in the paper; csp, dao: False leaves them out; csp_stages, tks: stages,
     1 to 4, with a CSP or a TKS behind; kernels, select, grid, reduction, bottleneck, excite_bn: see
-    TKS; pool: "avg" or "max" over the final map; weights: see resnet50; own_statistics: BatchNorm's
+    TKS; pool: "max" or "avg" over the final map; weights: see resnet50; own_statistics: BatchNorm's
     running averages for each branch alone. Raises ValueError for what it cannot take.
     """
 
     def __init__(self, num_classes, frames=8, height=256, width=128, shares=(1, 3),
                  csp=True, dao=True, tks=(2,), kernels=(3, 5), select=True, grid=(4, 2),
-                 pool="avg", weights="none", csp_stages=(1, 2, 3), reduction=16, bottleneck=True,
+                 pool="max", weights="none", csp_stages=(1, 2, 3), reduction=16, bottleneck=True,
                  excite_bn=True, own_statistics=False):
         super().__init__()
         ratio, total = ":".join(map(str, shares)), sum(shares)
@@ -352,15 +370,21 @@ class BiCnet(nn.Module):
 
 # --------------------------------------------------------------- Sec. 3.1 and 4.3.1: the losses
 
+def loss_weights(args):
+    """The weights of the losses, {name: weight}: L_xent + L_triplet + args.divergence * L."""
+    return {"xent": 1.0, "triplet": 1.0, "div": args.divergence if args.dao else 0.0}
+
+
 def losses(outputs, pids, args):
-    """L_xent + L_triplet + args.divergence * L of Eq. 5, as {name: scalar}; the sum is the loss."""
+    """The weighted losses, {name: scalar}, with L of Eq. 5 as "div"; their sum is minimised."""
     embedding, logits, attention = outputs
-    parts = {"xent": F.cross_entropy(logits.float(), pids),
+    parts = {"xent": F.cross_entropy(at_least_float32(logits), pids),
              "triplet": batch_hard_triplet(embedding, pids, args.margin)}
     if attention and args.divergence:
-        of_branches = [divergence_loss(a.float()) for a in attention]             # Eq. 5
-        parts["div"] = args.divergence * (sum(of_branches) / len(of_branches))
-    return parts
+        of_branches = [divergence_loss(at_least_float32(a)) for a in attention]   # Eq. 5
+        parts["div"] = sum(of_branches) / len(of_branches)
+    weights = loss_weights(args)
+    return {name: weights[name] * loss for name, loss in parts.items()}
 
 
 # ---------------------------------------------------------------------------- Sec. 4.1: the recipe
@@ -371,13 +395,15 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "width": (128, 64, "of the resized big frames (Sec. 4.1)"),
     "ids": (16, 4, "P, identities a batch (Sec. 4.1)"),
     "clips": (4, 2, "K, clips of each of them (Sec. 4.1)"),
+    "epoch": ("tracklets", "identities", "shows all of these (open; the authors' release)",
+              ("tracklets", "identities")),
     "erase": (0.5, 0.0, "probability of random erasing (our choice)"),
     "epochs": (150, 8, "(Sec. 4.1)"),
     "lr": (3.5e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
     "lr_step": (40, 7, "lr is divided by 10 every so many epochs (Sec. 4.1)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (Sec. 4.1)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
-    "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
+    "pool": ("max", "max", "over the final map (open; the authors' release)", ("max", "avg")),
     "shares": ((1, 3), (1, 3), "frames of full, 1/2, 1/4 ... size: 1 and alpha (Tables 3, 4)"),
     "own_statistics": (False, False, "BatchNorm's running averages for each branch (our choice)"),
     "csp": (True, True, "with CSPs, for two branches (Table 2)"),
@@ -470,6 +496,7 @@ def full_size_stem(args):
 # 64), and 16 if a region of TKS had 4 x 2 pixels: of the counts that were tried, none meets more.
 COUNTING = {"without": ("neck", "classifier"), "more": full_size_stem,
             "truncate": ("million_parameters", "gflops_a_frame")}
+RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
@@ -488,6 +515,9 @@ def make_optimizer(model, args):
 
 def train(args):  # same in every script
     """Trains a network, or with --evaluate or --figure shows one; returns the last result."""
+    if args.plan:
+        return plan(args, recipe=RECIPE, sampler=SAMPLER, split=SPLIT, metric=METRIC, build=build,
+                    loss_weights=loss_weights)
     run = Run(args)                                     # processes, device, folder, checkpoint
     with run.setting_up():                              # what is missing is drawn or downloaded
         dataset = load_dataset(args.data, args.root, int(args.split), args.chunk)
@@ -522,11 +552,12 @@ def train(args):  # same in every script
 
 def load(file):  # same in every script
     """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
-    return load_network(file, build, RECIPE, ROWS, __file__)
+    return load_network(file, build, recipe=RECIPE, rows=ROWS, release=RELEASE, script=__file__)
 
 
 def main():  # same in every script
-    run_script(train, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
+    run_script(train, build, recipe=RECIPE, rows=ROWS, counting=COUNTING, release=RELEASE,
+               text=__doc__, script=__file__)
 
 
 # ------------------------------------------------------------------------------------- the picture

@@ -39,13 +39,18 @@ def distance_blocks(a, b, metric="cosine", rows=512):
         yield slice(start, start + len(part)), d
 
 
+def at_least_float32(x):
+    """x, or a float32 copy of what autocast or `.half()` has made less precise."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def batch_hard_triplet(x, pids, margin):
     """Batch-hard triplet loss (Hermans et al., 2017) with the cosine distance, 1 - cos: the mean
     over anchors of [margin + d(hardest positive) - d(hardest negative)]+.
 
     x: embeddings (N, D); pids: (N,). An anchor without a positive or a negative counts nothing.
     """
-    x = F.normalize(x.float(), dim=1)
+    x = F.normalize(at_least_float32(x), dim=1)
     d = 1 - x @ x.T
     same = pids[:, None] == pids
     positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
@@ -438,9 +443,50 @@ def command_line(main):
 
 # -------------------------------------------------------------------------------------------- files
 
-def load_checkpoint(path, script, rows, flags, but, training=True):
+class Release:
+    """Trained weights that the authors of a paper offer for download, and what they need.
+
+    Args:
+        read: a function of a state_dict -> (the row of the script that it is, the settings of the
+            recipe that its shapes give, the state_dict in the script's names), or None where the
+            state_dict is not of the authors' release.
+        settings: what --release sets in the recipe, beside the form of the modules.
+    """
+
+    def __init__(self, read, **settings):
+        self.read = read
+        self.settings = settings
+
+    def checkpoint(self, file, script):
+        """The contents of a file as a checkpoint of this script, or None where it is none of the
+        authors' release."""
+        state = file.get("state_dict", file)
+        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+            return None
+        found = self.read(state)
+        if found is None:
+            return None
+        variant, shaped, model = found
+        args = {"data": "mars", "root": FLAGS["root"][0], "variant": variant, "small": False,
+                **self.settings, **shaped, "release": True}
+        return {"script": script, "args": args, "num_classes": len(model["classifier.weight"]),
+                "history": [], "model": model, "release": True}
+
+
+def read_checkpoint(path, script, release):
+    """The contents of a file that a run of ours, or where there is one the authors' release, has
+    written, as a checkpoint of ours."""
+    file = load_file(path)
+    try:
+        return (release and release.checkpoint(file, script)) or file
+    except Exception:  # anything can be in a file
+        raise UserError(f"{path}: has the names of the authors' release, but another form"
+                        ) from None
+
+
+def load_checkpoint(path, script, rows, flags, but, training=True, release=None):
     """A checkpoint of `script`, as a run writes it, with these flags, but for those in `but`."""
-    checkpoint = load_file(path)
+    checkpoint = read_checkpoint(path, script, release)
     try:
         saved, classes = checkpoint["args"], checkpoint["num_classes"]
         history, model = checkpoint["history"], checkpoint["model"]
@@ -456,7 +502,8 @@ def load_checkpoint(path, script, rows, flags, but, training=True):
     except Exception:  # anything can be in a file
         raise UserError(f"{path}: not a checkpoint of {script}, as a run writes it") from None
     if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
-        raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further")
+        raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further "
+                        "(--init starts another training from it)")
     for key in sorted(flags.keys() & saved.keys() - but):
         if flags[key] != saved[key]:
             raise UserError(f"{path}: was trained with {typed(key, saved[key])}, not "
@@ -487,11 +534,14 @@ def restore(path, checkpoint, **objects):
             raise UserError(f"{path}: its {name} does not fit ({first_line(error)} ...)") from None
 
 
-def start_from(path, model):
-    """Loads into the network what a run's last.pt has of its names and shapes; prints the rest."""
-    theirs, own = load_part(path, ""), model.state_dict()
+def start_from(path, model, release=None):
+    """Loads into the network what a run's last.pt, or the authors' release, has of its names and
+    shapes, of a release all but the classifier; prints the rest."""
+    file = read_checkpoint(path, "", release)
+    theirs, own = part_of_network(path, file, ""), model.state_dict()
     taken = {name: value for name, value in theirs.items()
-             if name in own and getattr(value, "shape", None) == own[name].shape}
+             if name in own and getattr(value, "shape", None) == own[name].shape
+             and not (file.get("release") and name.startswith("classifier."))}
     if not taken:
         raise UserError(f"{path}: holds nothing of this network")
     model.load_state_dict(taken, strict=False)
@@ -502,13 +552,16 @@ def start_from(path, model):
             print(f"  {says}: {textwrap.shorten(', '.join(parts), 160)}")
 
 
-def load_network(path, build, recipe, rows, script):
+def load_network(path, build, *, recipe, rows, release, script):
     """A script's network of a checkpoint, in eval mode on the CPU; `.args` has its settings."""
-    checkpoint = load_checkpoint(path, Path(script).name, rows, {}, set(), training=False)
+    checkpoint = load_checkpoint(path, Path(script).name, rows, {}, set(), training=False,
+                                 release=release)
     saved = checkpoint["args"]
     row = settings(recipe, rows, saved["variant"], saved.get("small", saved["data"] == "synthetic"))
     args = argparse.Namespace(**{**vars(row), **saved, "resume": str(path)})
     model = build(args, checkpoint["num_classes"])
+    if checkpoint["model"].get("neck.weight", torch.empty(0)).dtype == torch.float64:
+        model.double()
     restore(path, checkpoint, model=model)
     model.args = args
     return model.eval()
@@ -579,10 +632,12 @@ FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, 
     "figure_format": ("png", "of the pictures; pdf, svg: for papers", ("png", "pdf", "svg")),
     "beside": (None, "last.pt of another row of the script, drawn above the first (with --figure)"),
     "complexity": (False, "only print parameters and FLOPs of all variants"),
+    "plan": (False, "only print what would be trained and tested: the recipe, the data set, steps"),
 }
 # what a checkpoint does not say, and what may differ from it when a run goes on or is evaluated
 HERE = {"eval_first", "evaluate", "export", "figure", "figure_tracklets", "figure_format", "beside",
-        "complexity", "gpu", "workers", "resume", "compile", "output", "chosen", "tensorboard"}
+        "complexity", "plan", "gpu", "workers", "resume", "compile", "output", "chosen",
+        "tensorboard"}
 GOING_ON = {*HERE, "root", "epochs", "checkpoint_every", "eval_every"}
 EVALUATED = {*FLAGS, *SCHEDULE, "erase", "weights"}
 
@@ -591,7 +646,7 @@ def typed(key, value):
     """A setting as it is typed."""
     if isinstance(value, bool):
         key, value = key if value else f"no_{key}", ()
-    values = value if isinstance(value, tuple) else [value]
+    values = value if isinstance(value, (tuple, list)) else [value]
     return " ".join(["--" + key.replace("_", "-"), *map(str, values)])
 
 
@@ -631,7 +686,7 @@ def describe(rows):
                                 subsequent_indent="      ", break_on_hyphens=False)
 
 
-def parse_args(recipe, rows, text, script):
+def parse_args(recipe, rows, text, script, release=None):
     """A script's command line; what is left out comes from --resume, the row, the recipe."""
     first, script = next(iter(rows)), Path(script)
     parser = Parser(
@@ -655,7 +710,9 @@ def parse_args(recipe, rows, text, script):
     default = {key: value for key, (value, *_) in FLAGS.items()}
     run = argparse.Namespace(**{**default, **chosen})
     evaluate = chosen.get("evaluate", run.export is not None) or run.figure is not None
-    data, variant, resume = run.data, chosen.get("variant", first), run.resume
+    needed = release_settings(run.init, release, chosen) if run.init and release else {}
+    data, resume = run.data, run.resume
+    variant = needed.get("variant", chosen.get("variant", first))
     folder = f"runs/{script.stem}-{data}" + f"-{variant}" * (variant != first)
     if data in SPLIT_SETS and run.split != "all":
         folder += f"/split-{run.split}"
@@ -667,7 +724,7 @@ def parse_args(recipe, rows, text, script):
         resume += "/last.pt"
     if resume is not None and run.split != "all":
         but = EVALUATED if evaluate else GOING_ON | {"init", "weights", "amp", "rerank"}
-        checkpoint = load_checkpoint(resume, script.name, rows, chosen, but, not evaluate)
+        checkpoint = load_checkpoint(resume, script.name, rows, chosen, but, not evaluate, release)
         saved = {k: v for k, v in checkpoint["args"].items() if k not in HERE}
         output = run.output or str(Path(resume).parent)
         data, variant = chosen.get("data", saved["data"]), saved["variant"]
@@ -679,13 +736,30 @@ def parse_args(recipe, rows, text, script):
         raise UserError("--split all: is for training, not for --evaluate, --export, --figure")
     small = chosen.get("small", saved.get("small", saved.get("data", data) == "synthetic"))
     row = vars(settings(recipe, rows, variant, small))
+    if chosen.get("release") and not saved:
+        given = changed(rows, variant, small)
+        row.update({k: v for k, v in release.settings.items() if k not in given})
+    row.update({key: value for key, value in needed.items() if key in recipe})
     if run.init:
         row["weights"] = "none"
     return argparse.Namespace(**{
         **default, "chunk": CHUNK.get(f"{script.stem} {data}", CHUNK.get(data, 0)), "small": small,
         "eval_first": data == "synthetic", **row, **saved, **chosen, "resume": resume,
         "evaluate": evaluate, "output": output, "chosen": [*chosen], "script": script.name,
-        "checkpoint": checkpoint, "printed": row_of(rows, variant).figures.get(data)})
+        "checkpoint": checkpoint, "released": release,
+        "printed": row_of(rows, variant).figures.get(data)})
+
+
+def release_settings(path, release, chosen):
+    """The settings that --init needs for a file of the authors' release, of any other file none;
+    UserError when the user has chosen others."""
+    file = read_checkpoint(path, "", release)
+    needed = file["args"] if file.get("release") else {}
+    for key in sorted((chosen.keys() & needed.keys()) - {"data", "root", "small"}):
+        if chosen[key] != needed[key]:
+            raise UserError(f"--init {path}: is a network of {typed(key, needed[key])}, not "
+                            f"{typed(key, chosen[key])}")
+    return needed
 
 
 def part_of(args, rows, folder, variant=None, **changes):
@@ -706,13 +780,19 @@ def part_of(args, rows, folder, variant=None, **changes):
     return part
 
 
-def load_part(path, prefix, module=None):
-    """The weights in a run's last.pt whose names start with prefix, loaded into module, if any."""
-    saved = load_file(path).get("model")
+def part_of_network(path, checkpoint, prefix):
+    """The weights in a checkpoint whose names start with prefix, without it."""
+    saved = checkpoint.get("model")
     model = saved if isinstance(saved, dict) else {}
     state = {k.removeprefix(prefix): model[k] for k in model if k.startswith(prefix)}
     if not state:
         raise UserError(f"{path}: holds no {prefix.rstrip('.') or 'network'} of a run")
+    return state
+
+
+def load_part(path, prefix, module=None):
+    """The weights in a run's last.pt whose names start with prefix, loaded into module, if any."""
+    state = part_of_network(path, load_file(path), prefix)
     if module:
         restore(path, {"network": state}, network=module)
     return state
@@ -733,15 +813,82 @@ def all_splits(train, args, rows):
     print(f"10 splits: mAP {mean_ap:.1f} +- {d_map:.1f}   rank-1 {first:.1f} +- {d_first:.1f}")
 
 
-def run_script(train, build, recipe, rows, counting, text, script):
+def run_script(train, build, *, recipe, rows, counting, release, text, script):
     """What a command line asks for, of the parts of a script."""
-    args = parse_args(recipe, rows, text, script)
+    args = parse_args(recipe, rows, text, script, release)
     if args.complexity:
         complexity_table(rows, recipe, build, counting)
-    elif args.split == "all":
+    elif args.split == "all" and not args.plan:
         all_splits(train, args, rows)
     else:
         train(args)
+
+
+def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
+    """--plan: prints what the command would train and test, without training and without images.
+
+    sampler, split, metric, build, loss_weights: those of the script.
+    """
+    splits = args.split == "all"
+    dataset = load_dataset(args.data, args.root, 0 if splits else int(args.split), args.chunk,
+                           draw=False, images=False)
+    with torch.device("meta"):
+        changes = {"weights": "none", "init_2d": None, "join": ()}
+        model = build(argparse.Namespace(**{**vars(args), **changes, "evaluate": False}),
+                      dataset.num_identities)
+    parameters, macs = complexity(model, args.frames, args.height, args.width)
+    print(f"{Path(args.script).stem} {args.variant} on {args.data}: {parameters:,} parameters, "
+          f"{macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of "
+          f"{args.height}x{args.width}")
+    print(dataset.summary())
+    if args.evaluate:
+        print("no training: only a test")
+    else:
+        batch = args.ids * args.clips
+        steps = len(make_sampler(sampler, [t.pid for t in dataset.train], args))
+        shown = f", all {args.epoch}" if "epoch" in args else ", all tracklets once"
+        print(f"an epoch: {steps:,} steps of {batch} clips{shown}: {steps * batch:,} clips, "
+              f"{steps * batch * args.frames:,} frames")
+        print(f"in all: {args.epochs:,} epochs, {steps * args.epochs:,} steps"
+              + (" for each of ten splits" if splits else ""))
+        print("learning rate:")
+        for first in range(1, args.epochs + 1, args.lr_step):
+            last = min(first + args.lr_step - 1, args.epochs)
+            rate = args.lr * 0.1 ** ((first - 1) // args.lr_step)
+            print(f"  epochs {first} to {last}: {rate:.3g}")
+        weights = loss_weights(args)
+        print("loss: " + " + ".join(f"{weight:g} x {name}" for name, weight in weights.items()
+                                    if weight))
+    tracklets = {t.frames[0]: t for t in dataset.query + dataset.gallery}.values()
+    parts = model.test_parts() if hasattr(model, "test_parts") else [(model, args.frames)]
+    clips = [split(len(t.frames), frames) for _, frames in parts for t in tracklets]
+    when = "" if args.evaluate else f" after epoch {args.epochs}"
+    if args.eval_every and not args.evaluate:
+        when += f" and every {args.eval_every} epochs"
+    print(f"test{when}: {len(dataset.query):,} queries in {len(dataset.gallery):,} gallery "
+          f"tracklets, {metric} distance; reads {len(tracklets):,} tracklets in "
+          f"{sum(map(len, clips)):,} clips of {sum(clip.size for clip in clips):,} frames")
+    print(paper_says(args.printed))
+    print("recipe:")
+    for key, (_, _, meaning, *_) in recipe.items():
+        value = getattr(args, key)
+        if value in (None, (), []):
+            value = "(none)"
+        print(f"  {typed(key, value):32} {meaning}")
+
+
+def paper_says(printed):
+    """The paper's (mAP, rank-1) of a row, either of which may be None, in words."""
+    figures = ", ".join(f"{name} {value}" for name, value in zip(("mAP", "rank-1"), printed or ())
+                        if value is not None)
+    return f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
+
+
+def make_sampler(sampler, pids, args):
+    """A script's sampler for these labels of training tracklets, with the settings in args."""
+    options = {"shows": args.epoch} if "epoch" in args else {}
+    return sampler(pids, args.ids, args.clips, seed=args.seed, rank=rank(), world=world(),
+                   **options)
 
 
 # ----------------------------------------------------------------------------------- a training run
@@ -764,6 +911,7 @@ class Run:
     def __init__(self, args):
         self.printed = vars(args).pop("printed", None)
         self.checkpoint = vars(args).pop("checkpoint", None)
+        self.release = vars(args).pop("released", None)
         self.args, self.device = args, pick_device(args.gpu)
         self.cuda = self.device.type == "cuda"
         if args.amp and self.cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -776,6 +924,7 @@ class Run:
         self.extraction = dict(batch=self.batch, workers=args.workers, amp=args.amp)
         self.last, self.log_file = Path(args.output) / "last.pt", Path(args.output) / "log.csv"
         self.history = self.checkpoint["history"] if self.checkpoint else []
+        self.from_release = bool(self.checkpoint and self.checkpoint.get("release"))
         self.steps, self.totals, self.states = 0, {}, {}
         self.board, self.shown = None, 0  # TensorBoard's writer, rows that it has
 
@@ -826,7 +975,7 @@ class Run:
         if self.checkpoint:
             restore(args.resume, self.checkpoint, model=model)
         elif args.init:
-            start_from(args.init, model)
+            start_from(args.init, model, self.release)
         if args.compile and not args.figure:
             try:  # a small function shows whether it works
                 torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
@@ -838,9 +987,12 @@ class Run:
     def loader(self, tracklets, sampler, sample):
         """Batches of training clips and their identities; see PKSampler, TrainClips."""
         args, pids = self.args, [t.pid for t in tracklets]
+        sampler = make_sampler(sampler, pids, args)
+        print(f"an epoch has {len(sampler):,} steps of {self.batch} clips, {args.epochs:,} epochs "
+              f"have {args.epochs * len(sampler):,}", flush=True)
         return torch.utils.data.DataLoader(
             TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase),
-            batch_sampler=sampler(pids, args.ids, args.clips, args.seed, rank(), world()),
+            batch_sampler=sampler,
             num_workers=args.workers, persistent_workers=args.workers > 0,
             worker_init_fn=own_group, pin_memory=self.cuda, generator=torch.Generator())
 
@@ -964,7 +1116,8 @@ class Run:
     def test(self, model, dataset, split, metric):
         """`evaluate` of the test part; the result of an epoch goes into its row of the log."""
         label = f"after epoch {len(self.history)}" if self.history else \
-            f"from {self.args.init}" if self.args.init else "untrained"
+            f"from {self.args.init}" if self.args.init else \
+            "the authors' release" if self.from_release else "untrained"
         last = self.args.evaluate or len(self.history) == self.args.epochs
         result = evaluate(model, dataset, split, self.args.frames, self.size, metric,
                           self.args.rerank, label, last and self.args.export, **self.extraction)
@@ -976,12 +1129,10 @@ class Run:
     def finish(self):
         """Prints the last epoch's result beside the paper's figures of the row, and returns it."""
         args, result = self.args, self.history[-1]
-        printed = zip(("mAP", "rank-1"), self.printed or ())
-        figures = ", ".join(f"{name} {value}" for name, value in printed if value is not None)
-        says = f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
         if result["mAP"] != "":
             print(f"{args.variant} on {args.data}, epoch {len(self.history)}: mAP "
-                  f"{result['mAP']:.1f}, rank-1 {result['rank-1']:.1f}; {says}", flush=True)
+                  f"{result['mAP']:.1f}, rank-1 {result['rank-1']:.1f}; {paper_says(self.printed)}",
+                  flush=True)
         return result
 
 

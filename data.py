@@ -109,11 +109,32 @@ def save_rows(rows, path):
             csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
 
 
+def _numpy_scalar(module):
+    """What torch.load calls for the NumPy number in a file that says numpy.core (before NumPy 2) or
+    numpy._core: it reads numbers alone, never an object."""
+    def scalar(dtype, content):
+        return np.frombuffer(content, dtype)[0]
+    scalar.__module__ = module
+    scalar.__qualname__ = scalar.__name__
+    return scalar
+
+
+NUMPY_NUMBERS = [np.dtype, *map(_numpy_scalar, ("numpy.core.multiarray", "numpy._core.multiarray")),
+                 *(type(np.dtype(kind)) for kind in "fdeilqhbIBQH?")]
+
+
 def load_file(path):
-    """A dict that torch.save wrote, on the CPU; torch.load alone does not compare the checksums."""
+    """A dict that torch.save wrote, as a zip file or in the older form, on the CPU.
+
+    NumPy's numbers may be in it, beside the weights; nothing in the file is executed. The checksums
+    of a zip file are compared, which torch.load alone does not do.
+    """
     try:
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        state = {}
+        if not damaged:
+            with torch.serialization.safe_globals(NUMPY_NUMBERS):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path or '(an empty name)'}: no such file") from None
     except Exception as error:  # a damaged file raises many kinds
@@ -171,16 +192,19 @@ class Dataset(NamedTuple):
         return "\n".join(lines)
 
 
-def load_dataset(name, root, split=0, chunk=0, draw=True):
+def load_dataset(name, root, split=0, chunk=0, draw=True, images=True):
     """Reads the index of data set `name`, one of DATA_SETS, in `root`/`name` or in `root` itself.
 
-    split: 0 to 9, of "ilids" and "prid"; draw: draw "synthetic" when it is missing; chunk: cut
+    split: 0 to 9, of "ilids" and "prid"; draw: draw "synthetic" when it is missing; images: False
+    is for MARS' index alone, without its images (the other sets have no other index); chunk: cut
     training tracklets into pieces of so many frames (0: not), the last with the remainder, too.
     Warns of what is odd. Raises UserError when a file is missing or the files disagree.
     """
     loader, signs, published = DATA_SETS[name]
     folder = Path(root) / name
     options = {"split": split} if name in SPLIT_SETS else {}
+    if not images and loader is load_mars:
+        options["images"] = False
     _odd.clear()
     try:
         if not folder.is_dir() and any((Path(root) / sign).is_dir() for sign in signs):
@@ -295,7 +319,7 @@ def _queries(table, variable, persons):
     return [persons[number] for number in numbers]
 
 
-def load_mars(folder, name="mars"):
+def load_mars(folder, name="mars", images=True):
     """MARS (Zheng et al., ECCV 2016): the true layout, read without touching an image.
 
     Of the 12,180 test tracklets the 870 junk ones (pid -1, false detections) are dropped and the
@@ -304,6 +328,8 @@ def load_mars(folder, name="mars"):
     """
     wanted = ["bbox_train", "bbox_test", "info/train_name.txt", "info/test_name.txt",
               "info/tracks_train_info.mat", "info/tracks_test_info.mat", "info/query_IDX.mat"]
+    if not images:
+        wanted = wanted[2:]
     _need(folder, wanted, "{bbox_train/0001/*.jpg, bbox_test/0000/*.jpg, info/*} (the info folder "
           "is the one of MARS-evaluation)")
     train, = _numbered("pid", 0, [t for t in _mars_part(folder, "train") if t.pid > 0])
@@ -569,15 +595,19 @@ CHUNK = {"duke": 32, "lsvid": 64, "sinet lsvid": 48}  # default of --chunk; othe
 # From a tracklet's number of frames n to frame indices: in training (T,), in the test (clips, T).
 
 def sample_strided(n, T, rng, stride=4):
-    """T frames, `stride` apart, from a random start; a short tracklet takes the largest stride that
-    fits, one with fewer than T frames is cycled."""
-    stride = max(1, min(stride, (n - 1) // max(T - 1, 1)))
-    return (rng.integers(max(1, n - (T - 1) * stride)) + stride * np.arange(T)) % n
+    """T frames, `stride` apart, from a random start.
+
+    A tracklet of fewer than T * stride frames gives T different ones, drawn at random, in order;
+    one of fewer than T frames gives some of them twice or more.
+    """
+    if n < T * stride:
+        return np.sort(rng.choice(n, T, replace=n < T))
+    return rng.integers(n - (T - 1) * stride) + stride * np.arange(T)
 
 
 def sample_adjacent(n, T, rng):
     """T consecutive frames from a random start; a tracklet with fewer than T frames is cycled."""
-    return sample_strided(n, T, rng, stride=1)
+    return (rng.integers(max(1, n - T + 1)) + np.arange(T)) % n
 
 
 def sample_segments(n, T, rng):
@@ -643,7 +673,7 @@ def read_clip(paths, size):
         except Exception as error:  # the decoders raise many kinds
             raise UserError(f"{path}: unreadable image ({first_line(error)})") from None
         if frame.shape[:2] != (height, width):
-            frame = Image.fromarray(frame).resize((width, height), Image.BILINEAR)
+            frame = Image.fromarray(frame).resize((width, height), Image.BICUBIC)
         clip[t] = frame
     return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
@@ -708,8 +738,8 @@ def normalize(clips):
 class TrainClips(torch.utils.data.Dataset):
     """Augmented training clips; an item is (clip uint8 (T, 3, H, W), pid).
 
-    It is asked with what `PKSampler` yields, (tracklet, seed...): the frames and the augmentation
-    depend on these numbers alone, not on the worker.
+    It is asked with what `PKSampler` yields, (tracklet, seed, epoch, place): the frames and the
+    augmentation depend on these numbers alone, not on the worker.
 
     sample: a function of (n, T, rng) that draws frame indices; erase: probability.
     """
@@ -723,7 +753,7 @@ class TrainClips(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         index, *seed = item
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng([_CLIP_SEED, *seed])
         frames, pid, _ = self.tracklets[index]
         clip = read_clip([frames[i] for i in self.sample(len(frames), self.T, rng)], self.size)
         return random_erase(random_flip(clip, rng), rng, self.erase), pid
@@ -748,19 +778,40 @@ class AllClips(torch.utils.data.Dataset):
         return read_clip([frames[i] for i in clip], self.size), number
 
 
+# NumPy takes [seed, epoch] and [seed, epoch, 0] for the same seed: what each is for stands first
+_BATCHES_SEED, _CLIP_SEED = 1, 2
+
+
 class PKSampler(torch.utils.data.Sampler):
     """Batches of P distinct identities with K clips each (Hermans et al., 2017).
 
-    An epoch shows every identity at least once: ceil(identities / P) batches, the last one filled
-    up with identities of the first. Clips of an identity come from different tracklets as long as
-    it has enough of them. Yields lists of (tracklet, seed, epoch, the clip's place in the epoch).
+    Yields lists of (tracklet, seed, epoch, the clip's place in the epoch). Call
+    `set_epoch(epoch, start)` before each epoch; `start` skips batches. The batches of an epoch
+    depend on the seed and the epoch alone.
 
-    pids: label of every training tracklet; rank, world: this process takes P / world identities of
-    each batch. Call `set_epoch(epoch, start)` before each epoch; `start` skips batches.
+    shows="tracklets": an epoch shows all tracklets, as those of the authors' releases do. The
+    tracklets of each identity are shuffled and cut into groups of K. What remains waits for the
+    next epoch's shuffle; an identity with fewer than K tracklets fills its group by showing them
+    again. A batch is P groups of P distinct identities; an incomplete last batch is left out. An
+    identity with more groups than there are batches cannot be in a batch twice: its other groups
+    are left out of this epoch, too.
+
+    shows="identities": an epoch shows every identity at least once, in ceil(identities / P)
+    batches, the last one filled up with identities of the first.
+
+    Args:
+        pids: label of every training tracklet.
+        P, K: identities a batch, and clips of each of them.
+        shows: "tracklets" or "identities".
+        seed: a whole number.
+        rank, world: this process is number `rank` of `world` and takes P / world identities of each
+            batch.
+
+    Raises UserError when P or K do not fit the identities or the processes.
     """
     unit = "identities"
 
-    def __init__(self, pids, P, K, seed=0, rank=0, world=1):
+    def __init__(self, pids, P, K, *, shows="tracklets", seed=0, rank=0, world=1):
         self.tracklets = collections.defaultdict(list)
         for index, pid in enumerate(pids):
             self.tracklets[pid].append(index)
@@ -775,9 +826,20 @@ class PKSampler(torch.utils.data.Sampler):
                             "BatchNorm needs two: use more --ids or --clips")
         self.P = P
         self.K = K
+        self.shows = shows
         self.seed = seed
         self.rank = rank
         self.world = world
+        self.pids = sorted(self.tracklets)
+        if shows == "tracklets":
+            groups = np.array([max(1, len(self.tracklets[pid]) // K) for pid in self.pids])
+            # b batches need P * b groups, of each identity b at the most
+            self.batches = groups.sum() // P
+            while np.minimum(groups, self.batches).sum() < P * self.batches:
+                self.batches -= 1
+            self.groups = np.minimum(groups, self.batches)
+        else:
+            self.batches = -(-len(self.pids) // P)
         self.set_epoch(0)
 
     def set_epoch(self, epoch, start=0):
@@ -785,18 +847,48 @@ class PKSampler(torch.utils.data.Sampler):
         self.start = start
 
     def __len__(self):
-        return -(-len(self.tracklets) // self.P) - self.start
+        return int(self.batches) - self.start
+
+    def _batches_of_identities(self, rng):
+        """P identities for each batch, so that every identity is there at least once."""
+        order = rng.permutation(self.pids)
+        fill = order[:-len(order) % self.P]  # other identities than those of the last batch
+        for batch in np.concatenate([order, fill]).reshape(-1, self.P):
+            yield [(pid, np.resize(rng.permutation(self.tracklets[pid]), self.K)) for pid in batch]
+
+    def _batches_of_tracklets(self, rng):
+        """P identities for each batch, each as often in the epoch as it has groups of tracklets."""
+        shuffled = [rng.permutation(self.tracklets[pid]) for pid in self.pids]
+        left = self.groups.copy()  # groups that are still to be shown
+        surplus = left.sum() - self.P * self.batches  # of the incomplete last batch
+        dropped = rng.choice(np.repeat(np.arange(len(left)), left), surplus, replace=False)
+        np.subtract.at(left, dropped, 1)
+        for more in range(int(self.batches) - 1, -1, -1):  # batches after this one
+            # whoever has a group for each of these batches and for this one has to be in this one
+            batch = np.flatnonzero(left > more)
+            if len(batch) < self.P:
+                others = np.flatnonzero((left > 0) & (left <= more))
+                drawn = rng.choice(others, self.P - len(batch), replace=False,
+                                   p=left[others] / left[others].sum())
+                batch = np.concatenate([batch, drawn])
+            left[batch] -= 1
+            groups = []
+            for i in batch:
+                first = left[i] * self.K
+                group = np.resize(shuffled[i], max(self.K, len(shuffled[i])))[first:first + self.K]
+                groups.append((self.pids[i], group))
+            yield groups
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(sorted(self.tracklets))
-        fill = order[:-len(order) % self.P]  # other identities than those of the last batch
-        order = np.concatenate([order, fill]).reshape(-1, self.P)
-        for number, batch in enumerate(order):
-            picks = [np.resize(rng.permutation(self.tracklets[pid]), self.K) for pid in batch]
+        rng = np.random.default_rng([_BATCHES_SEED, self.seed, self.epoch])
+        if self.shows == "tracklets":
+            batches = self._batches_of_tracklets(rng)
+        else:
+            batches = self._batches_of_identities(rng)
+        for number, batch in enumerate(batches):
             if number >= self.start:
                 first = number * self.P * self.K
-                yield [(int(picks[p][k]), self.seed, self.epoch, first + p * self.K + k)
+                yield [(int(batch[p][1][k]), self.seed, self.epoch, first + p * self.K + k)
                        for p in range(self.rank, self.P, self.world) for k in range(self.K)]
 
 
@@ -805,8 +897,9 @@ class TrackletSampler(PKSampler):
     the last batch is filled up with the first ones. Otherwise as PKSampler."""
     unit = "tracklets"
 
-    def __init__(self, pids, P, K, seed=0, rank=0, world=1):
-        super().__init__(range(len(pids)), P * K, 1, seed, rank, world)
+    def __init__(self, pids, P, K, *, seed=0, rank=0, world=1):
+        super().__init__(range(len(pids)), P * K, 1, shows="identities", seed=seed, rank=rank,
+                         world=world)
 
 
 # ------------------------------------------------------------------------------ the synthetic set

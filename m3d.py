@@ -9,6 +9,7 @@ plain 2D network adds the appearance of the single frames.
 
     python m3d.py                             # a small run on synthetic data, on any machine
     python m3d.py --data mars --gpu 0         # the paper's recipe: 2D stream, M3D stream, both
+    python m3d.py --data mars --plan          # what that would train and test, without doing it
     python m3d.py --data mars --gpu 0 --variant m3d --per-tap       # a row of its tables, changed
 
 Eq. 4-6, Fig. 4            M3DLayer (as_clips, as_frames, sum_of_taps): 3x3 of a stage's first block
@@ -19,14 +20,14 @@ Implementation Details     RECIPE, then SAMPLER, SAMPLE, SPLIT, METRIC; train_in
 Tables 1 to 4              ROWS
 A class is copied with the functions in brackets; Stream with resnet50, identity_behind_relu, layers
 
-Changed (printed, and done otherwise; without a flag unless one is named):
+Deviations from the paper (its sentence, what we do, the flag for the paper's form if there is one):
   streams       "initialized with well-trained 2D CNN layers", and the 2D network has its own
                 recipe: so in train_in_stages (default; small run: --stages). --no-stages, default
                 of the small run: both streams at once, on the same clips, by the 3D recipe
   input         "The mean value is subtracted from each (B, G, and R) channel": torchvision's mean
                 and standard deviation of RGB, as its weights were trained
   n = 1         "equals to P3D-C": not with Eq. 5's one C x C matrix for the sum of 3 taps, which
-                fits +4.2 MB. --per-tap: dilated 3x1x1 convolutions (+12.5 MB), as printed
+                fits +4.2 MB. --per-tap: dilated 3x1x1 convolutions (+12.5 MB)
   RAL's start   "initializing all convolution layers as zero": a product of three zero masks has no
                 gradient. The last convolution of one branch is zero, those of the others have zero
                 weight and bias one: M = 1/2 as printed, and it learns
@@ -36,7 +37,7 @@ Changed (printed, and done otherwise; without a flag unless one is named):
   T = 16        Table 1 prints one size for both lengths; Eq. 6 gives seven kernels and +9.75 MB
   Table 3       LSTM (61.58 mAP, 76.11 rank-1) and A&O (63.39, 77.11): other methods, not built
 
-Open (not printed; the reading taken):
+Unspecified in the paper; our choice (no release is known):
   time          zeros beyond the ends of a clip; nothing between S and T of M3D, P3D-B and -C
   where         as above; "all the 2D convolution layers", I3D and P3D: all sixteen 3x3, and I3D's
                 stem
@@ -52,6 +53,7 @@ Open (not printed; the reading taken):
   SGD           momentum 0.9, weight decay 5e-4; "reduced ten times": divided by 10; random flips
   epoch         every tracklet once; of the first stage every frame once (--variant 2d alone: a
                 random frame of each tracklet; with --chunk 1 every frame)
+  resizing      bicubic, as in the other four scripts
   --chunk       training tracklets of Duke and LS-VID are cut in pieces (0: not)
   test clips    of the temporal stream: the first floor(L / T) (of 10 frames: 1 to 8); a tracklet
                 shorter than T is repeated, in training, too; the 2D stream takes "each still frame"
@@ -63,8 +65,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, bars, command_line, energy, figures, gather, load_network,
-                    load_part, overlays, part_of, run_script, watch)
+from common import (Row, Run, at_least_float32, bars, command_line, energy, figures, gather,
+                    load_network, load_part, overlays, part_of, plan, run_script, watch)
 from data import TrackletSampler, load_dataset, normalize, sample_adjacent, split_whole
 
 
@@ -392,9 +394,16 @@ class TwoStreamM3D(nn.Module):
 
 # -------------------------------------------------------------------------------------- the losses
 
+def loss_weights(args):
+    """The weights of the streams' losses, {name: weight}: the streams share nothing."""
+    streams = ("spatial", "temporal") if args.stream == "two" else (args.stream,)
+    return {f"xent-{name}": 1.0 for name in streams}
+
+
 def losses(outputs, pids, args):
     """The cross entropy of each stream, as {name: scalar}; their sum is minimised."""
-    return {f"xent-{name}": F.cross_entropy(x.float(), pids) for name, x in outputs.items()}
+    return {f"xent-{name}": F.cross_entropy(at_least_float32(x), pids)
+            for name, x in outputs.items()}
 
 
 # -------------------------------------------------------------- Implementation Details: the recipe
@@ -476,6 +485,7 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
 # have what it prints over that (99.9 - 95.7 ...), as the text does. P3D-A and P3D-C would have
 # the printed 15.2 with a 7x1x1 convolution behind the stem, which is not built.
 COUNTING = {"base": "2d", "without": ("neck", "classifier")}
+RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
@@ -503,6 +513,9 @@ def make_optimizer(model, args):
 
 def train(args):  # same in every script
     """Trains a network, or with --evaluate or --figure shows one; returns the last result."""
+    if args.plan:
+        return plan(args, recipe=RECIPE, sampler=SAMPLER, split=SPLIT, metric=METRIC, build=build,
+                    loss_weights=loss_weights)
     run = Run(args)                                     # processes, device, folder, checkpoint
     with run.setting_up():                              # what is missing is drawn or downloaded
         dataset = load_dataset(args.data, args.root, int(args.split), args.chunk)
@@ -551,11 +564,12 @@ def train_in_stages(args):
 
 def load(file):  # same in every script
     """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
-    return load_network(file, build, RECIPE, ROWS, __file__)
+    return load_network(file, build, recipe=RECIPE, rows=ROWS, release=RELEASE, script=__file__)
 
 
 def main():  # same in every script
-    run_script(train_in_stages, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
+    run_script(train_in_stages, build, recipe=RECIPE, rows=ROWS, counting=COUNTING, release=RELEASE,
+               text=__doc__, script=__file__)
 
 
 # ------------------------------------------------------------------------------------- the picture

@@ -9,6 +9,8 @@ other frames. IDM makes every frame richer before: learnt low-rank matrices mix 
 
     python sinet.py                           # a small run on synthetic data, on any machine
     python sinet.py --data mars --gpu 0       # the paper's recipe
+    python sinet.py --data mars --plan        # what that would train and test, without doing it
+    python sinet.py --data mars --evaluate --resume sinet.pth.tar   # the authors' trained network
     python sinet.py --data mars --gpu 0 --variant base+sbm --k 5    # a row of its tables, changed
 
 Sec. 3.1, Eq. 1-2          ChannelAttentionLayer (CAL)
@@ -23,34 +25,53 @@ Sec. 3.3, Eq. 8            losses, mutual_information_loss
 Sec. 4.2                   RECIPE, then SAMPLER, SAMPLE, SPLIT, METRIC; Tables 1 to 3, Fig. 5: ROWS
 A class is copied alone, or with what its docstring names under "copied with".
 
-Changed (printed, and done otherwise):
-  Eq. 3         "softmax(Q * K)": the response is averaged over the k x k window and divided by
-                sqrt(c), as TCLNet's Eq. 3 is. On the plain sum the softmax is one-hot: S damps one
-                cell, and hardly any gradient reaches KGM. --no-scaled: as printed.
+Deviations from the paper (its sentence, what we do, the flag for the paper's form):
+  Eq. 3         "softmax(Q * K)": the response is divided by k^2, a mean over the window, as in the
+                authors' release, from which the paper's results come. On the plain sum the softmax
+                is one-hot: S damps one cell, and hardly any gradient reaches KGM. --scale none. The
+                small run divides by sqrt(c), too, because it starts from random weights.
 
-Open (not printed; the reading taken):
+Unspecified in the paper; our choice (the authors' release is named where the choice follows it):
   KGM           1x1 convolution to k^2 maps, BatchNorm, ReLU; the L1 norms have an eps, so that an
                 all-zero map gives S = 1
   Eq. 1         w_ctr for each clip, without gradient
-  SE            one vector for each clip, without biases; --se-reduction 4 is the authors' release's
-                (the cited block has 16; the printed 0.014 GFLOPs of SBM fits 16, or no SE)
+  SE            one vector for each clip, without biases; --se-reduction 4 as the release (the
+                cited block has 16; the paper's 0.014 GFLOPs of SBM fit 16, or no SE)
   convolution   replicate padding
   IDM           no bias and no BatchNorm, as Eq. 7; G^D starts at zero; one IDM: after block 4 of
                 layer2, three: after blocks 2, 3, 4
   "evenly"      SBM after blocks 2, 4, 6 of layer3; "Same Pos.": all three after block 6
-  L_mi          is in a supplement: see mutual_information_loss; it takes the pooled frame vectors
-                before the neck through a linear layer (an addition); rows without SBM, for whose
-                differences between frames it is made, go without: --lambda2
-  triplet       on the embedding behind the BN neck, cosine distance, margin 0.3
+  pooling       the maximum over the last map of a frame, then the mean over frames (release)
+  L_mi          is in a supplement: see mutual_information_loss; it takes the frame vectors after
+                the neck (release) through a linear layer (an addition); rows without SBM, for whose
+                differences between frames it is made, go without it (release): --lambda2
+  triplet       on the embedding after the BN neck, cosine distance, margin 0.3
   backbone      the last stride of ResNet-50 is removed
+  an epoch      shows all tracklets, in groups of K of one identity (release): 235 steps on MARS;
+                --epoch identities: every identity once, 79 steps
+  resizing      bicubic (release)
   test clips    one frame of each of T equal parts, in order, as in training; every frame is used,
                 some twice where T does not divide the length (10 frames: 3 clips of 4)
-  epoch         every identity at least once, K clips of it
-  pieces        LS-VID's training tracklets are cut into pieces of 48 frames: --chunk 0
+  pieces        LS-VID's training tracklets are cut into pieces of 48 frames (release): --chunk 0
   Table 3       at both IDM places Non-local with half the channels, GC block with reduction 16;
                 Non-local (1): the mean over all positions; (inverse): softmax of -affinity
-  Fig. 5        prints only the peaks, k = 3 and reduction 4; the other ticks, and the network
+  Fig. 5        gives only the peaks, k = 3 and reduction 4; the other values, and the network
                 without the other module, are our guess
+
+The authors' release departs from the paper's equations. --release follows it in these points, which
+its trained networks need, and sets --reduction 16 --lambda2 0.001 --scale window --pool max:
+  IDM           BN(G^I F), BN(L^I y), a ReLU at the end, biases; reduction 16 (Fig. 5b: 4 is best)
+  CPM           means, those of the later frames weighted by 1 - S, where Eq. 5-6 have sums
+  SE            has biases, and so has the classifier
+  the stem      pools without padding: 63x31 maps of 256x128 frames, not 64x32
+  L_mi          0.001 times its sum over the identities of a batch, not 0.01 times its mean
+It also departs here, which --release does not follow:
+  batches       of 8 groups, of which about 7 % hold one identity twice; BatchNorm's statistics are
+                those of half a batch, on each of two GPUs
+  random parts  training clips: T parts of floor(n / T) frames, the last one with the remainder
+  test clips    a tracklet is filled up to a multiple of T with copies of its last frames
+  erasing       another box in each frame, with 1 - p as the probability
+  results       of the best epoch on the test set; here of the last epoch
 """
 import math
 
@@ -59,8 +80,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather,
-                    load_network, overlays, run_script, watch)
+from common import (Release, Row, Run, at_least_float32, batch_hard_triplet, command_line, energy,
+                    figures, gather, load_network, overlays, plan, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_segments, split_segments
 
 
@@ -69,13 +90,18 @@ from data import PKSampler, load_dataset, normalize, sample_segments, split_segm
 class ChannelAttentionLayer(nn.Module):
     """CAL, Eq. 1-2: keeps the channels that look at the centre, weighed by squeeze-and-excitation.
 
-    X (B, T, C, H, W), H, W >= 3 (ValueError) -> w_ctr w_se (B, 1, C, 1, 1). reduction: of its SE.
+    X (B, T, C, H, W), H, W >= 3 (ValueError) -> w_ctr w_se (B, 1, C, 1, 1).
+
+    Args:
+        channels: C.
+        reduction: C is divided by it inside the squeeze-and-excitation, 1 to C.
+        release: True gives its two layers biases, as the authors' release has them.
     """
 
-    def __init__(self, channels, reduction=4):
+    def __init__(self, channels, *, reduction=4, release=False):
         super().__init__()
-        self.squeeze = nn.Linear(channels, channels // reduction, bias=False)
-        self.excite = nn.Linear(channels // reduction, channels, bias=False)
+        self.squeeze = nn.Linear(channels, channels // reduction, bias=release)
+        self.excite = nn.Linear(channels // reduction, channels, bias=release)
 
     def forward(self, x):
         _, T, _, H, W = x.shape
@@ -128,19 +154,30 @@ class SuppressOperation(nn.Module):
     """SO, Eq. 3-4: damps the later frames where they respond to the kernel of the former ones.
 
     Q (B, L, C, H, W), K (B, k*k, C) -> S (B, L, 1, H, W) in (0, 1].
-    beta: strength, > 0; scaled: the response of Eq. 3 is averaged over the k x k window and divided
-    by sqrt(C) (False: as printed). Copied with conv_by_matmul.
+    Copied with conv_by_matmul. Raises ValueError for another scale.
+
+    Args:
+        beta: strength of the suppression, above 0.
+        scale: how the response of Eq. 3 is scaled before the softmax. "none": not at all, as the
+            paper prints it. "window": divided by k^2, so that it is a mean over the window, as in
+            the authors' release. "window+channels": divided by sqrt(C), too, which a network needs
+            that starts from random weights.
     """
 
-    def __init__(self, beta=5.0, scaled=True):
+    def __init__(self, *, beta=5.0, scale="window"):
         super().__init__()
-        self.beta, self.scaled = beta, scaled
+        if scale not in ("none", "window", "window+channels"):
+            raise ValueError(f"SO takes a scale of none, window or window+channels, not {scale}")
+        self.beta = beta
+        self.scale = scale
 
     def forward(self, q, kernel):
         B, L, C, H, W = q.shape
         response = conv_by_matmul(q, kernel)                                      # Q * K
-        if self.scaled:
-            response = response / (kernel.shape[1] * math.sqrt(C))
+        if self.scale != "none":
+            response = response / kernel.shape[1]                         # the window's mean
+        if self.scale == "window+channels":
+            response = response / math.sqrt(C)
         # R = softmax(Q * K)                                                      # Eq. 3
         # S = exp(beta * min(1 / (H W R) - 1, 0))                                 # Eq. 4
         # from log R, so that a vanishing R gives no 0 * inf
@@ -150,20 +187,33 @@ class SuppressOperation(nn.Module):
 
 
 class CrossPropagationModule(nn.Module):
-    """CPM, Eq. 5-6: former frames get what the later ones lost, later ones the former ones' means.
+    """CPM, Eq. 5-6: former frames get what suppression took from the later ones, and the later ones
+    get what the former frames show.
 
-    Former X, later X, its suppressed Y (B, s or L, C, H, W) -> Z (B, T, C, H, W). alpha: degree.
+    Former X (B, s, C, H, W), later X (B, L, C, H, W), their suppression S (B, L, 1, H, W)
+    -> Z (B, s + L, C, H, W).
+
+    Args:
+        alpha: degree of the propagation, 0 for none.
+        release: False takes the sums of Eq. 5-6. True takes means, as the authors' release does:
+            over the former frames, and over the later positions weighted by 1 - S.
     """
 
-    def __init__(self, alpha=0.1):
+    def __init__(self, *, alpha=0.1, release=False):
         super().__init__()
         self.alpha = alpha
+        self.release = release
 
-    def forward(self, former, later, y):
+    def forward(self, former, later, s):
         def gap(x):                                     # summed over the frames
             return x.sum((1, 3, 4), keepdim=True) / (x.shape[3] * x.shape[4])
-        lost = (gap(later) - gap(y)).expand(-1, former.shape[1], -1, -1, -1)
-        seen = gap(former).expand(-1, later.shape[1], -1, -1, -1)
+        y = s * later
+        lost, seen = gap(later) - gap(y), gap(former)                             # Eq. 5, 6
+        if self.release:
+            lost = lost / gap(1 - s).clamp(min=1e-6)
+            seen = seen / former.shape[1]
+        lost = lost.expand(-1, former.shape[1], -1, -1, -1)
+        seen = seen.expand(-1, later.shape[1], -1, -1, -1)
         z = torch.cat([former.movedim(2, 4), y.movedim(2, 4)], 1)         # stays channels_last
         z.add_(self.alpha * torch.cat([lost, seen], 1).movedim(2, 4))             # Eq. 5-6
         return z.movedim(4, 2)
@@ -173,22 +223,34 @@ class SalientToBroadModule(nn.Module):
     """SBM, Fig. 2: the frames after the first s attend to broader regions than the first s do.
 
     X (B, T, C, H, W) -> Z (B, T, C, H, W), T > split, H and W at least 3 (any size without CAL).
-    split: s, the number of former frames; kernel_size: k, odd; beta: strength of the suppression;
-    alpha: degree of the propagation; reduction: of CAL; cal, cpm: False leaves the component out;
-    scaled: see SuppressOperation. Raises ValueError for an impossible split or kernel_size.
-    Copied with the four classes above and conv_by_matmul.
+    Copied with the four classes above and conv_by_matmul. Raises ValueError for an impossible split
+    or kernel_size.
+
+    Args:
+        channels: C.
+        split: s, the number of former frames.
+        kernel_size: k, odd.
+        beta: strength of the suppression, above 0.
+        alpha: degree of the propagation.
+        reduction: of CAL's squeeze-and-excitation.
+        cal: False leaves CAL out.
+        cpm: False leaves CPM out.
+        scale: of the response in Eq. 3, see SuppressOperation.
+        release: True takes CAL and CPM as the authors' release has them.
     """
 
-    def __init__(self, channels, split, kernel_size=3, beta=5.0, alpha=0.1, reduction=4, cal=True,
-                 cpm=True, scaled=True):
+    def __init__(self, channels, split, *, kernel_size=3, beta=5.0, alpha=0.1, reduction=4,
+                 cal=True, cpm=True, scale="window", release=False):
         super().__init__()
         if split < 1 or kernel_size % 2 == 0:
             raise ValueError(f"SBM needs split >= 1 and an odd k, not {split} and {kernel_size}")
         self.split = split
-        self.cal = ChannelAttentionLayer(channels, reduction) if cal else None
+        self.cal = None
+        if cal:
+            self.cal = ChannelAttentionLayer(channels, reduction=reduction, release=release)
         self.kgm = KernelGenerationModule(channels, kernel_size)
-        self.so = SuppressOperation(beta, scaled)
-        self.cpm = CrossPropagationModule(alpha if cpm else 0.0)
+        self.so = SuppressOperation(beta=beta, scale=scale)
+        self.cpm = CrossPropagationModule(alpha=alpha if cpm else 0.0, release=release)
 
     def forward(self, x):
         s = self.split
@@ -198,8 +260,8 @@ class SalientToBroadModule(nn.Module):
         former, later = (part.movedim(4, 2) for part in parts)
         w = self.cal(x) if self.cal else x.new_ones(1, 1, x.shape[2], 1, 1)
         kernel = self.kgm(w * former)                                     # P = w X, Eq. 2
-        y = self.so(later, w[..., 0, 0] * kernel) * later                 # (w X) * K = X * (w K)
-        return self.cpm(former, later, y)
+        damped = self.so(later, w[..., 0, 0] * kernel)                    # (w X) * K = X * (w K)
+        return self.cpm(former, later, damped)
 
 
 # ---------------------------------------------------- Sec. 3.2: integration and distribution module
@@ -208,27 +270,42 @@ class IntegrationDistributionModule(nn.Module):
     """IDM, Eq. 7: F' = G^D G^I F (L^I L^D + I), plus F; mixes channels (G) and all positions (L).
 
     X (B, T, C, H, W) -> (B, T, C, H, W), only of the m = T*H*W it was built for (ValueError).
-    frames, height, width: T, H, W; reduction: c/c' and m/m'. Starts as identity.
+    Starts as identity; with release as ReLU, which leaves a stage's maps as they are.
+
+    Args:
+        channels: C.
+        frames, height, width: T, H, W.
+        reduction: c / c' and m / m'.
+        release: True takes the form of the authors' release, y = BN(G^I F),
+            F' = ReLU(G^D (L^D BN(L^I y) + y) + F), with biases where no BatchNorm follows.
     """
 
-    def __init__(self, channels, frames, height, width, reduction=4):
+    def __init__(self, channels, frames, height, width, *, reduction=4, release=False):
         super().__init__()
         m = frames * height * width
-        self.g_i = nn.Conv2d(channels, channels // reduction, 1, bias=False)
-        self.l_i = nn.Linear(m, m // reduction, bias=False)
-        self.l_d = nn.Linear(m // reduction, m, bias=False)
-        self.g_d = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+        inner, inner_m = channels // reduction, m // reduction
+        self.g_i = nn.Conv2d(channels, inner, 1, bias=False)
+        self.l_i = nn.Linear(m, inner_m, bias=False)
+        self.l_d = nn.Linear(inner_m, m, bias=release)
+        self.g_d = nn.Conv2d(inner, channels, 1, bias=release)
+        # Eq. 7 is linear: it has neither BatchNorm nor ReLU
+        self.bn_g = nn.BatchNorm2d(inner) if release else nn.Identity()
+        self.bn_l = nn.BatchNorm1d(inner_m) if release else nn.Identity()
+        self.relu = nn.ReLU() if release else nn.Identity()
         nn.init.zeros_(self.g_d.weight)
+        if release:
+            nn.init.zeros_(self.g_d.bias)
 
     def forward(self, x):
         B, T, C, H, W = x.shape
         if T * H * W != self.l_i.in_features:
             raise ValueError(f"IDM was built for {self.l_i.in_features} positions, not {T}x{H}x{W}")
-        f = self.g_i(x.flatten(0, 1))                                             # G^I F
+        f = self.bn_g(self.g_i(x.flatten(0, 1)))                                  # G^I F
         f = f.view(B, T, -1, H, W).transpose(1, 2).flatten(2)             # (B, c', m)
-        f = self.l_d(self.l_i(f)) + f                                     # (L^I L^D + I)
+        mixed = self.bn_l(self.l_i(f).transpose(1, 2)).transpose(1, 2)            # L^I
+        f = self.l_d(mixed) + f                                                   # (L^I L^D + I)
         f = f.view(B, -1, T, H, W).transpose(1, 2).flatten(0, 1)
-        return self.g_d(f).view(B, T, C, H, W) + x                        # G^D, Eq. 7
+        return self.relu(self.g_d(f).view(B, T, C, H, W) + x)                     # G^D, Eq. 7
 
 
 # ----------------------------------------------- Sec. 4.5, Table 3: what stands at the IDMs' places
@@ -310,24 +387,37 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 class SINet(nn.Module):
-    """SINet, Fig. 4: ResNet-50, IDMs behind blocks 2 and 4 of layer2, SBMs behind blocks 2, 4 and 6
+    """SINet, Fig. 4: ResNet-50, IDMs after blocks 2 and 4 of layer2, SBMs after blocks 2, 4 and 6
     of layer3, pooled over space and time, and a BN neck. Copied with classes and functions above.
 
     Clips (B, T, 3, H, W), normalised -> in eval mode embeddings (B, 2048); in train mode also the
-    logits (B, num_classes) and the projected frame embeddings (B, T, 2048) for L_mi.
+    logits (B, num_classes) and the projected frame embeddings (B, T, 2048) for L_mi. Raises
+    ValueError for sizes and settings that do not go together.
 
-    frames, height, width: T, H, W; IDMs fix all three. sbm: False leaves SBMs out; idms: 0 to 3;
-    positions: blocks of layer3, 1 to 6, each with an SBM behind it; splits: s of each; cal, cpm,
-    kernel_size, beta, alpha, se_reduction, scaled: see SBM; block: what stands at the IDMs' places,
-    "idm", "softmax", "ones", "inverse" (Non-local) or "gc"; reduction: of the IDMs; project: with
-    the projection for L_mi; pool: "avg" or "max" over the final map; weights: see resnet50. Raises
-    ValueError for what it cannot take.
+    Args:
+        num_classes: number of training identities.
+        frames, height, width: T, H, W; an IDM fixes all three.
+        sbm: False leaves the SBMs out.
+        idms: number of IDMs, 0 to 3.
+        positions: blocks of layer3, 1 to 6, each with an SBM after it.
+        splits: s of each SBM.
+        cal, cpm: False leaves this component out of the SBMs.
+        kernel_size, beta, alpha, scale: of the SBMs, see SalientToBroadModule.
+        se_reduction: of the SBMs' squeeze-and-excitation.
+        block: what stands at the IDMs' places: "idm", "softmax", "ones" or "inverse" (Non-local
+            with this affinity), "gc" (GC block).
+        reduction: of the IDMs.
+        project: False leaves out the projection for L_mi.
+        pool: "max" or "avg", over the positions of a frame's last map.
+        weights: of the backbone, see resnet50.
+        release: True takes the form of the authors' release, which their trained weights need: IDM,
+            CAL and CPM as there, the stem's pooling without padding, a classifier with a bias.
     """
 
-    def __init__(self, num_classes, frames=4, height=256, width=128, sbm=True, idms=2,
+    def __init__(self, num_classes, frames=4, height=256, width=128, *, sbm=True, idms=2,
                  positions=(2, 4, 6), splits=(1, 2, 3), cal=True, cpm=True, kernel_size=3, beta=5.0,
-                 alpha=0.1, block="idm", reduction=4, se_reduction=4, scaled=True, project=True,
-                 pool="avg", weights="none"):
+                 alpha=0.1, scale="window", se_reduction=4, block="idm", reduction=4, project=True,
+                 pool="max", weights="none", release=False):
         super().__init__()
         if sbm and (len(positions) != len(splits) or not set(positions) <= {1, 2, 3, 4, 5, 6}):
             raise ValueError(f"SINet takes a position of 1 to 6 for each split, not {positions} "
@@ -340,43 +430,64 @@ class SINet(nn.Module):
         if idms not in range(4):
             raise ValueError(f"SINet takes 0 to 3 IDMs, not {idms}")
         net = resnet50(weights)
+        if release:
+            net.maxpool.padding = 0
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layer1, self.layer2 = net.layer1, net.layer2
         self.layer3, self.layer4 = net.layer3, net.layer4
-        after = {}                                      # stage_block: the modules behind it
+
+        def layer2_size(pixels):                        # of its maps, for so many pixels
+            after_conv1 = -(-pixels // 2)
+            after_pool = (after_conv1 - 3) // 2 + 1 if release else -(-after_conv1 // 2)
+            return -(-after_pool // 2)
+
+        after = {}                                      # "layer2_4": the modules after that block
         for i in ((), (4,), (2, 4), (2, 3, 4))[idms]:
             if block == "idm":
-                size = frames, -(-height // 8), -(-width // 8)
-                module = IntegrationDistributionModule(512, *size, reduction)
+                module = IntegrationDistributionModule(
+                    512, frames, layer2_size(height), layer2_size(width), reduction=reduction,
+                    release=release)
+            elif block == "gc":
+                module = GlobalContextBlock(512)
             else:
-                module = GlobalContextBlock(512) if block == "gc" else NonLocalBlock(512, block)
+                module = NonLocalBlock(512, block)
             after[f"layer2_{i}"] = nn.Sequential(module)
-        for i, s in zip(positions, splits) if sbm else ():
-            modules = after.setdefault(f"layer3_{i}", nn.Sequential())
-            modules.append(SalientToBroadModule(1024, s, kernel_size, beta, alpha, se_reduction,
-                                                cal, cpm, scaled))
+        if sbm:
+            for i, s in zip(positions, splits):
+                modules = after.setdefault(f"layer3_{i}", nn.Sequential())
+                modules.append(SalientToBroadModule(
+                    1024, s, kernel_size=kernel_size, beta=beta, alpha=alpha, cal=cal, cpm=cpm,
+                    reduction=se_reduction, scale=scale, release=release))
         self.after = nn.ModuleDict(after)
         self.pool = pool
         self.neck = nn.BatchNorm1d(2048)
-        self.classifier = nn.Linear(2048, num_classes, bias=False)
+        self.classifier = nn.Linear(2048, num_classes, bias=release)
         nn.init.normal_(self.classifier.weight, std=0.001)
         self.projection = nn.Linear(2048, 2048) if project else None
+        if release:
+            nn.init.zeros_(self.classifier.bias)
+        if release and project:
+            nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
+            nn.init.zeros_(self.projection.bias)
 
     def forward(self, clips):
         B, T = clips.shape[:2]
-        x = self.stem(clips.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        x = clips.flatten(0, 1).to(self.neck.weight.dtype)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         for name in ("layer1", "layer2", "layer3", "layer4"):
             for i, block in enumerate(getattr(self, name), 1):
                 x = block(x)
                 if f"{name}_{i}" in self.after:
                     x = self.after[f"{name}_{i}"](x.unflatten(0, (B, T))).flatten(0, 1)
-        x = x.mean((2, 3)) if self.pool == "avg" else x.amax((2, 3))
+        x = x.amax((2, 3)) if self.pool == "max" else x.mean((2, 3))
         frames = x.to(self.neck.weight.dtype).view(B, T, -1)
         embedding = self.neck(frames.mean(1))           # TAP
         if not self.training:
             return embedding
-        projected = [self.projection(frames)] if self.projection else []
-        return embedding, self.classifier(embedding), *projected
+        outputs = [embedding, self.classifier(embedding)]
+        if self.projection:                             # the frames go through the neck, too
+            outputs.append(self.projection(self.neck(frames.transpose(1, 2)).transpose(1, 2)))
+        return outputs
 
 
 # ---------------------------------------------------------------------- Sec. 3.3, Eq. 8: the losses
@@ -392,7 +503,8 @@ def mutual_information_loss(frames, pids, temperature=0.07):
     frames: projected frame embeddings (B, T, D); pids: (B,); temperature: t.
     """
     B, T = frames.shape[:2]
-    z = F.normalize(frames.float().flatten(0, 1), dim=1)
+    frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
+    z = F.normalize(frames.flatten(0, 1), dim=1)
     s = z @ z.T / temperature
     clip = torch.arange(B, device=s.device).repeat_interleave(T)
     index = torch.arange(T, device=s.device).repeat(B)
@@ -404,14 +516,25 @@ def mutual_information_loss(frames, pids, temperature=0.07):
     return loss.masked_fill(~positive, 0).sum() / positive.sum().clamp(min=1)
 
 
+def loss_weights(args):
+    """The weights in Eq. 8, {name: weight}: L_cent + lambda1 L_tri + lambda2 L_mi."""
+    return {"xent": 1.0, "triplet": args.lambda1, "mi": args.lambda2}
+
+
 def losses(outputs, pids, args):
-    """Eq. 8: L_cent + lambda1 L_tri + lambda2 L_mi, as {name: scalar}; their sum is minimised."""
+    """The weighted losses of Eq. 8, {name: scalar}; their sum is minimised.
+
+    With --release L_mi is summed over the identities of the batch, as in the authors' release.
+    """
     embedding, logits, *frames = outputs
-    parts = {"xent": F.cross_entropy(logits.float(), pids),
-             "triplet": args.lambda1 * batch_hard_triplet(embedding, pids, args.margin)}
+    parts = {"xent": F.cross_entropy(at_least_float32(logits), pids),
+             "triplet": batch_hard_triplet(embedding, pids, args.margin)}
     if frames:
-        parts["mi"] = args.lambda2 * mutual_information_loss(*frames, pids, args.temperature)
-    return parts
+        parts["mi"] = mutual_information_loss(*frames, pids, args.temperature)
+        if args.release:
+            parts["mi"] = len(pids.unique()) * parts["mi"]
+    weights = loss_weights(args)
+    return {name: weights[name] * loss for name, loss in parts.items()}
 
 
 # ---------------------------------------------------------------------------- Sec. 4.2: the recipe
@@ -422,19 +545,22 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "width": (128, 64, "of the resized frames (Sec. 4.2)"),
     "ids": (8, 4, "P, identities a batch (Sec. 4.2)"),
     "clips": (4, 2, "K, clips of each of them (Sec. 4.2)"),
+    "epoch": ("tracklets", "identities", "shows all of these (open; the authors' release)",
+              ("tracklets", "identities")),
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.2)"),
     "epochs": (160, 8, "(Sec. 4.2)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.2)"),
     "lr_step": (40, 7, "lr is divided by 10 every so many epochs (Sec. 4.2)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (Sec. 4.2)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
-    "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
+    "pool": ("max", "max", "over the final map (open; the authors' release)", ("max", "avg")),
     "sbm": (True, True, "with SBMs (Table 2)"),
     "positions": ((2, 4, 6), (2, 4, 6), "blocks of layer3 with an SBM behind (Sec. 3.3, Table 3)"),
     "splits": ((1, 2, 3), (1, 2, 3), "s of each SBM (Sec. 3.3)"),
     "k": (3, 3, "kernel size of SBM, odd (Sec. 4.2, Fig. 5a)"),
     "beta": (5.0, 5.0, "strength of the suppression (Eq. 4, Sec. 4.2)"),
-    "scaled": (True, True, "divide the response of Eq. 3 by k^2 sqrt(c) (changed; no: printed)"),
+    "scale": ("window", "window+channels", "divide the response of Eq. 3 by k^2 (the authors' "
+              "release), by k^2 sqrt(c), or not (printed)", ("none", "window", "window+channels")),
     "alpha": (0.1, 0.1, "degree of CPM's propagation (Eq. 5-6, Sec. 3.1)"),
     "cal": (True, True, "with CAL (Table 3)"),
     "cpm": (True, True, "with CPM (Table 3)"),
@@ -444,6 +570,7 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "block": ("idm", "idm", "in IDM's place (Table 3)",
               ("idm", "softmax", "ones", "inverse", "gc")),
     "lambda1": (1.0, 1.0, "weight of the triplet loss (Eq. 8, Sec. 4.2)"),
+    "release": (False, False, "modules as in the authors' release, for its weights (changed)"),
     "lambda2": (0.01, 0.01, "weight of L_mi (Eq. 8, Sec. 4.2); 0: without its projection"),
     "temperature": (0.07, 0.07, "t of L_mi (our choice)"),
     "margin": (0.3, 0.3, "of the triplet loss, cosine distance (our choice)"),
@@ -496,12 +623,85 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
 COUNTING = {"base": "base", "without": ("neck", "classifier", "projection")}
 
 
+def read_release(state):
+    """Networks that the authors' release has trained: see common.Release.
+
+    Their names count the inserted modules as blocks of their stage, their kernels have a third
+    dimension of one frame, and their convolutions have biases: one in front of a BatchNorm is
+    taken off its running mean here, which gives the same.
+    """
+    if not {"conv1.bias", "bn.weight", "classifier.weight"} <= state.keys():
+        return None
+    ours = {"conv1": "stem.0", "bn1": "stem.1", "bn": "neck", "classifier": "classifier",
+            "projection": "projection"}
+    parts = {"chl_reduction.0": "g_i", "chl_reduction.1": "bn_g", "thw_reduction.0": "l_i",
+             "thw_reduction.1": "bn_l", "thw_expansion.0": "l_d", "chl_expansion.0": "g_d",
+             "kernel.0": "kgm.attention.0", "kernel.1": "kgm.attention.1", "se.1": "cal.squeeze",
+             "se.3": "cal.excite"}
+    inserted = {key[:8] for key in state if key[9:].startswith(("thw_", "kernel"))}  # "layer2.2"
+    for key in state:
+        place, part = key[:8], key[9:].rpartition(".")[0]
+        if not place.startswith("layer"):
+            continue
+        stage, number = place.split(".")
+        blocks = sum(f"{stage}.{i}" not in inserted for i in range(int(number)))  # before this one
+        if place in inserted:
+            ours[f"{place}.{part}"] = f"after.{stage}_{blocks}.0.{parts.get(part, part)}"
+        else:
+            ours[f"{place}.{part}"] = f"{stage}.{blocks}.{part}"
+    linear = ("l_i", "l_d", "squeeze", "excite", "projection")
+    model = {}
+    for key, value in state.items():
+        layer, _, kind = key.rpartition(".")
+        name = ours.get(layer, layer)
+        if kind == "weight" and value.dim() > 2:
+            value = value.flatten(1) if name.endswith(linear) else value.squeeze(2)
+        model[f"{name}.{kind}"] = value
+    for key in state:
+        layer = key.removesuffix(".bias")
+        norm = f"{layer[:-1]}1" if layer.endswith(".0") else layer.replace("conv", "bn")
+        if layer != key and norm != layer and f"{norm}.running_mean" in state:
+            mean = f"{ours[norm]}.running_mean"
+            model[mean] = model[mean] - model.pop(f"{ours[layer]}.bias")
+    idms = sum(place.startswith("layer2") for place in inserted)
+    sbm = len(inserted) > idms
+    row = {(True, 2): "sinet", (True, 0): "base+sbm", (False, 2): "base+idm", (False, 0): "base"}
+    shaped = {"sbm": sbm, "idms": idms}
+    for key in state:
+        if key.endswith("chl_reduction.0.weight"):
+            shaped["reduction"] = state[key].shape[1] // len(state[key])
+        if key.endswith("se.1.weight"):
+            shaped["se_reduction"] = state[key].shape[1] // len(state[key])
+    if "projection.weight" not in state:
+        shaped["lambda2"] = 0.0
+    return row.get((sbm, idms), "sinet"), shaped, model
+
+
+RELEASE = Release(read_release, reduction=16, lambda2=0.001, scale="window", pool="max")
+
+
 def build(args, num_classes):
     """The network of a row; a checkpoint brings its own weights."""
-    return SINet(num_classes, args.frames, args.height, args.width, args.sbm, args.idms,
-                 args.positions, args.splits, args.cal, args.cpm, args.k, args.beta, args.alpha,
-                 args.block, args.reduction, args.se_reduction, args.scaled, args.lambda2 > 0,
-                 args.pool, "none" if args.resume else args.weights)
+    return SINet(
+        num_classes, args.frames, args.height, args.width,
+        sbm=args.sbm,
+        idms=args.idms,
+        positions=args.positions,
+        splits=args.splits,
+        cal=args.cal,
+        cpm=args.cpm,
+        kernel_size=args.k,
+        beta=args.beta,
+        alpha=args.alpha,
+        scale=args.scale,
+        se_reduction=args.se_reduction,
+        block=args.block,
+        reduction=args.reduction,
+        project=args.lambda2 > 0,
+        pool=args.pool,
+        weights="none" if args.resume else args.weights,
+        release=args.release,
+    )
 
 
 def make_optimizer(model, args):
@@ -512,6 +712,9 @@ def make_optimizer(model, args):
 
 def train(args):  # same in every script
     """Trains a network, or with --evaluate or --figure shows one; returns the last result."""
+    if args.plan:
+        return plan(args, recipe=RECIPE, sampler=SAMPLER, split=SPLIT, metric=METRIC, build=build,
+                    loss_weights=loss_weights)
     run = Run(args)                                     # processes, device, folder, checkpoint
     with run.setting_up():                              # what is missing is drawn or downloaded
         dataset = load_dataset(args.data, args.root, int(args.split), args.chunk)
@@ -546,11 +749,12 @@ def train(args):  # same in every script
 
 def load(file):  # same in every script
     """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
-    return load_network(file, build, RECIPE, ROWS, __file__)
+    return load_network(file, build, recipe=RECIPE, rows=ROWS, release=RELEASE, script=__file__)
 
 
 def main():  # same in every script
-    run_script(train, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
+    run_script(train, build, recipe=RECIPE, rows=ROWS, counting=COUNTING, release=RELEASE,
+               text=__doc__, script=__file__)
 
 
 # ------------------------------------------------------------------------------------- the picture

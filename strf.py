@@ -9,6 +9,7 @@ makes every position an average of those like it. The unit learns four 1x1 convo
 
     python strf.py                            # a small run on synthetic data, on any machine
     python strf.py --data mars --gpu 0        # the paper's recipe
+    python strf.py --data mars --plan         # what that would train and test, without doing it
     python strf.py --data mars --gpu 0 --variant strf-i3d --order st    # a row, changed
 
 Sec. 3.1, Eq. 1            times_mask
@@ -22,14 +23,15 @@ Sec. 3.2, Eq. 9            losses
 Sec. 4                     RECIPE, as far as it is printed; Tables 2-5, Fig. 4, 6: ROWS
 To copy                    a class with what it names above it: STRF all, 3D layers strf_conv3d
 
-Changed (printed, and done otherwise):
+Deviations from the paper (its sentence, what we do, the flag for the paper's form):
   Eq. 3         "the unnormalized sample covariance matrix": the columns of T are L2-normalised
                 first, over channels and frames, because kappa = 4 is taken from works [14, 19] that
-                apply it to cosine similarity. --no-normalize: as printed.
+                apply it to cosine similarity. --no-normalize
   Sec. 4.1      "We then replace stage 2 and stage 3": only two and three blocks of them fit Table
-                2's parameters, every second is taken. --blocks 1 2 3 4 5 6: as printed.
+                2's parameters, every second is taken. --blocks 1 2 3 4 5 6
 
-Open (not printed; the reading taken):
+Unspecified in the paper; our choice. No release is known; the paper's four baselines are those of
+AP3D's code (ECCV 2020), so that the choices marked AP3D follow that code:
   softmax axis  over rows: the columns of M sum to one, each position is a weighted average
   H_dk, G_dk    no bias; stride 1, and what lies outside of the clip does not count
   order         temporal, then spatial, as Sec. 4.2 says; the caption of Fig. 4 says the opposite
@@ -45,19 +47,25 @@ Open (not printed; the reading taken):
   non-local     takes STRF's five places, with half the channels: +0.46M, printed "~5 million"
   iLIDS         Table 3's figure is taken for P3D-C's, as its MARS one is; its Duke one is P3D-B's
   recipe        is in a supplement, all but what RECIPE cites; flip only, training frames 4 apart
-  triplet       on the embedding behind the BN neck, margin 0.3
+  pooling       the maximum over the last map of a frame, then the mean over frames (AP3D)
+  short         a tracklet of fewer than 32 frames gives 8 different ones at random, in order; one
+                of fewer than 8 some of them twice or more (AP3D)
+  resizing      bicubic (AP3D)
+  triplet       on the embedding after the BN neck, margin 0.3
   backbone      without the last stride of ResNet-50: the printed map is 1/16 of 224x112
   test clips    the last is filled by cycling the tracklet: of 10 frames 1-8, and 9, 10, 1-6
+                (AP3D's last clip is shorter, and its test averages frames, not clips)
   pieces        on Duke and LS-VID training tracklets are cut into 32 and 64 frames: --chunk
-  epoch         every identity at least once, K clips of it
+  an epoch      shows all tracklets, in groups of K of one identity (AP3D): 235 steps on MARS;
+                --epoch identities: every identity once, 79 steps
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather,
-                    load_network, overlays, run_script, watch)
+from common import (Row, Run, at_least_float32, batch_hard_triplet, command_line, energy, figures,
+                    gather, load_network, overlays, plan, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -312,13 +320,13 @@ class STRFNet(nn.Module):
     logits (B, num_classes).
 
     frames: T, fixed; any height and width. layer: "i3d", "p3d-a", "p3d-b" or "p3d-c"; stages: those
-    with STRF, of 1 to 4, () for the baseline; pool: "avg" or "max" over the final map; weights: see
+    with STRF, of 1 to 4, () for the baseline; pool: "max" or "avg" over the final map; weights: see
     resnet50; unit: "strf", or "nonlocal" for NonLocalBlocks in STRF's places; blocks: of each of
     the stages, from 1, those that become 3D; a stage leaves out what it has not; strf: further
     arguments of STRF. Raises ValueError for what it cannot take.
     """
 
-    def __init__(self, num_classes, frames=8, layer="p3d-c", stages=(2, 3), pool="avg",
+    def __init__(self, num_classes, frames=8, layer="p3d-c", stages=(2, 3), pool="max",
                  weights="none", unit="strf", blocks=(1, 3, 5), **strf):
         super().__init__()
         if layer not in ("i3d", "p3d-a", "p3d-b", "p3d-c") or not set(stages) <= {1, 2, 3, 4}:
@@ -364,11 +372,18 @@ class STRFNet(nn.Module):
 
 # ---------------------------------------------------------------------- Sec. 3.2, Eq. 9: the losses
 
+def loss_weights(args):
+    """The weights in Eq. 9, {name: weight}: L_ce + L_triplet."""
+    return {"xent": 1.0, "triplet": 1.0}
+
+
 def losses(outputs, pids, args):
-    """Eq. 9: L_ce + L_triplet, as {name: scalar}; their sum is minimised."""
+    """The weighted losses of Eq. 9, {name: scalar}; their sum is minimised."""
     embedding, logits = outputs
-    return {"xent": F.cross_entropy(logits.float(), pids),
-            "triplet": batch_hard_triplet(embedding, pids, args.margin)}
+    parts = {"xent": F.cross_entropy(at_least_float32(logits), pids),
+             "triplet": batch_hard_triplet(embedding, pids, args.margin)}
+    weights = loss_weights(args)
+    return {name: weights[name] * loss for name, loss in parts.items()}
 
 
 # ------------------------------------------------------------------------------ Sec. 4: the recipe
@@ -380,13 +395,15 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "width": (112, 64, "of the resized frames (the same map)"),
     "ids": (8, 4, "P, identities a batch (our choice)"),
     "clips": (4, 2, "K, clips of each of them (our choice)"),
+    "epoch": ("tracklets", "identities", "shows all of these (open; as AP3D's code)",
+              ("tracklets", "identities")),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (240, 8, "(our choice)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (our choice)"),
     "lr_step": (60, 7, "lr is divided by 10 every so many epochs (our choice)"),
     "weight_decay": (5e-4, 5e-4, "of Adam (our choice)"),
     "weights": ("imagenet", "none", "backbone: imagenet, none or a file (our choice)"),
-    "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
+    "pool": ("max", "max", "over the final map (open; as AP3D's code)", ("max", "avg")),
     "layer": ("p3d-c", "p3d-c", "the 3D blocks (Sec. 4.1, Table 2)",
               ("i3d", "p3d-a", "p3d-b", "p3d-c")),
     "stages": ((2, 3), (2, 3), "those with STRF; no value: none (Sec. 4.2, Table 5)", range(1, 5)),
@@ -462,6 +479,7 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
 }
 # The paper prints parameters, rounded, with the 625-way classifier and its bias and without a neck.
 COUNTING = {"without": ("neck",)}
+RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
@@ -481,6 +499,9 @@ def make_optimizer(model, args):
 
 def train(args):  # same in every script
     """Trains a network, or with --evaluate or --figure shows one; returns the last result."""
+    if args.plan:
+        return plan(args, recipe=RECIPE, sampler=SAMPLER, split=SPLIT, metric=METRIC, build=build,
+                    loss_weights=loss_weights)
     run = Run(args)                                     # processes, device, folder, checkpoint
     with run.setting_up():                              # what is missing is drawn or downloaded
         dataset = load_dataset(args.data, args.root, int(args.split), args.chunk)
@@ -515,11 +536,12 @@ def train(args):  # same in every script
 
 def load(file):  # same in every script
     """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
-    return load_network(file, build, RECIPE, ROWS, __file__)
+    return load_network(file, build, recipe=RECIPE, rows=ROWS, release=RELEASE, script=__file__)
 
 
 def main():  # same in every script
-    run_script(train, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
+    run_script(train, build, recipe=RECIPE, rows=ROWS, counting=COUNTING, release=RELEASE,
+               text=__doc__, script=__file__)
 
 
 # ------------------------------------------------------------------------------------- the picture

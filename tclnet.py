@@ -5,10 +5,12 @@ The authors' release: https://github.com/blue-blue272/VideoReID-TCLNet
 
 The frames of a clip are much alike, and a network sees the same salient part in each. TSE erases
 from a frame what the learners of the frames before have seen, so that its own learner finds another
-part. TSB first gives every frame what the others show of its salient part, against the loss.
+part. TSB first gives every frame what the others show of its salient part, to make up for what
+erasing removes.
 
     python tclnet.py                          # a small run on synthetic data, on any machine
     python tclnet.py --data mars --gpu 0      # the paper's recipe
+    python tclnet.py --data mars --plan       # what that would train and test, without doing it
     python tclnet.py --data mars --gpu 0 --variant base+tse --h-e 6     # a row, changed
 
 Sec. 3.1, Eq. 3            CorrelationLayer
@@ -23,38 +25,53 @@ Sec. 4.3                   --variant base+tse --frames 1: one image for all lear
                            printed: 85.3 mAP, base 80.3; there is no loader for it)
 A class is copied alone, or with what its docstring names under "copied with".
 
-Changed (printed, and done otherwise):
-  Eq. 3         "F^T (w^T f)": divided by sqrt(D), because on the plain products the softmax of
-                Eq. 5 saturates. --no-scaled: as printed.
-  f_k           gets no gradient from Eq. 3, as in the release. --no-stop-gradient: as printed.
-  E = BN(o) + Q o is duplicated along the positions behind the BN, not "before entering" it: the
+Deviations from the paper (its sentence, what we do, the flag for the paper's form):
+  Eq. 3         "F^T (w^T f)": divided by sqrt(D) (release), because on the plain products the
+                softmax of Eq. 5 saturates. --no-scaled
+  f_k           gets no gradient from Eq. 3 (release). --no-stop-gradient
+  E = BN(o) + Q o is duplicated along the positions after the BN, not "before entering" it: the
                 same but for the running variance's factor n / (n - 1). No flag.
   test          "an input of entire video": in clips of T frames, so that TSB's memory is that of a
                 clip, as in training; --frames T makes it longer.
-  "four frames" cannot be cut into segments of 3: row base+tse-n3 takes 3 (printed is their cost
-                times 4/3). --frames 6: two segments.
+  "four frames" cannot be cut into segments of 3: row base+tse-n3 takes 3 (the paper's cost is
+                theirs times 4/3). --frames 6: two segments.
 
-Open (not printed; the reading taken):
+Unspecified in the paper; our choice (the authors' release is named where the choice follows it):
   erased map    F * B, plus at all positions BN(sum of G * F), which starts at zero: lets gradients
                 reach w, and needs only the BN's 2,048 parameters more
   first frame   B = 1, and G = softmax(1): uniform, the product of no correlation maps being 1
   SEO           one BN for all frames of a segment, also the first; it and the shared blocks take
-                frame n of all segments at a time; f_k is an average with --pool max, too
+                frame n of all segments at a time (release); f_k is an average with --pool max, too
   block         the first of equal maxima; h_e and w_e scale with the map from 16x8, strides do not
   TSB           tau = 5, BN starting at zero
-  backbone      the last stride of ResNet-50 is removed, which the printed GFLOPs confirm
+  backbone      the last stride of ResNet-50 is removed, which the paper's GFLOPs confirm
   neck          a BatchNorm on each v_i; classifier, triplet loss and test take its output
   losses        summed over the learners; triplet with cosine distance, margin 0.4
-  batch of 32   8 identities x 4 clips; weight decay 5e-4; an epoch: every identity at least once
-  frames        8 apart in training, less in a short tracklet; adjacent in test, the last clip
-                filled by cycling the tracklet (10 frames: 3 clips of 4)
-  pieces        training tracklets of Duke and LS-VID are cut; --chunk 0: not at all
-  parameters    29.9 million are printed for N = 2 with SEO and without Non-local; the modules have
-                30.07, which the rows with N = 3 and 4 confirm
+  batch of 32   8 identities x 4 clips; weight decay 5e-4
+  an epoch      shows all tracklets, in groups of K of one identity (release): 235 steps on MARS;
+                --epoch identities: every identity once, 79 steps
+  frames        8 apart in training; a tracklet of fewer than 32 frames gives 4 different ones at
+                random, in order, one of fewer than 4 some of them twice or more (release);
+                adjacent in test, the last clip filled by cycling the tracklet (10: 3 clips of 4)
+  resizing      bicubic (release)
+  pieces        training tracklets of Duke and LS-VID are cut (release); --chunk 0: not at all
+  parameters    the paper has 29.9 million for N = 2 with SEO and without Non-local; the modules
+                have 30.07, which the rows with N = 3 and 4 confirm
   Table 4       Non-local after stage 3, half the channels, biases as in SINet (parameters fit with
                 and without, GFLOPs four times its cost); RE with p = 0.5; DropBlock after stages 3
                 and 4, p = 0.1, 7x7 or the largest odd block that fits; 3D: first convolutions of
-                all blocks 3x1x1 (as the printed GFLOPs; 32.2 million parameters, not 33.7)
+                all blocks 3x1x1 (as the paper's GFLOPs; 32.2 million parameters, not 33.7)
+
+The authors' release departs from the paper's equations here; we follow the equations:
+  TSB           keys are means of 2x2 positions before they are compared, and a 1x1 convolution with
+                a bias stands before its BatchNorm; Eq. 6 has neither
+  SEO           a 1x1 convolution with a bias stands before its BatchNorm; the softmax is over the
+                kept positions alone, where Eq. 5 has softmax times B
+  block         rows are means over the width, and the block of three rows is searched with its
+                middle on every row, so that at the border only two are erased
+  pooling       the maximum over the last map for the vectors, the average for f_k; the paper: GAP.
+                --pool max
+  batches       of 8 groups, of which about 7 % hold one identity twice
 """
 import copy
 import functools
@@ -65,8 +82,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Row, Run, batch_hard_triplet, command_line, energy, figures, gather,
-                    load_network, overlays, run_script, watch)
+from common import (Row, Run, at_least_float32, batch_hard_triplet, command_line, energy, figures,
+                    gather, load_network, overlays, plan, run_script, watch)
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
@@ -385,15 +402,21 @@ class TCLNet(nn.Module):
 
 # ----------------------------------------------------------------------------- Sec. 3.3: the losses
 
+def loss_weights(args):
+    """The weights of the losses of a learner, {name: weight}: L_xent, with xent+tri + L_triplet."""
+    return {"xent": 1.0, "triplet": 1.0 if args.loss == "xent+tri" else 0.0}
+
+
 def losses(outputs, pids, args):
     """Sec. 3.3: cross entropy, and with --loss xent+tri the batch triplet loss, of the video vector
     of every learner, summed over the learners, as {name: scalar}; their sum is minimised."""
     embeddings, logits = outputs
-    parts = {"xent": sum(F.cross_entropy(x, pids) for x in logits.float().unbind(1))}
+    parts = {"xent": sum(F.cross_entropy(x, pids) for x in at_least_float32(logits).unbind(1))}
     if args.loss == "xent+tri":
         parts["triplet"] = sum(batch_hard_triplet(x, pids, args.margin)
                                for x in embeddings.unbind(1))
-    return parts
+    weights = loss_weights(args)
+    return {name: weights[name] * loss for name, loss in parts.items()}
 
 
 # ----------------------------------------------------------------------------- Sec. 4.1: the recipe
@@ -404,6 +427,8 @@ RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, ch
     "width": (128, 64, "of the resized frames (Sec. 4.1)"),
     "ids": (8, 4, "P, identities a batch (32 clips: Sec. 4.1)"),
     "clips": (4, 2, "K, clips of each of them (32 clips: Sec. 4.1)"),
+    "epoch": ("tracklets", "identities", "shows all of these (open; the authors' release)",
+              ("tracklets", "identities")),
     "erase": (0.0, 0.0, "probability of random erasing (Sec. 4.1, Table 4a)"),
     "epochs": (150, 8, "(Sec. 4.1)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
@@ -497,6 +522,7 @@ def left_out(args):
 # The paper adds one for each element that a BatchNorm writes; parameters are cut, not rounded.
 COUNTING = {"per_bn": 1, "more": left_out, "without": ("neck", "classifier"),
             "truncate": ("million_parameters",)}
+RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
@@ -515,6 +541,9 @@ def make_optimizer(model, args):
 
 def train(args):  # same in every script
     """Trains a network, or with --evaluate or --figure shows one; returns the last result."""
+    if args.plan:
+        return plan(args, recipe=RECIPE, sampler=SAMPLER, split=SPLIT, metric=METRIC, build=build,
+                    loss_weights=loss_weights)
     run = Run(args)                                     # processes, device, folder, checkpoint
     with run.setting_up():                              # what is missing is drawn or downloaded
         dataset = load_dataset(args.data, args.root, int(args.split), args.chunk)
@@ -549,11 +578,12 @@ def train(args):  # same in every script
 
 def load(file):  # same in every script
     """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
-    return load_network(file, build, RECIPE, ROWS, __file__)
+    return load_network(file, build, recipe=RECIPE, rows=ROWS, release=RELEASE, script=__file__)
 
 
 def main():  # same in every script
-    run_script(train, build, RECIPE, ROWS, COUNTING, __doc__, __file__)
+    run_script(train, build, recipe=RECIPE, rows=ROWS, counting=COUNTING, release=RELEASE,
+               text=__doc__, script=__file__)
 
 
 # ------------------------------------------------------------------------------------- the picture

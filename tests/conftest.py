@@ -253,6 +253,8 @@ def trained(small_root, tmp_path_factory):
         small_root,
         "--variant",
         "base",
+        "--epoch",
+        "tracklets",
         "--epochs",
         "2",
         *map(str, TINY),

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
+from scipy.io import loadmat
 
 import common
 import sinet
@@ -50,7 +51,7 @@ def test_help(script, monkeypatch, capsys):
     assert end.value.code in (0, None)
     flags = "data root split chunk gpu variant workers amp compile seed eval-every checkpoint-every"
     flags += " small eval-first init export tensorboard"
-    flags += " evaluate resume rerank output figure figure-format beside complexity"
+    flags += " evaluate resume rerank output figure figure-format beside complexity plan"
     for flag in [*flags.split(), *(key.replace("_", "-") for key in module.RECIPE)]:
         assert f"\n  --{flag}" in out, flag
     assert max(map(len, out.splitlines())) <= 80
@@ -108,7 +109,7 @@ NETWORKS = {  # their classes; settings that are arguments of another name, or o
     "m3d.py": ("TwoStreamM3D", {"height": None, "width": None, "stages": None}),
     "strf.py": ("STRFNet", {"height": None, "width": None}),
 }
-TRAINING = dict.fromkeys("ids clips erase epochs lr lr_step momentum weight_decay".split())
+TRAINING = dict.fromkeys("ids clips epoch erase epochs lr lr_step momentum weight_decay".split())
 LOSSES = dict.fromkeys("loss margin lambda1 temperature divergence".split())
 
 
@@ -141,6 +142,103 @@ def test_every_setting_reaches_the_network_or_the_optimizer(script, monkeypatch)
     rates = {"lr": 0.5, "weight_decay": 0.25, "momentum": 0.125}
     group = module.make_optimizer(nn.Linear(2, 2), given(**rates)).param_groups[0]
     assert all(group[key] == value for key, value in rates.items() if key in module.RECIPE)
+
+
+PLANS = {  # steps of an epoch, epochs, weighted losses, what the test reads: clips and frames
+    "sinet.py": (235, 160, "1 x xent + 1 x triplet + 0.01 x mi", (168_487, 673_948)),
+    "tclnet.py": (235, 150, "1 x xent + 1 x triplet", (168_487, 673_948)),
+    "bicnet_tks.py": (117, 150, "1 x xent + 1 x triplet + 0.01 x div", (87_137, 697_096)),
+    "strf.py": (235, 240, "1 x xent + 1 x triplet", (87_137, 697_096)),
+}
+
+
+@pytest.fixture(scope="module")
+def mars_without_images(tmp_path_factory):
+    """A --root with MARS' info folder alone: its real tables, and names made after them."""
+    root = tmp_path_factory.mktemp("root")
+    info = root / "mars/info"
+    info.mkdir(parents=True)
+    for table in (ROOT / "tests/mars_info").glob("*.mat"):
+        shutil.copy(table, info)
+    for part in ("train", "test"):
+        rows = loadmat(info / f"tracks_{part}_info.mat")[f"track_{part}_info"]
+        names = [f"{pid:0>4}C{cam}T{number:04}F{frame:03}.jpg"
+                 for number, (first, last, pid, cam) in enumerate(rows.tolist())
+                 for frame in range(1, last - first + 2)]
+        (info / f"{part}_name.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+def planned(script, monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", [script, "--plan", *map(str, flags)])
+    importlib.import_module(Path(script).stem).main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", PLANS)
+def test_a_plan_of_mars(script, mars_without_images, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    mars = ("--data", "mars", "--root", mars_without_images)
+    out = planned(script, monkeypatch, capsys, *mars)
+    steps, epochs, loss, (clips, frames) = PLANS[script]
+    assert f"an epoch: {steps} steps of " in out and "all tracklets" in out
+    assert f"in all: {epochs} epochs, {steps * epochs:,} steps" in out
+    assert f"\nloss: {loss}\n" in out
+    assert f"reads 11,310 tracklets in {clips:,} clips of {frames:,} frames" in out
+    assert "1,980 queries in 11,310 gallery tracklets, cosine distance" in out
+    module = importlib.import_module(Path(script).stem)
+    args = common.settings(module.RECIPE, module.ROWS, next(iter(module.ROWS)))
+    # learning rates by epoch are those of the loop's scheduler
+    optimizer = module.make_optimizer(nn.Linear(2, 2), args)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
+    rates = []
+    for _ in range(args.epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    lines = re.findall(r"epochs (\d+) to (\d+): (\S+)", out)
+    said = [float(rate) for first, last, rate in lines for _ in range(int(first), int(last) + 1)]
+    np.testing.assert_allclose(said, rates, rtol=1e-3)
+    for key, (_, _, meaning, *_) in module.RECIPE.items():
+        assert meaning in out, key
+    out = planned(script, monkeypatch, capsys, *mars, "--epoch", "identities", "--epochs", 3)
+    assert f"in all: 3 epochs, {3 * (40 if steps == 117 else 79)} steps" in out
+    out = planned(script, monkeypatch, capsys, *mars, "--evaluate")
+    assert "no training" in out and "steps" not in out and "1,980 queries" in out
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_plan_of_m3d_has_three_parts(mars_without_images, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    out = planned("m3d.py", monkeypatch, capsys, "--data", "mars", "--root", mars_without_images)
+    assert "an epoch: 3,984 steps of 128 clips, all tracklets once" in out  # every frame
+    assert "an epoch: 346 steps of 24 clips, all tracklets once" in out
+    assert "in all: 20 epochs, 79,680 steps" in out and "400 epochs, 138,400 steps" in out
+    assert "loss: 1 x xent-spatial\n" in out and "loss: 1 x xent-temporal\n" in out
+    both = 657_709 + 77_445  # still frames, and whole clips of eight
+    assert f"{both:,} clips of {657_709 + 8 * 77_445:,} frames" in out
+
+
+def test_the_weights_of_a_plan_are_those_of_the_losses(one_backbone):
+    """Each part of a loss is the weight that --plan prints times the part with the weight 1."""
+    changes = {"sinet.py": dict(lambda1=0.5, lambda2=0.25), "bicnet_tks.py": dict(divergence=0.5),
+               "tclnet.py": {}, "strf.py": {}, "m3d.py": {}}
+    for script, weights in changes.items():
+        module = importlib.import_module(Path(script).stem)
+        row = next(iter(module.ROWS))
+
+        def args(**others):
+            return common.settings(module.RECIPE, module.ROWS, row, height=64, width=64,
+                                   weights="none", **others)
+        net = module.build(args(), 5)
+        outputs = net(torch.rand(4, args().frames, 3, 64, 64))
+        pids = torch.tensor([0, 0, 1, 1])
+        ones = module.losses(outputs, pids, args(**dict.fromkeys(weights, 1.0)))
+        parts = module.losses(outputs, pids, args(**weights))
+        said = module.loss_weights(args(**weights))
+        assert parts.keys() == said.keys() == ones.keys()
+        for name in parts:
+            torch.testing.assert_close(parts[name], said[name] * ones[name])
 
 
 @pytest.mark.parametrize(
@@ -325,6 +423,7 @@ def test_a_run_prints_and_writes(trained):
     folder, out = trained
     assert "no GPU found" in out and "identities  tracklets" in out
     assert re.search(r"base: [\d,]+ parameters, \d+\.\d+ GFLOPs", out)
+    assert "an epoch has 3 steps of 4 clips, 2 epochs have 6" in out
     results = re.findall(r"^(.*), all frames:  mAP ([\d.]+)   CMC-1 ([\d.]+)", out, re.M)
     assert [label for label, *_ in results] == ["untrained", "after epoch 2"]
     last, end = out.strip().splitlines()[-2:]  # the last epoch's result ends the output

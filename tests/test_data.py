@@ -1,5 +1,7 @@
 """MARS' layout, clip sampling, frames and augmentation, the samplers, the synthetic set."""
+import collections
 import io
+import itertools
 import math
 import shutil
 import struct
@@ -233,12 +235,14 @@ def test_samplers(n, T):
         segments = sample_segments(n, T, rng)
         for frames in (strided, adjacent, segments):
             assert frames.shape == (T,) and frames.min() >= 0 and frames.max() < n
+        if n >= T * 4:
+            assert (np.diff(strided) == 4).all()
+        else:  # different frames where there are enough, in order
+            assert (np.diff(strided) >= (1 if n >= T else 0)).all()
         if n < T:
-            assert strided.tolist() == adjacent.tolist() == [i % n for i in range(T)]
+            assert adjacent.tolist() == [i % n for i in range(T)]
             assert (np.diff(segments) >= 0).all() and set(segments.tolist()) == set(range(n))
             continue
-        if T > 1:
-            assert set(np.diff(strided).tolist()) == {min(4, (n - 1) // (T - 1))}
         assert (np.diff(adjacent) == 1).all()
         for part, frame in enumerate(segments):
             assert part * n // T <= frame < (part + 1) * n // T
@@ -249,6 +253,12 @@ def test_samplers_reach_every_frame():
     for sample in (sample_strided, sample_adjacent, sample_segments):
         reached = {int(frame) for _ in range(2000) for frame in sample(19, 4, rng)}
         assert reached == set(range(19))
+    starts = {int(sample_strided(n=19, T=4, rng=rng)[0]) for _ in range(500)}
+    assert starts == set(range(7))  # 0, 4, 8, 12 to 6, 10, 14, 18
+    short = {tuple(sample_strided(n=5, T=4, rng=rng).tolist()) for _ in range(500)}
+    assert short == set(itertools.combinations(range(5), 4))
+    shorter = {tuple(sample_strided(n=2, T=3, rng=rng).tolist()) for _ in range(500)}
+    assert shorter == {(0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)}
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 30, 921])
@@ -567,7 +577,7 @@ def test_train_clips_do_not_depend_on_the_workers(small_root):
     train = load_dataset("synthetic", small_root).train
 
     def batches(workers):
-        sampler = PKSampler([t.pid for t in train], 3, 2, seed=5)
+        sampler = PKSampler([t.pid for t in train], 3, 2, shows="identities", seed=5)
         sampler.set_epoch(2)
         clips = TrainClips(train, sample_segments, 4, (64, 32))
         return list(torch.utils.data.DataLoader(clips, batch_sampler=sampler, num_workers=workers))
@@ -582,7 +592,7 @@ def test_a_training_clip_is_flipped_and_erased_as_a_whole(small_root):
     plain, erased = (TrainClips(train, sample_segments, 4, (64, 32), p) for p in (0, 1))
     flips = 0
     for item in [(0, 5, epoch, place) for epoch in (1, 2) for place in range(4)]:
-        frames = sample_segments(len(train[0].frames), 4, np.random.default_rng(item[1:]))
+        frames = sample_segments(len(train[0].frames), 4, np.random.default_rng([2, *item[1:]]))
         before = read_clip([train[0].frames[i] for i in frames], (64, 32))
         clip = plain[item][0]
         flips += torch.equal(clip, before.flip(-1))
@@ -597,8 +607,8 @@ def test_a_training_clip_is_flipped_and_erased_as_a_whole(small_root):
 PIDS = [0] * 1 + [1] * 2 + [2] * 3 + [3] * 9 + [4] * 4 + [5] * 4 + [6] * 2
 
 
-def test_pk_batches():
-    sampler = PKSampler(PIDS, P=3, K=4, seed=1)
+def test_an_epoch_of_identities():
+    sampler = PKSampler(PIDS, P=3, K=4, shows="identities", seed=1)
     for epoch in range(20):
         sampler.set_epoch(epoch)
         batches = list(sampler)
@@ -615,26 +625,105 @@ def test_pk_batches():
                 assert len(set(group)) == min(4, tracklets)  # repeats only when it must
 
 
-def test_pk_is_a_function_of_seed_and_epoch():
-    a = PKSampler(PIDS, 3, 2, seed=1)
-    b = PKSampler(PIDS, 3, 2, seed=1)
+def groups_of(sampler, K):
+    """Of an epoch the tracklets of each group, by batch."""
+    return [[[index for index, *_ in batch[i:i + K]] for i in range(0, len(batch), K)]
+            for batch in sampler]
+
+
+@pytest.mark.parametrize("P, K, batches", [(3, 2, 4), (2, 2, 6), (5, 2, 2), (3, 4, 2), (7, 3, 1)])
+def test_an_epoch_of_tracklets(P, K, batches):
+    """With K = 2 the identities of PIDS have 1, 1, 1, 4, 2, 2 and 1 groups, 12 in all."""
+    sampler = PKSampler(PIDS, P, K, shows="tracklets", seed=1)
+    left_out = set(range(len(PIDS)))
+    for epoch in range(40):
+        sampler.set_epoch(epoch)
+        assert len(sampler) == batches
+        found = groups_of(sampler, K)
+        assert [len(batch) for batch in found] == [P] * batches
+        for batch in found:
+            assert len({PIDS[group[0]] for group in batch}) == P  # distinct identities
+        shown = collections.Counter()
+        for group in sum(found, []):
+            assert len({PIDS[index] for index in group}) == 1
+            tracklets = PIDS.count(PIDS[group[0]])
+            assert len(set(group)) == min(K, tracklets)  # repeats only to fill a group
+            shown.update(set(group))
+        assert set(shown.values()) == {1}  # no tracklet stands in two groups
+        left_out -= shown.keys()
+    assert not left_out  # what remains in one epoch comes in another
+
+
+def test_an_epoch_of_all_tracklets_where_they_divide():
+    """Nothing is left out, and nothing stands twice: 4 identities with 6 tracklets, in pairs."""
+    pids = [i // 6 for i in range(24)]
+    sampler = PKSampler(pids, 2, 2, seed=3)
+    assert sorted(index for batch in sampler for index, *_ in batch) == list(range(24))
+
+
+def test_an_identity_with_more_groups_than_batches():
+    """Of 13 groups the identity with 10 gets one in each of 4 batches, as it can be in a batch only
+    once: a fifth would need a batch without it."""
+    pids = [0] * 20 + [1] * 4 + [2] * 2
+    sampler = PKSampler(pids, 2, 2, seed=0)
+    found = groups_of(sampler, 2)
+    assert len(sampler) == 3 and [len(batch) for batch in found] == [2, 2, 2]
+    assert all(0 in (pids[a[0]], pids[b[0]]) for a, b in found)
+
+
+def test_steps_of_the_real_mars(mars_index):
+    """Those of the authors' releases: 235 batches of 32 clips, 117 of 64."""
+    train = load_dataset("mars", mars_index, images=False).train
+    pids = [t.pid for t in train]
+    assert len(PKSampler(pids, 8, 4)) == 235 and len(PKSampler(pids, 16, 4)) == 117
+    sampler = PKSampler(pids, 8, 4)
+    assert sum(sampler.groups) * 4 == 7532
+    batches = list(sampler)
+    assert len(batches) == 235
+    shown = {index for batch in batches for index, *_ in batch}
+    assert len(shown) > 0.89 * len(pids) and len({pids[index] for index in shown}) == 625
+    assert all(len({pids[index] for index, *_ in batch}) == 8 for batch in batches)
+
+
+@pytest.mark.parametrize("shows", ["tracklets", "identities"])
+def test_pk_is_a_function_of_seed_and_epoch(shows):
+    a = PKSampler(PIDS, 3, 2, shows=shows, seed=1)
+    b = PKSampler(PIDS, 3, 2, shows=shows, seed=1)
     a.set_epoch(4)
     b.set_epoch(4)
     assert list(a) == list(b)
     b.set_epoch(5)
     assert list(a) != list(b)
-    assert list(a) != list(PKSampler(PIDS, 3, 2, seed=2))
+    assert list(a) != list(PKSampler(PIDS, 3, 2, shows=shows, seed=2))
 
 
-def test_pk_resumes_within_an_epoch_and_shards():
-    whole = PKSampler(PIDS, 4, 2)
-    later = PKSampler(PIDS, 4, 2)
+@pytest.mark.parametrize("shows", ["tracklets", "identities"])
+def test_pk_resumes_within_an_epoch_and_shards(shows):
+    whole = PKSampler(PIDS, 4, 2, shows=shows)
+    later = PKSampler(PIDS, 4, 2, shows=shows)
     later.set_epoch(0, start=1)
-    assert list(later) == list(whole)[1:] and len(later) == 1
-    shards = [list(PKSampler(PIDS, 4, 2, rank=rank, world=2)) for rank in range(2)]
+    assert list(later) == list(whole)[1:] and len(later) == len(whole) - 1 >= 1
+    shards = [list(PKSampler(PIDS, 4, 2, shows=shows, rank=rank, world=2)) for rank in range(2)]
     for batch, *parts in zip(whole, *shards):
         assert sorted(batch) == sorted(sum(parts, []))
         assert all(len(part) == 4 for part in parts)
+
+
+def test_batches_and_clips_have_streams_of_their_own(small_root):
+    """The first clip of an epoch is not drawn with the numbers that made its batches."""
+    train = load_dataset("synthetic", small_root).train
+    drawn = []
+
+    def sample(n, T, rng):
+        drawn.append(rng.integers(2 ** 62))
+        return np.zeros(T, int)
+
+    TrainClips(train, sample, 4, (8, 8))[0, 7, 3, 0]
+    sampler = PKSampler([t.pid for t in train], 3, 2, seed=7)
+    sampler.set_epoch(3)
+    made = []
+    sampler._batches_of_tracklets = lambda rng: made.append(rng.integers(2 ** 62)) or []
+    assert list(sampler) == [] and made[0] != drawn[0]
 
 
 def test_tracklet_batches():
@@ -652,12 +741,15 @@ def test_tracklet_batches():
     assert list(sampler) == whole[2:] and len(sampler) == 2
     sampler.set_epoch(1)
     assert list(sampler) != whole
-    parts = [list(TrackletSampler(pids, 3, 2, 1, rank, 2)) for rank in (0, 1)]
+    parts = [list(TrackletSampler(pids, 3, 2, seed=1, rank=rank, world=2)) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
 
 
 def test_batches_are_the_same_as_ever():
-    sampler = PKSampler(PIDS, 3, 2, seed=1)
+    sampler = PKSampler(PIDS, 3, 2, shows="tracklets", seed=1)
+    sampler.set_epoch(3)
+    assert [[index for index, *_ in batch] for batch in sampler] == [[]]
+    sampler = PKSampler(PIDS, 3, 2, shows="identities", seed=1)
     sampler.set_epoch(3)
     assert [[index for index, *_ in batch] for batch in sampler] == [
         [10, 13, 0, 0, 3, 5], [22, 21, 17, 16, 23, 24], [1, 2, 14, 8, 0, 0]]
@@ -673,15 +765,15 @@ def test_batches_are_the_same_as_ever():
 def test_samplers_refuse():
     for says, sampler, arguments in (
         ("a batch needs 8 identities, the training set has 7", PKSampler, (PIDS, 8, 2)),
-        ("4 identities a batch do not divide over 3 processes", PKSampler, (PIDS, 4, 2, 0, 0, 3)),
-        ("leaves each of 4 processes a single clip", PKSampler, (PIDS, 4, 1, 0, 0, 4)),
+        ("4 identities a batch do not divide over 3 processes", PKSampler, (PIDS, 4, 2, 3)),
+        ("leaves each of 4 processes a single clip", PKSampler, (PIDS, 4, 1, 4)),
         ("a batch needs 27 tracklets, the training set has 25", TrackletSampler, (PIDS, 9, 3)),
-        ("3 tracklets a batch do not divide over 2 processes", TrackletSampler,
-         (PIDS, 3, 1, 0, 0, 2)),
-        ("leaves each of 4 processes a single clip", TrackletSampler, (PIDS, 4, 1, 0, 0, 4)),
+        ("3 tracklets a batch do not divide over 2 processes", TrackletSampler, (PIDS, 3, 1, 2)),
+        ("leaves each of 4 processes a single clip", TrackletSampler, (PIDS, 4, 1, 4)),
     ):
+        pids, P, K, *world = arguments
         with pytest.raises(UserError, match=says):
-            sampler(*arguments)
+            sampler(pids, P, K, world=world[0] if world else 1)
 
 
 # ------------------------------------------------------------------------------- the synthetic set

@@ -46,7 +46,7 @@ def start(tmp_path, small_root):
 
     def popen(*flags, launcher=None, before=int):
         command = ["sinet.py", "--root", small_root, "--variant", "base", "--epochs", 2, *TINY]
-        command += flags
+        command += ["--epoch", "tracklets", *flags]
         out = tmp_path / "out"
         out.write_text("")
         if launcher:

@@ -19,6 +19,7 @@ FILES = sorted(ROOT.glob("*.py"))
 SCRIPTS = [file for file in FILES if file.name not in ("common.py", "data.py")]
 PARTS = {  # in the order of the files
     "resnet50": "the network",
+    "loss_weights": "the weights in the objective",
     "losses": "the objective",
     "RECIPE": "the recipe",
     "SAMPLER": "batches",
@@ -27,6 +28,7 @@ PARTS = {  # in the order of the files
     "METRIC": "distance of the test",
     "ROWS": "the rows",
     "COUNTING": "the paper's way of counting",
+    "RELEASE": "trained weights of the authors",
     "build": "the network of a row",
     "make_optimizer": "the optimiser",
     "train": "the training loop",

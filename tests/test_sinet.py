@@ -85,7 +85,7 @@ def slow_kernel(a, p):  # a (s, k*k, H, W), p (s, C, H, W) -> (k*k, C)
     return kernel
 
 
-def slow_suppression(q, kernel, beta, scaled):  # Eq. 3-4; q (C, H, W), kernel (k*k, C) -> (H, W)
+def slow_suppression(q, kernel, beta, scale):  # Eq. 3-4; q (C, H, W), kernel (k*k, C) -> (H, W)
     C, H, W = q.shape
     k = math.isqrt(len(kernel))
     r = torch.zeros(H, W, dtype=q.dtype)
@@ -97,8 +97,7 @@ def slow_suppression(q, kernel, beta, scaled):  # Eq. 3-4; q (C, H, W), kernel (
                         max(x + dx - k // 2, 0), W - 1
                     )
                     r[y, x] += q[:, yy, xx] @ kernel[dy * k + dx]
-    if scaled:
-        r /= k * k * math.sqrt(C)
+    r /= {"none": 1, "window": k * k, "window+channels": k * k * math.sqrt(C)}[scale]
     R = r.exp() / r.exp().sum()
     return torch.stack(
         [
@@ -125,14 +124,14 @@ def slow_cpm(x, y, s, alpha):  # Eq. 5-6; x (T, C, H, W), y (T - s, C, H, W)
     )
 
 
-def slow_sbm(sbm, x, cal=True, cpm=True, beta=5.0, alpha=0.1, scaled=True):
+def slow_sbm(sbm, x, cal=True, cpm=True, beta=5.0, alpha=0.1, scale="window"):
     s = sbm.split
     weighted = torch.stack([slow_cal(sbm.cal, clip) for clip in x]) if cal else x
     attention, out = slow_attention(sbm.kgm, weighted[:, :s]), []
     for clip, w, a in zip(x, weighted, attention):
         kernel = slow_kernel(a, w[:s])
         y = torch.stack(
-            [slow_suppression(w[i], kernel, beta, scaled) * clip[i] for i in range(s, len(clip))]
+            [slow_suppression(w[i], kernel, beta, scale) * clip[i] for i in range(s, len(clip))]
         )
         out.append(slow_cpm(clip, y, s, alpha if cpm else 0.0))
     return torch.stack(out)
@@ -167,16 +166,16 @@ def test_kgm(T, C, H, W, k):
 
 @SIZES
 @pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("scaled", [True, False])
-def test_suppress_operation(C, H, W, k, scaled):
+@pytest.mark.parametrize("scale", ["none", "window", "window+channels"])
+def test_suppress_operation(C, H, W, k, scale):
     q, kernel = maps(3, C, H, W), 0.3 * torch.randn(2, k * k, C, dtype=torch.float64)
-    s = SuppressOperation(4.0, scaled)(q, kernel)
+    s = SuppressOperation(beta=4.0, scale=scale)(q, kernel)
     assert s.shape == (2, 3, 1, H, W) and 0 < s.min() < s.max() <= 1
     close(
         s[:, :, 0],
         torch.stack(
             [
-                torch.stack([slow_suppression(f, kern, 4.0, scaled) for f in clip])
+                torch.stack([slow_suppression(f, kern, 4.0, scale) for f in clip])
                 for clip, kern in zip(q, kernel)
             ]
         ),
@@ -192,7 +191,8 @@ def test_suppress_operation(C, H, W, k, scaled):
         dict(cal=False),
         dict(cpm=False),
         dict(kernel_size=1),
-        dict(beta=2.0, alpha=0.3, scaled=False),
+        dict(beta=2.0, alpha=0.3, scale="none"),
+        dict(scale="window+channels"),
     ],
 )
 def test_sbm(T, C, H, W, options):
@@ -210,26 +210,46 @@ def test_sbm_damps_what_the_former_frames_found():
     x[..., 2:4, 2:4] = 1.0
     kernel, means = x[0, 0, :, 2, 2].expand(1, 9, 4), []
     for beta in (1.0, 5.0):
-        s = SuppressOperation(beta)(x[:, 1:], kernel)
+        s = SuppressOperation(beta=beta, scale="window+channels")(x[:, 1:], kernel)
         assert s[..., 2:4, 2:4].max() < s[..., 0, 0].min() == 1
         means.append(s.mean())
     assert means[1] < means[0]
-    y = s * x[:, 1:]
-    z = CrossPropagationModule(0.1)(x[:, :1], x[:, 1:], y)
+    z = CrossPropagationModule(alpha=0.1)(x[:, :1], x[:, 1:], s)
     assert (z[:, :1] > x[:, :1]).all() and z.shape == x.shape
-    same = CrossPropagationModule(0.0)(x[:, :1], x[:, 1:], y)
-    close(same, torch.cat([x[:, :1], y], 1))
+    same = CrossPropagationModule(alpha=0.0)(x[:, :1], x[:, 1:], s)
+    close(same, torch.cat([x[:, :1], s * x[:, 1:]], 1))
+
+
+def test_released_cpm_takes_means():
+    """As the authors' release: means of the former frames, and of the later ones weighted by what
+    suppression took; a clip that loses nothing gives nothing."""
+    x, s = maps(4, 3, 5, 2), torch.rand(2, 3, 1, 5, 2, dtype=torch.float64)
+    s[1] = 1
+    z = CrossPropagationModule(alpha=0.2, release=True)(x[:, :1], x[:, 1:], s)
+    for b in range(2):
+        taken, weight = torch.zeros(3, dtype=torch.float64), 0.0
+        for later, kept in zip(x[b, 1:], s[b, :, 0]):
+            for i in range(5):
+                for j in range(2):
+                    taken += (1 - kept[i, j]) * later[:, i, j]
+                    weight += 1 - kept[i, j]
+        lost = taken / weight if weight > 0 else taken
+        close(z[b, 0], x[b, 0] + 0.2 * lost[:, None, None])
+        seen = x[b, 0].mean((1, 2))
+        close(z[b, 1:], s[b] * x[b, 1:] + 0.2 * seen[:, None, None])
 
 
 def test_scaled_suppression_is_broad_and_the_printed_one_is_one_cell():
-    """Rectified features at the width of layer3, maps of 8x4: as printed the softmax is one-hot."""
+    """Rectified features at the width of layer3, maps of 8x4: on random weights the softmax of the
+    plain sum is one-hot."""
     q, kernel = maps(3, 1024, 8, 4, B=4), maps(1, 1024, 3, 3, B=4).flatten(3)[:, 0].transpose(1, 2)
 
-    def cells_below(limit, scaled):  # of the 32 of a frame, on average
-        return (SuppressOperation(5.0, scaled)(q, kernel / 2) < limit).sum((3, 4)).double().mean()
+    def cells_below(limit, scale):  # of the 32 of a frame, on average
+        s = SuppressOperation(beta=5.0, scale=scale)(q, kernel / 2)
+        return (s < limit).sum((3, 4)).double().mean()
 
-    assert cells_below(0.9, scaled=False) < 3 and cells_below(0.1, scaled=False) >= 1
-    assert cells_below(0.9, scaled=True) > 8 and cells_below(0.1, scaled=True) == 0
+    assert cells_below(0.9, "none") < 3 and cells_below(0.1, "none") >= 1
+    assert cells_below(0.9, "window+channels") > 8 and cells_below(0.1, "window+channels") == 0
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -255,7 +275,7 @@ def test_suppression_is_finite_where_the_softmax_vanishes():
     q = torch.zeros(1, 1, 1, 4, 4)
     q[..., 0, 0] = 1e4
     q.requires_grad_()
-    s = SuppressOperation(5.0)(q, torch.ones(1, 1, 1))
+    s = SuppressOperation(beta=5.0)(q, torch.ones(1, 1, 1))
     s.sum().backward()
     assert s.min() > 0 and s.max() == 1 and q.grad.isfinite().all()
 
@@ -272,9 +292,9 @@ def test_sbm_refuses():
         SalientToBroadModule(8, 2)(torch.zeros(1, 2, 8, 4, 4))
     with pytest.raises(ValueError, match="at least 3x3"):
         SalientToBroadModule(8, 2)(torch.zeros(1, 3, 8, 2, 4))
-    for arguments in ((8, 0), (8, 1, 2)):
+    for options in (dict(split=0), dict(split=1, kernel_size=2)):
         with pytest.raises(ValueError, match="split >= 1 and an odd"):
-            SalientToBroadModule(*arguments)
+            SalientToBroadModule(8, **options)
 
 
 # ---------------------------------------------------------------------------------- IDM and Table 3
@@ -284,7 +304,8 @@ def test_sbm_refuses():
 @LENGTHS
 @pytest.mark.parametrize("reduction", [2, 4])
 def test_idm(T, C, H, W, reduction):
-    idm, x = randomize(IntegrationDistributionModule(C, T, H, W, reduction)), maps(T, C, H, W)
+    idm = randomize(IntegrationDistributionModule(C, T, H, W, reduction=reduction))
+    x = maps(T, C, H, W)
     m = T * H * W
     out = []
     for clip in x:
@@ -547,13 +568,15 @@ def test_rows_without_sbm_have_no_projection():
         assert (meta(name).projection is not None) == row.sbm
 
 
-def test_the_projection_takes_the_frames_before_the_neck():
-    """Their mean is what the neck takes, in train mode, too."""
+def test_the_projection_takes_the_frames_after_the_neck():
+    """Each frame's vector, normalised over all frames of the batch, as the authors' release does."""
     model, seen = SINet(5, 4, 48, 48, pool="avg").double(), []
     model.projection = nn.Identity()
-    model.neck.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
     _, _, frames = model(torch.randn(3, 4, 3, 48, 48, dtype=torch.float64))
-    close(frames.mean(1), seen[0])
+    vectors = seen[0].mean((2, 3))
+    expected = (vectors - vectors.mean(0)) / (vectors.var(0, unbiased=False) + 1e-5).sqrt()
+    close(frames.flatten(0, 1), expected)
 
 
 def test_every_setting_reaches_its_module():
@@ -566,14 +589,14 @@ def test_every_setting_reaches_its_module():
         k=5,
         beta=2.0,
         alpha=0.4,
-        scaled=False,
+        scale="none",
         se_reduction=16,
         idms=1,
         reduction=8,
     )
     first, second = model.after["layer3_1"][0], model.after["layer3_5"][0]
     assert first.split == 2 and second.split == 1
-    assert first.so.beta == 2.0 and first.cpm.alpha == 0.4 and not first.so.scaled
+    assert first.so.beta == 2.0 and first.cpm.alpha == 0.4 and first.so.scale == "none"
     assert first.kgm.attention[0].out_channels == 25 and first.cal.squeeze.out_features == 64
     idm = model.after["layer2_4"][0]
     assert idm.g_i.out_channels == 64 and idm.l_i.out_features == idm.l_i.in_features // 8
@@ -624,6 +647,8 @@ def test_network_refuses(arguments, says):
     with pytest.raises(ValueError, match=says):
         SINet(5, *arguments)
     assert SINet(5, *arguments, sbm=False, idms=0)  # the baseline takes any
+    with pytest.raises(ValueError, match="none, window or window.channels, not channels"):
+        SINet(5, scale="channels")
     with pytest.raises(ValueError, match="0 to 3 IDMs, not 4"):
         SINet(5, idms=4)
     for options in (dict(splits=(1, 2)), dict(positions=(2, 4, 7))):

@@ -533,11 +533,11 @@ def test_every_setting_reaches_its_module():
         reduction=8,
         kappa=2.0,
         normalize=False,
-        pool="max",
+        pool="avg",
         frames=5,
     )
     model = network(**changes)
-    assert model.frames == 5 and model.pool == "max"
+    assert model.frames == 5 and model.pool == "avg"
     places = {name: m for name, m in model.named_modules() if isinstance(m, P3DConv)}
     # stages 1 and 4 have three blocks, stage 2 four, stage 3 six
     wanted = ["layer1.1", "layer1.2", "layer2.1", "layer2.2", "layer3.1", "layer3.2", "layer3.5"]
@@ -555,7 +555,7 @@ def test_every_setting_reaches_its_module():
                 assert mask.h.out_channels == mask.h.in_channels // 8
     assert not units("strf-nofam", normalize=False)[0].ffm["t"].masks[0].normalize
     training = {"height", "width", "ids", "clips", "erase", "epochs", "lr", "lr_step"}
-    training |= {"weight_decay", "weights", "margin"}
+    training |= {"weight_decay", "weights", "margin", "epoch"}
     assert set(strf.RECIPE) == {*changes, *training, "unit", "fam"}
 
 
