@@ -748,17 +748,19 @@ def test_tracklet_batches():
 def test_batches_are_the_same_as_ever():
     sampler = PKSampler(PIDS, 3, 2, shows="tracklets", seed=1)
     sampler.set_epoch(3)
-    assert [[index for index, *_ in batch] for batch in sampler] == [[]]
+    assert [[index for index, *_ in batch] for batch in sampler] == [
+        [13, 9, 18, 15, 20, 19], [7, 12, 4, 3, 23, 24], [11, 8, 22, 21, 16, 17],
+        [0, 0, 2, 1, 14, 10]]
     sampler = PKSampler(PIDS, 3, 2, shows="identities", seed=1)
     sampler.set_epoch(3)
     assert [[index for index, *_ in batch] for batch in sampler] == [
-        [10, 13, 0, 0, 3, 5], [22, 21, 17, 16, 23, 24], [1, 2, 14, 8, 0, 0]]
+        [15, 16, 2, 1, 4, 5], [14, 8, 19, 22, 23, 24], [0, 0, 18, 16, 2, 1]]
     sampler = TrackletSampler(PIDS, 3, 4, seed=1)
     sampler.set_epoch(3)
     assert [[index for index, *_ in batch] for batch in sampler] == [
-        [2, 4, 20, 3, 24, 18, 13, 7, 19, 16, 22, 10],
-        [8, 11, 0, 1, 14, 5, 15, 21, 6, 12, 9, 23],
-        [17, 2, 4, 20, 3, 24, 18, 13, 7, 19, 16, 22],
+        [14, 10, 17, 23, 21, 2, 13, 1, 7, 24, 22, 20],
+        [5, 3, 12, 18, 4, 15, 6, 9, 19, 11, 0, 16],
+        [8, 14, 10, 17, 23, 21, 2, 13, 1, 7, 24, 22],
     ]
 
 

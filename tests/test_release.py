@@ -1,6 +1,6 @@
-"""Against the authors' code: the networks that SINet's authors offer for download, and AP3D's, whose
-baselines are those of STRF's paper. tests/releases holds names, shapes and results; the weights are
-made by a rule from the names."""
+"""Against the authors' code: the networks that SINet's authors offer for download, and AP3D's,
+whose baselines are those of STRF's paper. tests/releases holds names, shapes and results; the
+weights are made by a rule from the names."""
 
 import argparse
 import copy

@@ -569,10 +569,10 @@ def test_rows_without_sbm_have_no_projection():
 
 
 def test_the_projection_takes_the_frames_after_the_neck():
-    """Each frame's vector, normalised over all frames of the batch, as the authors' release does."""
+    """Each frame's vector, normalised over all frames of the batch, as in the authors' release."""
     model, seen = SINet(5, 4, 48, 48, pool="avg").double(), []
     model.projection = nn.Identity()
-    model.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.layer4[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
     _, _, frames = model(torch.randn(3, 4, 3, 48, 48, dtype=torch.float64))
     vectors = seen[0].mean((2, 3))
     expected = (vectors - vectors.mean(0)) / (vectors.var(0, unbiased=False) + 1e-5).sqrt()
