@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (CHUNK, DATA_SETS, SPLIT_SETS, AllClips, Parser, TrainClips, UserError, first_line,
-                  load_dataset, load_file, locked, normalize, read_clip, replacing, save_rows)
+from data import (CHUNK, DATA_SETS, NO_MATCH, SPLIT_SETS, AllClips, Parser, TrainClips, UserError,
+                  first_line, load_dataset, load_file, locked, normalize, read_clip, replacing,
+                  save_rows)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
@@ -214,10 +215,15 @@ def test_features(model, dataset, split, T, size, **extraction):
 def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
              export=None, **extraction):
     """Prints mAP and CMC of the test part in percent; returns them, {"mAP", "rank-1", ...}. export:
-    a folder for `write_export`."""
+    a folder for `write_export`; with it a test part without any match is no error, but {}."""
     start = time.time()
     q, g = test_features(model, dataset, split, T, size, **extraction)
     d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
+    if export and not dataset.has_a_match():  # the features are of use nevertheless
+        print(f"{label}: nothing can be ranked: {NO_MATCH}", flush=True)
+        if rank() == 0:
+            write_export(Path(export), dataset, q, g, d)
+        return {}
     cmc, mean_ap, matched = cmc_map(d, *dataset.ids())
     result = {"mAP": 100 * mean_ap} | {f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}
     frames = "all frames" if split(T + 1, T).size > T else f"whole clips of {T} frames"
@@ -650,6 +656,10 @@ def typed(key, value):
     return " ".join(["--" + key.replace("_", "-"), *map(str, values)])
 
 
+PATHS = {"root", "output", "resume", "init", "export", "figure", "beside", "weights", "init_2d",
+         "join"}  # flags in which ~ is the home folder, also behind a =, where the shell leaves it
+
+
 def add_flag(group, key, default, meaning, choices=None):
     """A flag of the kind of its default: int, float, str, bool, a tuple of one kind, or None."""
     one = (default or [None])[0] if isinstance(default, tuple) else default
@@ -665,6 +675,8 @@ def add_flag(group, key, default, meaning, choices=None):
             return kind(text)
         number.__name__ = f"{kind.__name__} of {least} to {most}"
         options["type"] = number
+    if key in PATHS:
+        options["type"] = os.path.expanduser
     if isinstance(default, tuple):
         options["nargs"] = "*"
     if key == "resume":
@@ -729,7 +741,8 @@ def parse_args(recipe, rows, text, script, release=None):
         output = run.output or str(Path(resume).parent)
         data, variant = chosen.get("data", saved["data"]), saved["variant"]
         if data == "synthetic" and "root" not in chosen and saved["root"] != default["root"]:
-            load_dataset(data, saved["root"], draw=False)  # a folder named by a file is not made
+            # a folder that a file names is not made
+            load_dataset(data, saved["root"], training=False, images=False)
     if "split" in chosen and data not in SPLIT_SETS:
         raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
     if run.split == "all" and evaluate:
@@ -927,6 +940,7 @@ class Run:
         self.from_release = bool(self.checkpoint and self.checkpoint.get("release"))
         self.steps, self.totals, self.states = 0, {}, {}
         self.board, self.shown = None, 0  # TensorBoard's writer, rows that it has
+        self.can_be_tested = True  # whether any query has a match
 
     @contextlib.contextmanager
     def setting_up(self):
@@ -954,7 +968,8 @@ class Run:
 
     def num_classes(self, dataset):
         """Identities of the classifier: the data set's, or in an evaluation the checkpoint's."""
-        here = dataset.num_identities
+        self.can_be_tested = dataset.has_a_match()
+        here = dataset.num_identities or 1  # an evaluation may do without a training part
         self.num_identities = saved = self.checkpoint["num_classes"] if self.checkpoint else here
         if not self.args.evaluate and saved != here:
             raise UserError(f"{self.args.resume}: was trained on {saved} identities, "
@@ -1021,7 +1036,7 @@ class Run:
                 except ImportError as error:
                     print(f"--tensorboard: goes on without ({first_line(error)})", flush=True)
                 self.show()
-        self.evaluates_first = args.eval_first and not self.checkpoint
+        self.evaluates_first = args.eval_first and not self.checkpoint and self.can_be_tested
         self.checkpoint = None  # its memory
         model = states["model"]
         return model if world() == 1 else torch.nn.parallel.DistributedDataParallel(model)
@@ -1058,7 +1073,8 @@ class Run:
             self.history.append({"epoch": epoch, **row, "mAP": "", "rank-1": ""})
             self.steps, self.totals = 0, {}
         asked = stop_asked()
-        if asked or self.test_is_due(epoch) or epoch % self.args.checkpoint_every == 0:
+        last = epoch == self.args.epochs
+        if asked or last or self.test_is_due(epoch) or epoch % self.args.checkpoint_every == 0:
             self.save()
         if asked:
             raise Stop(asked)
@@ -1111,6 +1127,8 @@ class Run:
         """After the last epoch and every --eval-every epochs, when it was not tested before."""
         every = self.args.eval_every
         due = epoch == self.args.epochs or every and epoch % every == 0
+        if not self.can_be_tested:  # then there is only something to export
+            due = epoch == self.args.epochs and self.args.export
         return due and self.history[-1]["mAP"] == ""
 
     def test(self, model, dataset, split, metric):
@@ -1119,9 +1137,14 @@ class Run:
             f"from {self.args.init}" if self.args.init else \
             "the authors' release" if self.from_release else "untrained"
         last = self.args.evaluate or len(self.history) == self.args.epochs
+        if not self.can_be_tested and not self.args.export:
+            if "evaluate" in self.args.chosen:
+                raise UserError(f"{self.args.data} in {self.args.root}: {NO_MATCH}; --export "
+                                "writes the features nevertheless")
+            return {}  # the last part of a training, which goes without its test
         result = evaluate(model, dataset, split, self.args.frames, self.size, metric,
                           self.args.rerank, label, last and self.args.export, **self.extraction)
-        if self.states and self.history:
+        if result and self.states and self.history:
             self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
             self.save()
         return result
@@ -1270,6 +1293,8 @@ def figures(run, model, dataset, split, metric, picture, load):
     q_pids, q_cams, g_pids, g_cams = ids = dataset.ids()
     nowhere = [np.zeros(len(g_pids))] * len(q_pids)
     matched = [i for i, ranks in enumerate(match_ranks(nowhere, *ids)) if len(ranks)]
+    if not matched:
+        raise UserError(f"{args.data} in {args.root}: there is no ranking to draw, {NO_MATCH}")
     queries = {i: f"query-{i + 1}-person-{q_pids[i]}-camera-{q_cams[i]}" for i in
                matched[::len(matched) // args.figure_tracklets or 1][:args.figure_tracklets]}
 

@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import sys
-import warnings
 import zipfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -36,10 +35,6 @@ from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Pillow merely warns of images that are cut short or too large to be true: these are errors.
-warnings.filterwarnings("error", "Truncated", module="PIL")
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class UserError(Exception):
@@ -163,18 +158,28 @@ class Dataset(NamedTuple):
     @property
     def num_identities(self):
         """Number of training identities, the classes of the classifier."""
-        return 1 + max(t.pid for t in self.train)
+        return 1 + max((t.pid for t in self.train), default=-1)
 
     def ids(self):
         """(query pids, query cameras, gallery pids, gallery cameras), arrays."""
         return [np.array([getattr(t, key) for t in part])
                 for part in (self.query, self.gallery) for key in ("pid", "cam")]
 
+    def has_a_match(self):
+        """Whether any query can be ranked: another camera must have seen the same identity."""
+        cameras = collections.defaultdict(set)
+        for t in self.gallery:
+            cameras[t.pid].add(t.cam)
+        return any(cameras[query.pid] - {query.cam} for query in self.query)
+
     def summary(self):
         """A table of the three subsets, ready to print."""
         lines = [f"{self.name:8} identities  tracklets  cameras     frames"
                  "   per tracklet: min   mean  max"]
         for subset, tracklets in zip(self._fields[1:], self[1:]):
+            if not tracklets:
+                lines.append(f"  {subset:7}         -")
+                continue
             lengths = [len(t.frames) for t in tracklets]
             # a pid of 0 is a label in `train` and the distractors elsewhere
             pids = {t.pid for t in tracklets if t.pid > 0 or subset == "train"}
@@ -192,42 +197,59 @@ class Dataset(NamedTuple):
         return "\n".join(lines)
 
 
-def load_dataset(name, root, split=0, chunk=0, draw=True, images=True):
+def load_dataset(name, root, split=0, chunk=0, training=True, images=True):
     """Reads the index of data set `name`, one of DATA_SETS, in `root`/`name` or in `root` itself.
 
-    split: 0 to 9, of "ilids" and "prid"; draw: draw "synthetic" when it is missing; images: False
-    is for MARS' index alone, without its images (the other sets have no other index); chunk: cut
-    training tracklets into pieces of so many frames (0: not), the last with the remainder, too.
-    Warns of what is odd. Raises UserError when a file is missing or the files disagree.
+    Prints a warning of what is odd. Raises UserError when a file is missing or the files disagree.
+
+    Args:
+        split: 0 to 9, which of the ten splits of "ilids" and "prid" is read.
+        chunk: training tracklets are cut into pieces of so many frames, of which the last takes
+            the remainder, too; 0 cuts nothing.
+        training: whether a network will be trained on the data set. Only then is a "synthetic" set
+            that is missing drawn, and only then does "folder" need its `train`.
+        images: whether the frames will be read. Then the first one of every tracklet must be there;
+            False is for work with the index alone.
     """
     loader, signs, published = DATA_SETS[name]
     folder = Path(root) / name
-    options = {"split": split} if name in SPLIT_SETS else {}
-    if not images and loader is load_mars:
-        options["images"] = False
+    options = {}
+    if name in SPLIT_SETS:
+        options["split"] = split
+    if name == "folder":
+        options["training"] = training
+    if loader is load_mars:
+        options["images"] = images
     _odd.clear()
     try:
         if not folder.is_dir() and any((Path(root) / sign).is_dir() for sign in signs):
             folder = Path(root)  # the set itself
-        if name == "synthetic" and draw and not folder.exists():
+        if name == "synthetic" and training and not folder.exists():
             print(f"drawing the synthetic data set into {folder} (once)", flush=True)
             draw_synthetic(folder)
+        if not folder.is_dir():
+            raise UserError(_where_it_should_be(name, root, signs))
         dataset = loader(folder, name, **options)
+        if images:
+            _need_first_frames(folder, dataset[1:] if training else dataset[2:])
     except OSError as error:
         where = error.filename or folder
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
-    for what, places in _odd.items():
-        if places:
-            print(f"warning: {places[0]}: {what} ({len(places):,} in all)")
+    finally:  # before an error, too, of which the warnings may tell the cause
+        for what, places in _odd.items():
+            if places:
+                print(f"warning: {places[0]}: {what} ({len(places):,} in all)", flush=True)
     for subset, found, expected in zip(dataset._fields[1:], map(len, dataset[1:]), published):
-        if not found:
+        if not found and (training or subset != "train"):
             raise UserError(f"{folder}: no {subset} tracklets")
         if expected not in (None, found):
             print(f"warning: {folder}: {expected:,} {subset} tracklets expected, {found:,} found")
-    if not any(t.pid == query.pid and t.cam != query.cam
-               for query in dataset.query for t in dataset.gallery):
-        raise UserError(f"{folder}: no query has a match, a gallery tracklet of its identity "
-                        "under another camera")
+    if not dataset.has_a_match():
+        if name != "folder":
+            raise UserError(f"{folder}: no query has a match, a gallery tracklet of its identity "
+                            "under another camera")
+        so = "the training goes without its test" if training else "nothing can be ranked"
+        print(f"warning: {folder}: {NO_MATCH}; {so}", flush=True)
     if chunk:
         pieces = []
         for t in dataset.train:
@@ -238,10 +260,73 @@ def load_dataset(name, root, split=0, chunk=0, draw=True, images=True):
     return dataset
 
 
+def _where_it_should_be(name, root, signs):
+    """Says that a root holds no data set of this name, and what was looked for there."""
+    here = os.path.abspath(root)
+    if not os.path.exists(here):
+        says = f"{here}: no such folder"
+    elif not os.path.isdir(here):
+        says = f"{here}: is no folder"
+    else:
+        says = f"{here}: holds neither a folder {name} nor the data set itself"
+        below = [f"{here}/{inner}" for inner in sorted(os.listdir(here))
+                 if any(os.path.isdir(f"{here}/{inner}/{sign}") for sign in signs)]
+        if below:
+            says += f", but {below[0]} looks like it"
+    says += (f"; --root names the folder that holds {name}/, or the data set itself, which has "
+             f"the folders {', '.join(signs)}")
+    if name == "synthetic":
+        says += "; only a training and data.py --synthetic draw it"
+    return says
+
+
+def _need_first_frames(folder, parts):
+    """Finds out in seconds, not after a long training, that a list names images that are not
+    there: the first frame of every tracklet must be."""
+    firsts = {t.frames[0]: None for part in parts for t in part}
+    missing = [frame for frame in firsts if not _is_there(frame)]
+    if missing:
+        raise UserError(f"{folder}: {len(missing):,} of {len(firsts):,} tracklets lack their first "
+                        f"frame, as {missing[0]}{_why_missing(folder, missing[0])}")
+
+
+def _is_there(path):
+    """As os.path.exists, which takes a file that may not be looked at for one that is missing."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _why_missing(folder, frame):
+    """The cause, where it shows, why a frame of a data set is not there; it may be empty."""
+    parts = os.path.relpath(frame, folder).split(os.sep)
+    top, image = parts[0], parts[-1]
+    if os.path.islink(frame):
+        return ", which is a link to nothing"
+    if os.path.isdir(f"{folder}/{top}/{top}"):
+        return f": the images seem to lie in {folder}/{top}/{top}, move them one folder up"
+    if os.path.exists(f"{folder}/{top}/{image}"):
+        return f": the images lie in {folder}/{top} itself, not in a folder for each identity"
+    if archives := _archives(folder, folder / top):
+        return archives
+    return "" if os.listdir(folder / top) else f": {folder / top} is empty"
+
+
+def _archives(*folders):
+    """Says that archives lie in these folders, which may hold what is missing; empty if none do."""
+    kinds = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
+    found = [f"{folder}/{name}" for folder in folders if os.path.isdir(folder)
+             for name in sorted(os.listdir(folder)) if name.lower().endswith(kinds)]
+    return f": {found[0]} seems not to be unpacked" if found else ""
+
+
 def _need(folder, wanted, layout):
     missing = [w for w in wanted if not (folder / w).exists()]
     if missing:
-        raise UserError(f"{folder}: missing {', '.join(missing)}; expected {folder}/{layout}")
+        raise UserError(f"{folder}: missing {', '.join(missing)}; expected {folder}/{layout}"
+                        + _archives(folder))
 
 
 def natural(name):
@@ -259,45 +344,106 @@ def _numbered(key, first, *parts):
 
 
 _IMAGES = (".jpg", ".jpeg", ".png")
-_OTHER_IMAGES = (".bmp", ".gif", ".tif", ".tiff", ".webp")
+_OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")  # as hidden files, no warning is due for these
 _NO_DIGITS = str.maketrans("", "", "0123456789")
+# A number with one dot or comma between its digits. A chain of three or more, as in the date
+# 2020.1.2 or in the version 1.10.2, is none.
+_WITH_A_DOT = re.compile(r"(?<![\d])(?<!\d[.,])(\d+)[.,](\d+)(?![.,]?\d)")
+_NUMBER = re.compile(_WITH_A_DOT.pattern + r"|(\d+)")
 _odd = collections.defaultdict(list)  # {what is odd, but usable: places}, for load_dataset to say
 _ANOTHER = "another person or camera in the file name than in the folder's"
 
 
-def _names(folder, kinds, what):
-    """The names in a folder, sorted; images of these kinds are left out later, which is odd."""
-    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
-    _odd[what] += [f"{folder}/{name}" for name in names if name.lower().endswith(kinds)]
-    return names
+def _listing(folder):
+    """(names in a folder, those of them that are symbolic links)."""
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.is_symlink()) for entry in entries]
+    return [name for name, _ in found], {name for name, link in found if link}
+
+
+def _names(folder):
+    """The names in a folder, sorted, without hidden files. A link to nothing is left out, too,
+    which is odd."""
+    names, links = _listing(folder)
+    names = sorted(n for n in names if n[0] != "." and n.lower() not in _OF_THE_SYSTEM)
+    dead = {name for name in links if not os.path.exists(f"{folder}/{name}")}
+    _odd["a link to nothing, left out"] += [f"{folder}/{name}" for name in names if name in dead]
+    return [name for name in names if name not in dead]
 
 
 def _folders(folder):
-    names = _names(folder, _IMAGES + _OTHER_IMAGES, "an image beside the folders, left out")
-    return sorted((n for n in names if os.path.isdir(f"{folder}/{n}")), key=natural)
+    names = _names(folder)
+    folders = {name for name in names if os.path.isdir(f"{folder}/{name}")}
+    for name in names:
+        if name not in folders:
+            kind = "an image" if name.lower().endswith(_IMAGES) else "a file"
+            _odd[f"{kind} beside the folders, left out"].append(f"{folder}/{name}")
+    return sorted(folders, key=natural)
 
 
 def _images(folder):
-    names = _names(folder, _OTHER_IMAGES, "an image of another format, left out")
-    return [name for name in names if name.lower().endswith(_IMAGES)]
+    names = _names(folder)
+    images = [name for name in names if name.lower().endswith(_IMAGES)]
+    if len(images) < len(names):
+        _odd["no .jpg, .jpeg or .png file, left out"] += [
+            f"{folder}/{name}" for name in names if not name.lower().endswith(_IMAGES)]
+    return images
+
+
+def _instead(folder, start=""):
+    """Says what a folder holds whose names start so, where something else is missing in it."""
+    names = sorted(name for name in os.listdir(folder) if name.startswith(start))
+    return f", but {len(names):,} like {names[0]}" if names else ""
 
 
 def _frames(folder, names):
-    """The paths of a tracklet's frames, in natural order."""
-    same = len(os.path.commonprefix(names).rstrip("0123456789"))
-    names = sorted(names, key=lambda name: natural(name[same:]))
-    form = names[-1].translate(_NO_DIGITS)
-    others = [f"{folder}/{name}" for name in names if name.translate(_NO_DIGITS) != form]
+    """The paths of a tracklet's frames, in natural order, that of times where they are named so."""
+    same = len(os.path.commonprefix(names).rstrip("0123456789.,"))
+    plain = sorted(names, key=lambda name: natural(name[same:]))
+    names, form = plain, plain[-1].translate(_NO_DIGITS)
+    forms = [name.translate(_NO_DIGITS) for name in names]
+    if re.search(r"\d[.,]\d", "\n".join(names)):
+        times = sorted(names, key=lambda name: _as_times(name[same:]))
+        if times != plain:
+            decimal, sure = _are_decimals([name[same:] for name in names])
+            if not sure:
+                _odd["the numbers behind the dot have unequal lengths in this tracklet, they are "
+                     "taken as decimals: .25 before .5"].append(f"{folder}/{times[0]}")
+            names = times if decimal else plain
+        forms = [_NUMBER.sub("", name) for name in names]
+        form = forms[-1]
+    others = [f"{folder}/{name}" for name, own in zip(names, forms) if own != form]
     _odd["a frame that is named otherwise than the last of its tracklet"] += others[:1]
     return tuple([f"{folder}/{name}" for name in names])
+
+
+def _as_times(name):
+    """A sorting key that takes 12.25, but not 1.2.25, as a number with decimals: before 12.5."""
+    parts = _NUMBER.split(name)  # text, before the dot, behind it, a number without one, text ...
+    key = parts[:1]
+    for whole, decimals, number, text in zip(*(parts[i::4] for i in range(1, 5))):
+        key += [(int(number or whole), (decimals or "").rstrip("0")), text]
+    return key, name
+
+
+def _are_decimals(names):
+    """(whether the numbers behind the dots of these names are decimals, not counted from 1 on as
+    in a.1 to a.10; whether that is sure)."""
+    numbers = {found[2] for name in names for found in _WITH_A_DOT.finditer(name)}
+    shortest = min(map(len, numbers), default=0)
+    # Decimals of unequal lengths were cut behind their last digit that is not 0, as 0.05 and 0.5.
+    # Who counts reaches 10, and writes 05 only where the others have two digits or more as well.
+    decimal = any(len(number) > shortest and number[0] == "0" for number in numbers)
+    counted = any(len(number) > 1 and number[-1] == "0" for number in numbers)
+    return decimal or not counted, decimal != counted
 
 
 def _walk(folder, depth, layout, above=()):
     """(names of the folders on the way, frames) of the tracklets, `depth` folders deep."""
     names = _folders(folder) if depth else _images(folder)
     if not names:
-        kind = "folders" if depth else "images"
-        raise UserError(f"{folder}: no {kind} in it; expected {layout}")
+        kind, ends = ("folders", "") if depth else ("images", " (.jpg, .jpeg or .png files)")
+        raise UserError(f"{folder}: no {kind} in it{_instead(folder)}; expected {layout}{ends}")
     if depth == 0:
         yield above, _frames(folder, names)
         return
@@ -323,8 +469,9 @@ def load_mars(folder, name="mars", images=True):
     """MARS (Zheng et al., ECCV 2016): the true layout, read without touching an image.
 
     Of the 12,180 test tracklets the 870 junk ones (pid -1, false detections) are dropped and the
-    3,248 distractors (pid 0) kept. The gallery contains the query tracklets (9,330 + 1,980):
-    without them 140 queries have no match. 6 cameras, 625 training identities.
+    3,248 distractors (pid 0) kept. Only here and in the synthetic set these two numbers mean so.
+    The gallery contains the query tracklets (9,330 + 1,980): without them 140 queries have no
+    match. 6 cameras, 625 training identities.
     """
     wanted = ["bbox_train", "bbox_test", "info/train_name.txt", "info/test_name.txt",
               "info/tracks_train_info.mat", "info/tracks_test_info.mat", "info/query_IDX.mat"]
@@ -345,10 +492,10 @@ def _mars_part(folder, part):
     table = folder / f"info/tracks_{part}_info.mat"
     listing = folder / f"info/{part}_name.txt"
     names = listing.read_text("utf-8-sig", "replace").split()
-    rows = _read_table(table, f"track_{part}_info")
+    rows = _read_table(table, f"track_{part}_info", columns=4)
     if rows.shape[1:] != (4,):
         raise UserError(f"{table}: found shape {rows.shape}, not rows of four numbers")
-    well_formed = re.compile(r"[\d-]{4}C\d+T\d+F\d+\.jpg").fullmatch
+    well_formed = re.compile(r"(\d+|0*-1)C\d+T\d+F\d+\.jpg").fullmatch
     free = set(range(1, len(names) + 1))  # lines of the name list
     tracklets = []
     for number, (first, last, pid, cam) in enumerate(rows.tolist(), 1):
@@ -357,9 +504,12 @@ def _mars_part(folder, part):
             raise UserError(f"{table}: row {number} takes lines {first} to {last} of "
                             f"{listing.name}, some of which are not there or another row's")
         free.difference_update(lines)
-        person = f"{pid:0>4}"  # 0001, 0000 for distractors, 00-1 for junk
-        prefix = f"{person}C{cam}T"
         frames = names[first - 1:last]
+        person = f"{pid:0>4}"  # 0001, 0000 for distractors, 00-1 for junk
+        written = frames[0].partition("C")[0]
+        if written and written.lstrip("0") == person.lstrip("0"):
+            person = written  # with another number of zeros, as in a set of five-digit identities
+        prefix = f"{person}C{cam}T"
         for line, frame in enumerate(frames, first):
             if not (frame.startswith(prefix) and well_formed(frame)):
                 raise UserError(f"{listing}: line {line} is {frame[:60]!r}, no file name like "
@@ -377,20 +527,25 @@ def load_duke(folder, name="duke"):
     """DukeMTMC-VideoReID (Wu et al., CVPR 2018): {train,query,gallery}/<pid>/<tracklet>/*.jpg.
 
     8 cameras; file names carry them and the frame, 0001C6F0099X30823.jpg or
-    0001_C6_F0099_X30823.jpg. The queries are not in the gallery.
+    0001_C6_F0099_X30823.jpg; as in MARS' names, 0001C6T0001F0099.jpg, there may be something in
+    between. The queries are not in the gallery.
     """
     layout = "{train,query,gallery}/<pid>/<tracklet>/*.jpg"
     _need(folder, ("train", "query", "gallery"), layout)
+    marks = re.compile(r"(\d*)_?(?<![A-Z])C(\d+)(?:\D.*?)??F\d", re.IGNORECASE).search
 
     def tracklets(part):
         found = []
         for (pid, _), frames in _walk(folder / part, 2, layout):
             cam = None
             for frame in frames:
-                mark = re.search(r"(\d*)_?C(\d+)_?F\d", os.path.basename(frame))
-                if not mark or cam not in (None, int(mark[2])):
-                    raise UserError(f"{frame}: the file name carries no camera and frame (C1 and "
-                                    "F0001), or another camera than those before it")
+                mark = marks(os.path.basename(frame))
+                if not mark:
+                    raise UserError(f"{frame}: the file name carries no camera and frame, as "
+                                    "0001C6F0099X30823.jpg does: C6 and F0099")
+                if cam not in (None, int(mark[2])):
+                    raise UserError(f"{frame}: the file name carries another camera, {mark[2]}, "
+                                    f"than those before it in its tracklet, {cam}")
                 if mark[1] not in ("", pid):
                     _odd[_ANOTHER].append(frame)
                 cam = int(mark[2])
@@ -432,8 +587,9 @@ def load_lsvid(folder, name="lsvid"):
                     names = [name for name in names if not name[len(start)].isdecimal()]
                 cam, = {int(name.split("_")[2]) for name in names}
             except (OSError, IndexError, ValueError):
-                raise UserError(f"{where}: no frames start with {path}, or the third field of "
-                                "their names is not one camera") from None
+                instead = _instead(path.parent, start) if path.parent.is_dir() else ""
+                raise UserError(f"{where}: no frames start with {path}{instead}, or the third "
+                                "field of their names is not one camera") from None
             frames = _frames(path.parent, names)
             if not taken.isdisjoint(frames):
                 raise UserError(f"{where}: frames of {start} belong to another line, too")
@@ -460,26 +616,56 @@ def load_ilids(folder, name="ilids", split=0):
         for cam, frames in enumerate(pair, 1):
             start = f"/cam{cam}_{person}_"
             _odd[_ANOTHER] += [frame for frame in frames if start not in frame]
-    order = _read_table(folder / table, "ls_set")[split:split + 1].ravel().tolist()
-    if sorted(order) != list(range(1, len(tracks) + 1)):
-        raise UserError(f"{folder / table}: row {split} of ls_set is no order of the {len(tracks)} "
-                        "persons with images under both cameras")
-    persons = list(tracks)
+    train, test = _split_of_table(folder / table, split, list(tracks),
+                                  "persons with images under both cameras")
+    return _halves(name, tracks, train, test)
+
+
+def _split_of_table(table, split, persons, who):
+    """(persons of the training, of the test) by row `split` of a table `ls_set`, whose first half
+    are those of the test, as 1-based numbers of the sorted persons. who: says who they are."""
+    rows = _read_table(table, "ls_set", columns=len(persons))
+    order = rows[split:split + 1].ravel().tolist()
+    if sorted(order) != list(range(1, len(persons) + 1)):
+        raise UserError(f"{table}: row {split} of ls_set is no order of the {len(persons)} {who}")
     order = [persons[number - 1] for number in order]
-    return _halves(name, tracks, order[len(order) // 2:], order[:len(order) // 2])
+    return order[len(order) // 2:], order[:len(order) // 2]
 
 
 def load_prid(folder, name="prid", split=0):
     """PRID-2011 (Hirzer et al., SCIA 2011): multi_shot/cam_{a,b}/person_NNNN/*.png.
 
-    Used are the 178 persons with more than 21 frames under both cameras (Wang et al., ECCV 2014).
-    Query: camera a, gallery: camera b. split: 0 to 9, of splits_prid2011.json, a list of
-    {"train": [...], "test": [...]}; where it is missing, ten are drawn with a fixed seed.
+    Only persons 1 to 200 are the same under both cameras: a larger number is one person under
+    camera a and another one under camera b. Used are the 178 of them with at least 27 frames under
+    both cameras. (Wang et al., ECCV 2014, write "more than 21", which is true of up to 183, but
+    their splits are of 178.) Query: camera a, gallery: camera b.
+
+    split: 0 to 9, of splits_prid2011.json, a list of {"train": [...], "test": [...]}, or of
+    train_test_splits_prid.mat, which comes with iLIDS-VID's archive. The file lies beside
+    multi_shot or one folder up. Where there is none, ten splits are drawn with a fixed seed.
     """
     cams = ["multi_shot/cam_a", "multi_shot/cam_b"]
     _need(folder, cams, "multi_shot/cam_{a,b}/person_0001/*.png")
-    tracks = _two_cameras(folder, cams, 22)
-    path = folder / "splits_prid2011.json"
+    tracks = {}
+    for person, pair in _two_cameras(folder, cams, 27).items():
+        number = re.fullmatch(r"person_(\d+)", person)
+        if not number:
+            _odd["no folder like person_0001, left out"].append(f"{folder / cams[0]}/{person}")
+        elif 1 <= int(number[1]) <= 200:
+            tracks[person] = pair
+    who = "persons 1 to 200 with at least 27 frames under both cameras"
+    above = Path(os.path.abspath(folder)).parent  # where torchreid puts the file
+    names = ("splits_prid2011.json", "train_test_splits_prid.mat")
+    files = [place / file for file in names for place in (folder, above)
+             if (place / file).exists()]
+    if files and files[0].suffix == ".mat":
+        train, test = _split_of_table(files[0], split, list(tracks), who)
+        return _halves(name, tracks, train, test)
+    path = files[0] if files else folder / "drawn_splits_prid.json"
+    if not files:
+        print(f"warning: neither {' nor '.join(names)} is in {folder} or one folder up: split "
+              f"{split} is one of ten drawn with a fixed seed, not one of the published ones",
+              flush=True)
     try:
         splits = (json.loads(path.read_text("utf-8-sig", "replace")) if path.exists()
                   else _draw_splits(path, list(tracks)))
@@ -490,18 +676,18 @@ def load_prid(folder, name="prid", split=0):
         raise UserError(f"{path}: not JSON, or no split {split} like {layout} ({error})") from None
     for person, times in named.items():
         if person not in tracks or times > 1:
-            raise UserError(f"{path}: split {split} names {str(person)[:60]!r}, who is no person "
-                            "with more than 21 frames under both cameras, or is named twice")
+            raise UserError(f"{path}: split {split} names {str(person)[:60]!r}, who is none of the "
+                            f"{who}, or is named twice")
     return _halves(name, tracks, train, test)
 
 
 def _draw_splits(path, persons):
-    """Ten random halvings of PRID's persons; written to `path` when no person is missing."""
+    """Ten random halvings of PRID's persons; written to `path` when no person is missing, so that
+    another version of NumPy draws no others."""
     rng = np.random.default_rng(0)
     half = len(persons) // 2
     orders = [rng.permutation(persons).tolist() for _ in range(10)]
     splits = [{"train": sorted(order[:half]), "test": sorted(order[half:])} for order in orders]
-    print(f"{path} is missing: ten splits are drawn with a fixed seed", flush=True)
     if len(persons) == PRID_PERSONS:
         try:
             with replacing(path) as file:
@@ -531,18 +717,20 @@ def _halves(name, tracks, train, test):
                     tracklets(test, 2))
 
 
-def load_folder(folder, name="folder"):
+def load_folder(folder, name="folder", training=True):
     """Your own tracklets: {train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}, any names.
 
-    Without `query`, the first tracklet of each (pid, cam) of `gallery` is a query, too.
+    Names are names: every identity is a person, also one called 0000 or -1, which in MARS are no
+    persons. An identity of the gallery without a query is a distractor. Without `query`, the
+    first tracklet of each (pid, cam) of `gallery` is a query, too. `train` is needed for training.
     """
     layout = "{train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}"
-    _need(folder, ("train", "gallery"), layout)
+    _need(folder, ("train", "gallery") if training else ("gallery",), layout)
 
     def tracklets(part):
         return [Tracklet(frames, pid, cam)
                 for (pid, cam, _), frames in _walk(folder / part, 3, layout)]
-    train = tracklets("train")
+    train = tracklets("train") if (folder / "train").is_dir() else []
     gallery = tracklets("gallery")
     if (folder / "query").is_dir():
         query = tracklets("query")
@@ -553,17 +741,29 @@ def load_folder(folder, name="folder"):
     shared = {t.pid for t in train} & {t.pid for t in query + gallery}
     _odd["a training identity of the same name as one of the test"] += [
         f"{folder}/train/{pid}" for pid in sorted(shared)]
+    for part, members in (("train", train), ("query", query), ("gallery", gallery)):
+        _odd["an identity named like the junk or the distractors of MARS, but a person here, like "
+             "every other; remove its folder if it is none"] += [
+            f"{folder}/{part}/{pid}" for pid in sorted({t.pid for t in members})
+            if re.fullmatch("0+|0*-1", pid) and (folder / part).is_dir()]
     return _relabel(name, *_numbered("cam", 1, train, query, gallery))
 
 
-def _read_table(path, variable):
-    """The whole numbers of a variable of a .mat file, int64: of MATLAB 7.3 (HDF5) or earlier."""
+def _read_table(path, variable, columns=None):
+    """The whole numbers of a variable of a .mat file, int64: of MATLAB 7.3 (HDF5) or earlier.
+
+    columns: how many the matrix should have. An HDF5 file of MATLAB holds its dimensions in reverse
+    order; one that does not bear MATLAB's mark is taken as it is when that has so many columns.
+    """
     import h5py
     from scipy.io import loadmat
     try:
         if h5py.is_hdf5(path):
             with h5py.File(path, "r") as file:
-                values = np.asarray(file[variable][()])
+                stored = file[variable]
+                values = np.asarray(stored[()])
+                if "MATLAB_class" in stored.attrs or values.shape[1:] != (columns,):
+                    values = values.T
         else:
             values = np.asarray(loadmat(path, variable_names=[variable])[variable])
     except Exception as error:  # a damaged file raises many kinds
@@ -587,7 +787,9 @@ DATA_SETS = {
     "folder": (load_folder, ("train", "query", "gallery"), (None, None, None)),
 }
 SPLIT_SETS = ("ilids", "prid")
-PRID_PERSONS = 178  # under both cameras with more than 21 frames
+PRID_PERSONS = 178  # of persons 1 to 200, with at least 27 frames under both cameras
+NO_MATCH = ("no query has a match, a gallery tracklet of its identity under another camera (to "
+            "rank within one camera, give each query tracklet a camera name of its own)")
 CHUNK = {"duke": 32, "lsvid": 64, "sinet lsvid": 48}  # default of --chunk; others: 0
 
 
@@ -635,6 +837,12 @@ def split_segments(n, T):
 
 # -------------------------------------------------------------------------- frames and augmentation
 
+def _need_believable_size(width, height):
+    """Raises ValueError where Pillow merely warns of a "decompression bomb"."""
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width} x {height} pixels by its header, too many to be true")
+
+
 def _decode(path):
     """A frame, uint8 (H, W, 3). What a decoder complains of is an error: JPEGs go to simplejpeg,
     because Pillow keeps libjpeg's complaints to itself."""
@@ -643,8 +851,7 @@ def _decode(path):
     if content.startswith(b"\xff\xd8"):  # a JPEG, whatever its name
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-            if width * height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{width} x {height} pixels by its header, too many to be true")
+            _need_believable_size(width, height)
             four = colours in ("CMYK", "YCCK")
             frame = simplejpeg.decode_jpeg(content, "CMYK" if four else "RGB", strict=True)
             if not four:
@@ -652,7 +859,10 @@ def _decode(path):
         except ValueError as error:
             if "subsampling" not in str(error):  # an unusual one, which simplejpeg does not take
                 raise
+    if content.startswith(b"\x89PNG"):  # before Pillow warns of its size
+        _need_believable_size(*(int.from_bytes(content[i:i + 4], "big") for i in (16, 20)))
     with Image.open(path) as image:
+        _need_believable_size(*image.size)
         image.verify()  # the checksums of a PNG; the image has to be opened again
     with Image.open(path) as image:
         if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255
@@ -1177,8 +1387,9 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
     finally:
         if file:
             shutil.rmtree(aside, ignore_errors=True)
+            # The lock's file stays: another process may have opened it and wait for its lock, and
+            # a third one would make and lock a new file beside it.
             file.close()
-            lock.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -1188,11 +1399,12 @@ def _main():
         description="Draws a synthetic data set of pedestrians in MARS' layout, or checks a set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--synthetic", metavar="DIR", help="folder to make; must not exist yet")
+    what.add_argument("--synthetic", metavar="DIR", type=os.path.expanduser,
+                      help="folder to make; must not exist yet")
     what.add_argument("--check", action="store_true",
                       help="decode every frame of --data; exit code 1 when one is bad")
     parser.add_argument("--data", choices=DATA_SETS, default="mars", help="data set to check")
-    parser.add_argument("--root", metavar="DIR", default="datasets",
+    parser.add_argument("--root", metavar="DIR", default="datasets", type=os.path.expanduser,
                         help="folder that holds the data sets, or the set itself")
     parser.add_argument("--frames", type=int, nargs=2, default=(5, 12), metavar=("MIN", "MAX"),
                         help="frames a tracklet, 1 to 999")
@@ -1213,7 +1425,8 @@ def _main():
                         help="people of a group differ in their way to walk only")
     args = parser.parse_args()
     if args.check:
-        dataset = load_dataset(args.data, args.root, draw=False)
+        # the images that are missing are counted below
+        dataset = load_dataset(args.data, args.root, training=False, images=False)
         print(dataset.summary())
         return check_images(dataset) > 0
     for name, (_, low, high, _) in numbers.items():

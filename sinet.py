@@ -717,7 +717,8 @@ def train(args):  # same in every script
                     loss_weights=loss_weights)
     run = Run(args)                                     # processes, device, folder, checkpoint
     with run.setting_up():                              # what is missing is drawn or downloaded
-        dataset = load_dataset(args.data, args.root, int(args.split), args.chunk)
+        dataset = load_dataset(args.data, args.root, int(args.split), args.chunk,
+                               training=not args.evaluate)
         print(dataset.summary())
         model = build(args, run.num_classes(dataset))
     model = run.prepare(model)                          # device, channels_last, weights of --resume

@@ -3,6 +3,7 @@ import collections
 import io
 import itertools
 import math
+import os
 import shutil
 import struct
 import subprocess
@@ -198,6 +199,93 @@ def test_what_is_odd_but_usable_is_a_warning(small_root, tmp_path, capsys):
     assert len(train[0].frames) == last - 1
 
 
+def renumber(folder, number):
+    """Identities of the training by another number, in MARS' layout; number: of the old one."""
+    rows = loadmat(folder / TRAIN_TABLE)["track_train_info"].astype(int)
+    for path in sorted((folder / "bbox_train").rglob("*.jpg")):
+        new = number(path.name[:4])
+        (folder / "bbox_train" / new).mkdir(exist_ok=True)
+        path.rename(folder / "bbox_train" / new / (new + path.name[4:]))
+    names = (folder / TRAIN_NAMES).read_text().split()
+    (folder / TRAIN_NAMES).write_text("\n".join(number(n[:4]) + n[4:] for n in names))
+    rows[:, 2] = [int(number(f"{pid:04}")) for pid in rows[:, 2]]
+    savemat(folder / TRAIN_TABLE, {"track_train_info": rows})
+
+
+@pytest.mark.parametrize("number", [
+    lambda old: f"{int(old) + 9996:04}",  # 9997 to 10002
+    lambda old: f"0{old}",  # five digits for all
+], ids=["10001", "00001"])
+def test_identities_of_five_digits(small_root, tmp_path, number):
+    shutil.copytree(small_root / "synthetic", tmp_path / "mars")
+    before = load_dataset("synthetic", tmp_path / "mars")
+    renumber(tmp_path / "mars", number)
+    d = load_dataset("mars", tmp_path)
+    assert [(t.pid, t.cam, len(t.frames)) for t in d.train] == [
+        (t.pid, t.cam, len(t.frames)) for t in before.train]
+    assert read_clip(d.train[-1].frames, (64, 32)).any()
+
+
+def move_down(folder):
+    (folder / "bbox_train").rename(folder / "x")
+    (folder / "bbox_train").mkdir()
+    (folder / "x").rename(folder / "bbox_train/bbox_train")
+
+
+def put_flat(folder):
+    for path in [*(folder / "bbox_train").rglob("*.jpg")]:
+        path.rename(folder / "bbox_train" / path.name)
+
+
+def keep_in_archive(folder):
+    shutil.rmtree(folder / "bbox_train")
+    (folder / "bbox_train").mkdir()
+    (folder / "bbox_train.zip").touch()
+
+
+def lose_a_person(folder):
+    shutil.rmtree(folder / "bbox_train/0003")
+
+
+def lose_all(folder):
+    shutil.rmtree(folder / "bbox_train")
+    (folder / "bbox_train").mkdir()
+
+
+def unlink_the_target(folder):
+    frame = min((folder / "bbox_train").rglob("*F001.jpg"))
+    frame.unlink()
+    frame.symlink_to(folder / "gone.jpg")
+
+
+@pytest.mark.parametrize("damage, says", [
+    (move_down, "14 of 28 .*: the images seem to lie in .*/bbox_train/bbox_train, move"),
+    (put_flat, "14 of 28 .*: the images lie in .*/bbox_train itself, not in a folder for each"),
+    (keep_in_archive, "14 of 28 .*/bbox_train.zip seems not to be unpacked$"),
+    (lose_all, "14 of 28 .*/bbox_train is empty$"),
+    (lose_a_person, "2 of 28 tracklets lack their first frame, as .*/0003/0003C1T0001F001.jpg$"),
+    (unlink_the_target, "1 of 28 .*/0001C1T0001F001.jpg, which is a link to nothing$"),
+])
+def test_frames_that_are_not_there_are_found_at_loading(small_root, tmp_path, damage, says):
+    folder = tmp_path / "mars"
+    shutil.copytree(small_root / "synthetic", folder)
+    whole = load_dataset("mars", tmp_path)
+    damage(folder)
+    with pytest.raises(UserError, match=f"^{folder}: {says}") as error:
+        load_dataset("mars", tmp_path)
+    assert "\n" not in str(error.value)
+    assert load_dataset("mars", tmp_path, images=False) == whole  # the index alone
+    assert load_dataset("mars", tmp_path, training=False) == whole  # train is not read there
+
+
+def test_an_archive_in_the_place_of_its_folder_is_named(small_root, tmp_path):
+    shutil.copytree(small_root / "synthetic", tmp_path / "mars")
+    shutil.rmtree(tmp_path / "mars/bbox_test")
+    (tmp_path / "mars/bbox_test.tar.gz").touch()
+    with pytest.raises(UserError, match="missing bbox_test; .*/bbox_test.tar.gz seems not to be"):
+        load_dataset("mars", tmp_path)
+
+
 @pytest.mark.parametrize("folder", ["x" * 300, "locked/inside"])
 def test_roots_that_the_system_refuses(tmp_path, folder, monkeypatch):
     def is_dir(path):
@@ -206,7 +294,7 @@ def test_roots_that_the_system_refuses(tmp_path, folder, monkeypatch):
     if folder == "locked/inside":
         monkeypatch.setattr(data.Path, "is_dir", is_dir)
     for name in data.DATA_SETS:
-        with pytest.raises(UserError, match="cannot be read|cannot draw|missing") as error:
+        with pytest.raises(UserError, match="cannot be read|cannot draw|no such folder") as error:
             load_dataset(name, tmp_path / folder)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot draw"):
@@ -407,13 +495,18 @@ def with_jpeg_size(content, width, height):
     return content[:frame + 5] + struct.pack(">HH", height, width) + content[frame + 9:]
 
 
+def with_gif_size(content, width, height):
+    return content[:6] + struct.pack("<HH", width, height) + content[10:]
+
+
 @pytest.mark.parametrize("content, says", [
     (with_jpeg_size(encoded(picture(), "JPEG"), 20000, 20000), "20000 x 20000 pixels"),
     (with_jpeg_size(encoded(picture("CMYK"), "JPEG"), 20000, 20000), "20000 x 20000 pixels"),
-    (with_png_size(encoded(picture(), "PNG"), 12000, 9000), "exceeds limit of"),  # Pillow warns
-    (with_png_size(encoded(picture(), "PNG"), 20000, 20000), "exceeds limit of"),
-], ids=["jpeg", "cmyk", "png", "larger png"])
-@pytest.mark.filterwarnings("error:Image size:PIL.Image.DecompressionBombWarning")
+    (with_png_size(encoded(picture(), "PNG"), 12000, 9000), "12000 x 9000 pixels"),
+    (with_png_size(encoded(picture(), "PNG"), 20000, 20000), "20000 x 20000 pixels"),
+    (with_gif_size(encoded(picture(), "GIF"), 12000, 9000), "12000 x 9000 pixels"),  # as a.jpg
+], ids=["jpeg", "cmyk", "png", "larger png", "gif"])
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, content, says, monkeypatch):
     def decode(*_, **__):
         raise AssertionError("decoded")
@@ -424,6 +517,12 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, content, 
     with pytest.raises(UserError, match=f"^{tmp_path}/a.jpg: unreadable image .*{says}") as error:
         read_clip([str(tmp_path / "a.jpg")], (64, 32))
     assert "\n" not in str(error.value)
+
+
+def test_the_import_leaves_the_warnings_of_the_process_alone():
+    code = "import warnings; before = warnings.filters[:]; import data; " \
+           "assert not [f for f in warnings.filters if f not in before and f[0] == 'error']"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, check=True)
 
 
 def damaged(content, rng):
@@ -832,7 +931,7 @@ def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_draw_person", stop)
     with pytest.raises(KeyboardInterrupt):
         draw_synthetic(tmp_path / "set", identities=2, test_identities=2, cameras=2)
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == [".set.lock"]
 
 
 def test_killed_drawing_is_not_taken_for_a_set(tmp_path):
@@ -848,7 +947,7 @@ def test_killed_drawing_is_not_taken_for_a_set(tmp_path):
     assert not (tmp_path / "set").exists()
     assert list(tmp_path.glob(".set.part/bbox_train/*/*.jpg"))
     draw_small(tmp_path / "set", 0)  # what is left is not in the way, and goes
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert sorted(os.listdir(tmp_path)) == [".set.lock", "set"]
     assert load_mars(tmp_path / "set").num_identities == 3
 
 
@@ -869,7 +968,48 @@ def test_two_first_runs_draw_one_set(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == b"drawing\n"
         assert load_dataset("synthetic", tmp_path).num_identities == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["synthetic"]
+    assert sorted(os.listdir(tmp_path)) == [".drawn.lock", ".synthetic.lock", "synthetic"]
+
+
+WAITS = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+print("waits", flush=True)
+for step in sys.stdin:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("has it", flush=True)
+"""
+
+
+def test_a_failed_drawing_lets_no_two_others_in(tmp_path, monkeypatch):
+    """One waits for the lock, the one that has it fails, a third one starts."""
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    lock = tmp_path / ".set.lock"
+    command = [sys.executable, "-c", WAITS, lock]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as second:
+        assert second.stdout.readline() == b"waits\n"
+        monkeypatch.setattr(data, "_draw_person", fail)
+        with pytest.raises(KeyboardInterrupt):
+            draw_synthetic(tmp_path / "set", identities=2, test_identities=2, cameras=2)
+        second.stdin.write(b"go on\n")
+        second.stdin.flush()
+        assert second.stdout.readline() == b"has it\n"
+        with pytest.raises(UserError, match="another run is writing there"):
+            data.locked(lock)
+        second.stdin.close()
+
+
+def test_a_tilde_is_the_home_folder(small_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sets").symlink_to(small_root)
+    monkeypatch.chdir(tmp_path)
+    for words in (["--check", "--data=synthetic", "--root=~/sets"],
+                  ["--synthetic=~/new", "--identities", "1", "--test-identities", "1"]):
+        monkeypatch.setattr(sys, "argv", ["data.py", *words])
+        assert not data._main()
+    assert (tmp_path / "new/info").is_dir() and not (tmp_path / "~").exists()
 
 
 def test_data_command_line(run, tmp_path):

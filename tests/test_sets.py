@@ -1,6 +1,7 @@
 """The public data sets in their true layout, written small, and a folder of one's own: what they
 hold, what is wrong or odd in them, and random damage."""
 import json
+import os
 import random
 import re
 import shutil
@@ -20,6 +21,7 @@ LIST = "list_sequence/list_seq_train.txt"
 QUERIES = "test/data/info_test.mat"
 SPLITS = "train-test people splits/train_test_splits_ilidsvid.mat"
 JSON = "splits_prid2011.json"
+DRAWN = "drawn_splits_prid.json"
 
 
 def image(path, colour=128):
@@ -79,13 +81,17 @@ def write_ilids(root, persons=8):
     return folder
 
 
-def write_prid(root, persons=6):
-    folder = root / "prid"
-    for number in range(1, persons + 1):
-        frames = 22 if number < persons else 21  # one too few
+def write_prid(root, persons=6, folder="prid"):
+    """The last of the persons has a frame too few; persons 201 and 202 are others under camera a
+    than under camera b."""
+    folder = root / folder
+    numbers = {**dict.fromkeys(range(1, persons), 27), persons: 26, 201: 27, 202: 27}
+    for number, frames in numbers.items():
         for cam in "ab":
-            for f in range(1, frames + 1):
-                image(folder / f"multi_shot/cam_{cam}/person_{number:04}/{f:04}.png", f)
+            where = folder / f"multi_shot/cam_{cam}/person_{number:04}"
+            image(where / "0001.png")
+            for f in range(2, frames + 1):
+                shutil.copy(where / "0001.png", where / f"{f:04}.png")
     image(folder / "multi_shot/cam_b/person_0700/0001.png")
     return folder
 
@@ -114,12 +120,27 @@ WRITE = {
 }
 
 
+MATLAB_CLASS = {"u1": "uint8", "i2": "int16", "u2": "uint16", "i4": "int32", "i8": "int64",
+                "f4": "single", "f8": "double"}
+
+
+def save_7_3(path, name, values):
+    """As MATLAB's save(..., '-v7.3'): dimensions in reverse order, the class in an attribute, and
+    512 bytes before the HDF5 file."""
+    values = np.atleast_2d(values)
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file[name] = values.T
+        kind = MATLAB_CLASS.get(values.dtype.str[1:], "char")
+        file[name].attrs["MATLAB_class"] = np.bytes_(kind)
+    with open(path, "r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\0\2IM")
+
+
 def hdf5(values, name="query"):
     """Writes LS-VID's table of the queries."""
     def write(folder):
         (folder / QUERIES).parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(folder / QUERIES, "w") as file:
-            file[name] = np.array(values)
+        save_7_3(folder / QUERIES, name, values)
     return write
 
 
@@ -157,6 +178,22 @@ def test_duke(tmp_path, new_names, capsys):
     assert load_dataset("duke", folder).train == d.train  # the set itself as --root
 
 
+@pytest.mark.parametrize("pattern", [
+    "{}C{}T0001F{:03}.jpg",  # as in MARS
+    "{}C{}F{:03}.jpg", "{}_c{}_f{:07}.jpg", "{}_C{}_T1_F{}.jpg", "{}_c{}s1_f{:06}_01.jpg",
+    "C{1}F{2:03}.jpg", "{}-C{}-F{:04}.jpg",
+])
+def test_dukes_cameras_are_read_from_other_names(tmp_path, pattern):
+    folder = write_duke(tmp_path)
+    before = load_dataset("duke", tmp_path)
+    for path in [*folder.rglob("*.jpg")]:
+        pid, cam, frame, _ = re.fullmatch(r"(\d+)C(\d+)F(\d+)X(\d+)", path.stem).groups()
+        path.rename(path.with_name(pattern.format(pid, cam, int(frame))))
+    d = load_dataset("duke", tmp_path)
+    for part in ("train", "query", "gallery"):
+        assert labels(getattr(d, part)) == labels(getattr(before, part))
+
+
 def test_lsvid(tmp_path):
     write_lsvid(tmp_path)
     d = load_dataset("lsvid", tmp_path)
@@ -183,35 +220,109 @@ def test_ilids_and_its_splits(tmp_path):
         load_dataset("ilids", tmp_path, 10)
 
 
-def test_prid_draws_splits_once_and_reads_them(tmp_path, capsys, monkeypatch):
+def test_prid_draws_splits_and_says_so(tmp_path, capsys, monkeypatch):
     folder = write_prid(tmp_path)
     (folder / "multi_shot/cam_a/person_0800").mkdir()  # empty, and under both cameras: not used
     (folder / "multi_shot/cam_b/person_0800").mkdir()
     few = load_dataset("prid", tmp_path, 3)
     out = capsys.readouterr().out
     assert "drawn with a fixed seed" in out and "178 train tracklets expected, 4 found" in out
-    assert not (folder / JSON).exists()
+    assert os.listdir(folder) == ["multi_shot"]
 
     monkeypatch.setattr(data, "PRID_PERSONS", 5)
     d = load_dataset("prid", tmp_path, 3)
-    assert "drawn with a fixed seed" in capsys.readouterr().out and d == few
-    text = (folder / JSON).read_text()
+    says = "split 3 is one of ten drawn with a fixed seed, not one of the published ones"
+    assert says in capsys.readouterr().out and d == few
+    assert sorted(os.listdir(folder)) == [DRAWN, "multi_shot"]  # never the published name
+    text = (folder / DRAWN).read_text()
     splits = json.loads(text)
-    used = {f"person_{i:04}" for i in range(1, 6)}  # the 6th has 21 frames
+    used = {f"person_{i:04}" for i in range(1, 6)}  # the 6th has 26 frames
     assert len(splits) == 10 and {*splits[3]["train"], *splits[3]["test"]} == used
     assert set(above(d.train)) == set(splits[3]["train"])
     assert len(d.query) == len(d.gallery) == len(splits[3]["test"]) == 3
 
+    changed = [splits[0]] * 10
+    (folder / DRAWN).write_text(json.dumps(changed))  # those that were drawn once stay
+    assert set(above(load_dataset("prid", tmp_path, 3).train)) == set(splits[0]["train"])
+    assert says in capsys.readouterr().out  # from the second run on, too
+    (folder / DRAWN).unlink()
     assert load_dataset("prid", tmp_path, 3) == d
-    assert "drawn" not in capsys.readouterr().out
-    (folder / JSON).unlink()
-    assert load_dataset("prid", tmp_path, 3) == d
-    assert (folder / JSON).read_text() == text  # a fixed seed
+    assert (folder / DRAWN).read_text() == text  # a fixed seed
+    (folder / DRAWN).write_text("[{")
+    with pytest.raises(UserError, match=f"{DRAWN}: not JSON"):
+        load_dataset("prid", tmp_path, 3)
 
-    mine = [{"train": ["person_0002"], "test": ["person_0001", "person_0003"]}]
-    (folder / JSON).write_text(json.dumps(mine), "utf-8-sig")
-    assert above(load_dataset("prid", tmp_path).query) == ["person_0001", "person_0003"]
-    assert "178 train tracklets expected, 2 found" in capsys.readouterr().out
+
+def test_prid_numbers_above_200_are_other_people(tmp_path):
+    cams = tmp_path / "prid/multi_shot"
+    numbers = {"a": [*range(1, 7), *range(201, 205)], "b": [*range(1, 7), *range(201, 207)]}
+    for cam, persons in numbers.items():
+        for number in persons:
+            for f in range(1, 28):
+                path = cams / f"cam_{cam}/person_{number:04}/{f:04}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+    d = load_dataset("prid", tmp_path)
+    people = {f"person_{i:04}" for i in range(1, 7)}
+    assert {*above(d.train), *above(d.query), *above(d.gallery)} == people
+    assert len(d.train) == 6 and len(d.query) == len(d.gallery) == 3
+
+
+MINE = [{"train": ["person_0002"], "test": ["person_0001", "person_0003"]}]
+
+
+@pytest.mark.parametrize("root", ["prid", "prid2011/prid_2011", "datasets"])
+@pytest.mark.parametrize("where", ["beside", "one folder up"])
+@pytest.mark.parametrize("file", [JSON, "train_test_splits_prid.mat"])
+def test_prid_splits_are_found(tmp_path, root, where, file, capsys, monkeypatch):
+    """Beside the images or, where torchreid puts them, one folder up; also by --root . there."""
+    inner = "datasets/prid" if root == "datasets" else root
+    folder = write_prid(tmp_path, folder=inner)
+    place = folder if where == "beside" else folder.parent
+    if file == JSON:
+        (place / file).write_text(json.dumps(MINE), "utf-8-sig")
+        test = ["person_0001", "person_0003"]
+    else:  # the numbers of the sorted persons; the first half are those of the test
+        rows = np.array([[1, 3, 2, 4]] * 10, np.uint16)
+        savemat(place / file, {"ls_set": rows})
+        shutil.rmtree(folder / "multi_shot/cam_a/person_0002")  # persons 1, 3, 4, 5
+        test = ["person_0001", "person_0004"]
+    monkeypatch.setattr(data, "PRID_PERSONS", 5)
+    for start, named in ((tmp_path, root), (folder, ".")):
+        monkeypatch.chdir(start)
+        assert above(load_dataset("prid", named).query) == test
+        assert "drawn" not in capsys.readouterr().out
+    assert not [*tmp_path.rglob("drawn*")]
+
+
+@pytest.mark.parametrize("junk", ["0000", "00-1", "0", "-1", "00000"])
+@pytest.mark.parametrize("part", ["train", "query", "gallery"])
+def test_in_a_folder_every_identity_is_a_person_and_marss_names_are_warned_of(
+        tmp_path, part, junk, capsys):
+    folder = write_folder(tmp_path)
+    image(folder / part / "1000" / "door/t one/1.jpg")  # and no other is
+    plain = load_dataset("folder", tmp_path)
+    assert "junk" not in capsys.readouterr().out
+    for cam in ("door", "hall 2"):
+        image(folder / part / junk / cam / "t one/1.jpg")
+    d = load_dataset("folder", tmp_path)
+    says = f"warning: {folder}/{part}/{junk}: an identity named like the junk or the distractors"
+    assert says in capsys.readouterr().out
+    more = [len(getattr(d, p)) - len(getattr(plain, p)) for p in ("train", "query", "gallery")]
+    assert more == [2 * (p == part) for p in ("train", "query", "gallery")]
+    assert all(t.pid > 0 for t in d.query + d.gallery)
+
+
+def test_an_identity_of_0_is_a_person_in_duke_and_lsvid(tmp_path):
+    folder = write_duke(tmp_path)
+    shutil.copytree(folder / "gallery/0002", folder / "gallery/0000")
+    for path in [*(folder / "gallery/0000").rglob("*.jpg")]:
+        path.rename(path.with_name("0000" + path.name[4:]))
+    assert all(t.pid > 0 for t in load_dataset("duke", tmp_path).gallery)
+    folder = write_lsvid(tmp_path)
+    listing = folder / "list_sequence/list_seq_test.txt"
+    listing.write_text(listing.read_text().replace(" 4", " 0").replace(" 9", " -1"))
+    assert all(t.pid > 0 for t in load_dataset("lsvid", tmp_path).gallery)
 
 
 def test_folder(tmp_path, capsys):
@@ -266,9 +377,9 @@ def test_seen_by_one_camera_only_is_counted(tmp_path):
 def test_labels_do_not_depend_on_the_file_system(tmp_path, name, monkeypatch):
     WRITE[name](tmp_path)
     first = load_dataset(name, tmp_path)
-    listdir = data.os.listdir
-    (tmp_path / "prid" / JSON).unlink(missing_ok=True)
-    monkeypatch.setattr(data.os, "listdir", lambda path: listdir(path)[::-1])
+    listing = data._listing
+    (tmp_path / "prid" / DRAWN).unlink(missing_ok=True)
+    monkeypatch.setattr(data, "_listing", lambda path: (listing(path)[0][::-1], set()))
     assert load_dataset(name, tmp_path) == first
 
 
@@ -289,6 +400,40 @@ def test_frames_are_in_natural_order(tmp_path, names):
     assert [Path(f).name for f in frames] == sorted(names, key=data.natural)
 
 
+@pytest.mark.parametrize("names, warned", [
+    # times: the second number of each is a decimal fraction
+    (["1700000000.125", "1700000000.25", "1700000000.5"], True),
+    (["1700000000.05", "1700000000.5"], False),  # who counts writes 5 and 05 alike
+    (["1699999999.9", "1700000000.05", "1700000000.125", "1700000001.5"], False),
+    (["12.05s", "12.5s", "13.25s"], False),
+    (["12.25s", "12.5s", "13.5s"], True),
+    (["12,05", "12,5"], False),
+    (["cam1.2_12.05", "cam1.2_12.5"], False),
+    (["12-30-05.06", "12-30-05.6"], False),
+    (["9.123456", "10.123456"], False),  # the same either way
+    (["0", "0.5", "1", "1.25", "1.5", "10"], True),
+    # counted: as in sections, takes, versions
+    (["1.1", "1.2", "1.9", "1.10", "1.11"], False),
+    (["1.01", "1.02", "1.10", "1.99", "1.100"], False),
+    (["frame.5", "frame.25", "frame.125"], False),  # there is no number before the dot
+    (["12_5", "12_25", "12_125"], False),
+    (["12-5", "12-25"], False),
+    (["2020.1.2", "2020.1.15", "2020.10.3"], False),
+    (["v1.2.9", "v1.2.10", "v1.10.1"], False),
+    (["2020.1.2_5", "2020.1.2_25"], False),
+])
+def test_frames_named_by_times_are_in_the_order_of_time(tmp_path, names, warned, capsys):
+    folder = write_folder(tmp_path) / "train/bob/door/t two"
+    for name in names[::-1]:
+        image(folder / f"{name}.jpg")
+    train = load_dataset("folder", tmp_path).train
+    (found,) = [t.frames for t in train if "/t two/" in t.frames[0]]
+    assert [Path(f).stem for f in found] == names
+    out = capsys.readouterr().out
+    says = f"warning: {folder}/{names[0]}.jpg: the numbers behind the dot have unequal lengths"
+    assert (says in out) == warned and out.count("warning") == warned, out
+
+
 def test_a_large_index_builds_in_seconds(tmp_path, monkeypatch):
     """15,000 tracklets of 100 frames in 300 folders: one listing for each folder, and numeric
     order. No file is made."""
@@ -307,9 +452,10 @@ def test_a_large_index_builds_in_seconds(tmp_path, monkeypatch):
         (folder / f"list_sequence/list_seq_{part}.txt").write_text("\n".join(these))
     hdf5([[1.0], [2.0]])(folder)
     listings = []
-    monkeypatch.setattr(data.os, "listdir", lambda path: listings.append(path) or files[path])
+    monkeypatch.setattr(
+        data, "_listing", lambda path: listings.append(path) or (files[path], set()))
     start = time.perf_counter()
-    d = load_dataset("lsvid", tmp_path)
+    d = load_dataset("lsvid", tmp_path, images=False)
     seconds = time.perf_counter() - start
     print(f"index of {len(d.train) + len(d.gallery):,} tracklets built in {seconds:.2f} s")
     assert len(d.train) + len(d.gallery) == 15_000
@@ -332,7 +478,7 @@ CAM = "i-LIDS-VID/sequences/cam1"
 FOREIGN = "another person or camera in the file name"
 BESIDE = "an image beside the folders"
 OTHERWISE = "a frame that is named otherwise than the last"
-IGNORED = "an image of another format"
+IGNORED = "no .jpg, .jpeg or .png file, left out"
 
 
 @pytest.mark.parametrize("name, damage, first, says", [
@@ -377,6 +523,75 @@ def test_what_is_odd_but_usable_is_one_warning(tmp_path, name, damage, first, sa
     new = [line for line in capsys.readouterr().out.splitlines() if line not in before]
     assert len(new) == 1
     assert new[0].startswith(f"warning: {folder}/{first}: {says}") and "1 in all" in new[0]
+
+
+@pytest.mark.parametrize("suffix", [
+    "jfif", "PPM", "avif", "heic", "jp2", "jxl", "bmp", "mp4", "jpg.part", "txt", "npy",
+])
+@pytest.mark.parametrize("name, inside", [
+    ("duke", TRACK), ("ilids", f"{CAM}/person003"), ("prid", "multi_shot/cam_b/person_0001"),
+    ("lsvid", "tracklet_train/0003"), ("folder", "train/bob/door/t one"),
+])
+def test_no_file_is_left_out_in_silence(tmp_path, name, inside, suffix, capsys):
+    folder = WRITE[name](tmp_path)
+    load_dataset(name, tmp_path)
+    before = capsys.readouterr().out.splitlines()
+    for file in ("0001C1F0001", "0001C1F0002"):
+        (folder / inside / f"{file}.{suffix}").touch()
+    for file in ("Thumbs.db", "desktop.ini", ".DS_Store"):  # but those of the system
+        (folder / inside / file).touch()
+    load_dataset(name, tmp_path)
+    new = [line for line in capsys.readouterr().out.splitlines() if line not in before]
+    assert new == [f"warning: {folder}/{inside}/0001C1F0001.{suffix}: {IGNORED} (2 in all)"]
+
+
+@pytest.mark.parametrize("name, link", [
+    ("duke", f"{TRACK}/0001C2F0001X9.jpg"), ("duke", "train/0001/0009"), ("duke", "gallery/0009"),
+    ("ilids", f"{CAM}/person003/cam1_person003_1.png"), ("ilids", f"{CAM}/person004"),
+    ("lsvid", "tracklet_train/0003/0003_20_02_1_3.jpg"),
+    ("folder", "train/bob/door/t one/3.jpg"), ("folder", "train/bob/door/t two"),
+    ("folder", "query/Zoë/gate"), ("folder", "gallery/eve"), ("folder", "train/bob/door/t one/x"),
+])
+def test_links_to_nothing_are_left_out_with_a_warning(tmp_path, name, link, capsys):
+    folder = WRITE[name](tmp_path)
+    whole = load_dataset(name, tmp_path)
+    before = capsys.readouterr().out.splitlines()
+    (folder / link).symlink_to(tmp_path / "gone")
+    assert load_dataset(name, tmp_path) == whole
+    new = [line for line in capsys.readouterr().out.splitlines() if line not in before]
+    assert new == [f"warning: {folder}/{link}: a link to nothing, left out (1 in all)"]
+
+
+def test_links_to_frames_and_folders_are_followed(tmp_path, capsys):
+    folder = write_folder(tmp_path)
+    (folder / "gallery").rename(tmp_path / "elsewhere")
+    (folder / "gallery").mkdir()
+    for path in (tmp_path / "elsewhere").iterdir():
+        (folder / "gallery" / path.name).symlink_to(path)
+    (folder / "train/bob/door/t one/3.jpg").symlink_to(folder / "train/bob/door/t one/2.jpg")
+    d = load_dataset("folder", tmp_path)
+    assert len(d.gallery) == 9 and max(len(t.frames) for t in d.train) == 4
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, inside, says", [
+    ("duke", TRACK, f"{TRACK}: no images in it, but 2 like a.jfif; expected"),
+    ("folder", "train/bob/door/t one",
+     "train/bob/door/t one: no images in it, but 2 like a.jfif; expected"),
+    ("folder", "train/bob/door", "train/bob/door: no folders in it, but 2 like a.jfif; expected"),
+    ("lsvid", "tracklet_train/0003", "no frames start with"),
+    ("ilids", f"{CAM}/person003", "is no order of the 7 persons"),
+])
+def test_a_folder_of_other_files_only_says_what_it_holds(tmp_path, name, inside, says, capsys):
+    folder = WRITE[name](tmp_path) / inside
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for file in ("b.jfif", "a.jfif"):
+        (folder / file).touch()
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_dataset(name, tmp_path)
+    out = capsys.readouterr().out  # what is odd is said before an error, too
+    assert f"warning: {folder}/a.jfif: " in out and "left out (2 in all)" in out
 
 
 def test_many_odd_frames_are_one_line(tmp_path, capsys):
@@ -431,6 +646,40 @@ def remove(pattern):
     return damage
 
 
+def test_to_test_needs_no_train(tmp_path, capsys):
+    folder = write_folder(tmp_path)
+    whole = load_dataset("folder", tmp_path)
+    shutil.rmtree(folder / "train")
+    d = load_dataset("folder", tmp_path, training=False)
+    assert d.train == [] and d.num_identities == 0
+    assert (d.query, len(d.gallery)) == (whole.query, len(whole.gallery))
+    assert "train           -" in d.summary()
+    shutil.rmtree(folder / "query")
+    assert len(load_dataset("folder", tmp_path, training=False).query) == 9
+    with pytest.raises(UserError, match="missing train; expected"):
+        load_dataset("folder", tmp_path)
+
+
+def test_to_train_a_folder_needs_no_match(tmp_path, capsys):
+    folder = write_folder(tmp_path)
+    rename_gallery(folder)
+    d = load_dataset("folder", tmp_path)
+    assert not d.has_a_match() and len(d.train) == 6
+    out = capsys.readouterr().out
+    assert f"warning: {folder}: no query has a match" in out
+    assert "give each query tracklet a camera name of its own" in out
+    assert "the training goes without its test" in out
+
+
+def test_within_one_camera_as_the_warning_says(tmp_path, capsys):
+    """A camera name for each tracklet: every one is a query, and only it is left out."""
+    for pid in ("eve", "bob"):
+        for number in range(3):
+            image(tmp_path / f"gallery/{pid}/door {number}/t/1.jpg")
+    d = load_dataset("folder", tmp_path, training=False)
+    assert d.has_a_match() and len(d.query) == 6 and "warning" not in capsys.readouterr().out
+
+
 def rename_gallery(folder):
     """Other identities than those of the queries."""
     for path in list((folder / "gallery").iterdir()):
@@ -444,11 +693,13 @@ BAD = {
         (lambda f: image(f / "train/0001/0001/x.jpg"),
          "x.jpg: the file name carries no camera and frame"),
         (lambda f: image(f / "train/0001/0001/0001C7F0001X1.jpg"),
-         "0001C7F0001X1.jpg: the file name carries no camera and frame (C1 and F0001), or another"),
+         "0001C7F0001X1.jpg: the file name carries another camera, 7, than those before it in its "
+         "tracklet, 2"),
         (remove("train/*"), "duke/train: no folders in it"),
         (rename_gallery, "no query has a match"),
         (lambda f: image(f / "train/0900/0900C1F0001X1.jpg"),
-         "train/0900: no folders in it; expected {train,query,gallery}/<pid>/<tracklet>"),
+         "train/0900: no folders in it, but 1 like 0900C1F0001X1.jpg; expected "
+         "{train,query,gallery}/<pid>/<tracklet>"),
     ],
     "lsvid": [
         (remove(LIST), f"missing {LIST}"),
@@ -498,7 +749,9 @@ BAD = {
         (splits("[]"), "no split 0 like"),
         (splits('{"train": 1}'), "no split 0 like"),
         (splits('[{"train": ["../../etc"], "test": ["person_0001"]}]'),
-         "names '../../etc', who is no person"),
+         "names '../../etc', who is none of the persons 1 to 200 with at least 27 frames"),
+        (splits('[{"train": ["person_0201"], "test": ["person_0001"]}]'),
+         "names 'person_0201', who is none of the persons 1 to 200"),
         (splits('[{"train": ["person_0001"], "test": ["person_0001"]}]'), "or is named twice"),
         (splits('[{"train": ["person_0001"], "test": []}]'), "no query tracklets"),
     ],
@@ -508,14 +761,37 @@ BAD = {
          "train/bob/door/empty: no images in it"),
         (remove("query/*"), "folder/query: no folders in it"),
         (lambda f: image(f / "train/eve/door/1.jpg"),
-         "train/eve/door: no folders in it; expected {train,query,gallery}/<pid>/<cam>/"),
+         "train/eve/door: no folders in it, but 1 like 1.jpg; expected "
+         "{train,query,gallery}/<pid>/<cam>/"),
     ],
 }
+@pytest.mark.parametrize("name", [*data.DATA_SETS])
+def test_a_root_that_is_not_there_is_said_so(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    signs = ", ".join(data.DATA_SETS[name][1])
+    for root, says in (("mine2", "no such folder; "), ("file", "is no folder; "),
+                       ("empty", f"holds neither a folder {name} nor the data set itself; ")):
+        with pytest.raises(UserError) as error:
+            load_dataset(name, root, training=False)
+        assert str(error.value).startswith(
+            f"{tmp_path}/{root}: {says}--root names the folder that holds {name}/, or the data "
+            f"set itself, which has the folders {signs}")
+        assert os.listdir("empty") == [] and not os.path.exists("mine2")
+
+
+def test_a_set_one_folder_further_down_is_named(tmp_path):
+    write_prid(tmp_path, folder="prid2011/prid_2011")
+    with pytest.raises(UserError, match=f"but {tmp_path}/prid2011/prid_2011 looks like it; "):
+        load_dataset("prid", tmp_path / "prid2011")
+
+
 CASES = [(name, damage, says) for name, cases in BAD.items() for damage, says in cases]
 
 
 @pytest.mark.parametrize("name, damage, says", [
-    *((name, shutil.rmtree, f"{name}: missing ") for name in WRITE), *CASES,
+    *((name, shutil.rmtree, f"holds neither a folder {name} nor") for name in WRITE), *CASES,
 ])
 def test_bad_data_is_one_line(tmp_path, name, damage, says):
     damage(WRITE[name](tmp_path))
@@ -525,7 +801,7 @@ def test_bad_data_is_one_line(tmp_path, name, damage, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("dtype", ["u1", "i2", "u2", "i4", "i8", "f4", "f8"])
+@pytest.mark.parametrize("dtype", MATLAB_CLASS)
 @pytest.mark.parametrize("options", [{}, {"do_compression": True}, {"format": "4"}, "7.3"], ids=str)
 def test_every_kind_of_mat_file_is_read(tmp_path, dtype, options):
     if dtype == "i8" and options == {"format": "4"}:
@@ -535,12 +811,34 @@ def test_every_kind_of_mat_file_is_read(tmp_path, dtype, options):
     for shape in ((7, 3), (1, 21), (21, 1)):
         x = values.reshape(shape)
         if options == "7.3":
-            with h5py.File(path, "w", userblock_size=512) as file:
-                file["x"] = x
+            save_7_3(path, "x", x)
         else:
             savemat(path, {"other": np.ones((2, 2)), "text": "x", "x": x}, **options)
         found = data._read_table(path, "x")
         assert found.dtype == np.int64 and np.array_equal(found, x)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_hdf5_files_of_others_than_matlab_are_read_as_they_fit(tmp_path, turned):
+    x = np.arange(21).reshape(7, 3)
+    with h5py.File(tmp_path / "a.mat", "w") as file:
+        file["x"] = x.T if turned else x
+    assert np.array_equal(data._read_table(tmp_path / "a.mat", "x", columns=3), x)
+
+
+def as_7_3(path):
+    """Writes the one variable of a .mat file as MATLAB 7.3 does."""
+    (name, values), = ((k, v) for k, v in loadmat(path).items() if not k.startswith("__"))
+    save_7_3(path, name, values)
+
+
+def test_the_tables_of_the_sets_may_be_of_matlab_7_3(tmp_path, small_root):
+    shutil.copytree(small_root / "synthetic", tmp_path / "synthetic")
+    write_ilids(tmp_path)
+    before = [load_dataset(name, tmp_path) for name in ("synthetic", "ilids")]
+    for path in [*(tmp_path / "synthetic/info").glob("*.mat"), tmp_path / "ilids" / SPLITS]:
+        as_7_3(path)
+    assert [load_dataset(name, tmp_path) for name in ("synthetic", "ilids")] == before
 
 
 def test_mars_own_tables_are_read():
@@ -595,7 +893,7 @@ def owner(frame, name):
     ("lsvid", "list_sequence/list_seq_test.txt", mutate),
     ("lsvid", QUERIES, mutate),
     ("ilids", SPLITS, cut_off),
-    ("prid", JSON, mutate),
+    ("prid", DRAWN, mutate),
 ])
 def test_random_damage_is_a_clean_error_or_a_correct_load(
         tmp_path, small_root, name, file, damage, monkeypatch):
