@@ -515,7 +515,7 @@ def fails(done, *says):
     [
         (
             ("--data", "mars", "--root", "nowhere"),
-            ["nowhere/mars: missing bbox_train", "expected nowhere/mars/{bbox_train"],
+            ["nowhere: no such folder; --root names the folder that holds mars/, or the data set"],
         ),
         (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
         (("--bogus",), ["--bogus", "--help"]),
@@ -589,7 +589,7 @@ def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
             for script in list(SCRIPTS)[1:]
             for case in (
                 *(
-                    (("--data", name, "--root", "nowhere"), [f"nowhere/{name}: missing "])
+                    (("--data", name, "--root", "nowhere"), ["nowhere: no such folder"])
                     for name in DATA_SETS
                     if name != "synthetic"
                 ),

@@ -2,6 +2,7 @@
 processes."""
 
 import argparse
+import csv
 import io
 import os
 import random
@@ -18,6 +19,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.run
@@ -287,7 +289,7 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     torch.save({**state, "args": {**state["args"], "root": "elsewhere"}}, tmp_path / "odd.pt")
     for flags in (("--evaluate",), ("--epochs", 2)):  # a folder that a file names is left alone
-        refuses(("--resume", "odd.pt", *flags), "elsewhere/synthetic: missing bbox_train")
+        refuses(("--resume", "odd.pt", *flags), "elsewhere: holds neither a folder synthetic")
     assert not [*(tmp_path / "elsewhere").iterdir()]
     torch.save(
         {k: v for k, v in state.items() if k not in ("optimizer", "random")}, tmp_path / "slim.pt"
@@ -516,6 +518,98 @@ def test_export_with_an_evaluation_and_at_the_end_of_a_training(small, refuses, 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="^file/features.npz: cannot be written"):
         small("--export", "file", "--resume", "a")
+
+
+@pytest.mark.parametrize("script", ["sinet", "m3d", "bicnet_tks", "strf", "tclnet"])
+def test_only_a_training_draws(refuses, tmp_path, script, monkeypatch):
+    monkeypatch.setattr(data, "draw_synthetic", lambda folder: (_ for _ in ()).throw(
+        UserError(f"draws {folder}")))
+    script = f"{script}.py"
+    for flags in (("--evaluate",), ("--export", "x"), ("--figure", "f")):
+        for root in ("nowhere", "."):
+            says = f"{tmp_path}{'/nowhere: no such folder' * (root == 'nowhere')}"
+            refuses((*flags, "--root", root), says, "only a training and", script=script)
+    refuses(("--root", "nowhere"), "draws nowhere/synthetic", script=script)
+    refuses(("--root", "nowhere", "--export", "x", "--no-evaluate"), "draws", script=script)
+    assert not os.listdir(tmp_path)
+
+
+FOLDER = ("--data", "folder", "--weights", "none")
+
+
+def test_to_test_a_folder_needs_no_train(small, tmp_path, monkeypatch):
+    """As initialised and with the network of another data set."""
+    small("--epochs", 1, "--output", "a")
+    folder = test_sets.write_folder(tmp_path / "sets")
+    whole = re.search("mAP .*gallery tracklets", small("--evaluate", *FOLDER, "--root", folder))[0]
+    shutil.rmtree(folder / "train")
+    monkeypatch.setattr(sinet, "picture", lambda *_: ("title", {}))
+    for flags in ((), ("--resume", "a")):
+        flags = (*FOLDER, "--root", folder, *flags)
+        out = small("--evaluate", *flags)
+        assert "2 queries" in out and ("--resume" in flags or whole in out)
+        small("--export", "x", *flags)
+        assert len(np.load(tmp_path / "x/features.npz")["gallery_features"]) == 9
+        small("--figure", "f", *flags)
+        assert (tmp_path / "f/cmc.png").exists()
+        shutil.rmtree(tmp_path / "f")
+    with pytest.raises(UserError, match="missing train"):
+        small(*FOLDER, "--root", folder, "--output", "b")
+
+
+@pytest.mark.parametrize("script", [sinet, m3d], ids=["sinet", "m3d"])
+def test_without_a_match_the_training_leaves_out_its_test(small, tmp_path, script, monkeypatch):
+    settings = common.settings(sinet.RECIPE, sinet.ROWS, "sinet", small=True)
+    losses = sinet.losses
+    monkeypatch.setattr(script, "losses", lambda outputs, pids, _: losses(outputs, pids, settings))
+    monkeypatch.setattr(script, "make_optimizer", sinet.make_optimizer)
+    folder = test_sets.write_folder(tmp_path)
+    test_sets.rename_gallery(folder)
+    flags = (*FOLDER, "--root", tmp_path, "--small")
+    often = ("--eval-first", "--eval-every", 1, "--checkpoint-every", 3)
+    out = small(*flags, "--epochs", 2, *often, "--output", "a", script=script)
+    assert "epoch 2/2" in out and "all frames" not in out and "mAP" not in out
+    says = "no query has a match"
+    if script is m3d:  # a line of each of its three parts
+        return
+    assert out.count(says) == out.count("the training goes without its test") == 1
+    assert len(torch.load(tmp_path / "a/last.pt")["history"]) == 2
+    assert "epoch 3/3" in small(*flags, "--epochs", 3, "--resume", "a")
+    again = small(*flags, "--epochs", 3, "--resume", "a")
+    assert "epoch 3/3" not in again and "mAP" not in again
+
+    export = ("--no-evaluate", "--export", "x")  # features there are, at the end
+    out = small(*flags, "--epochs", 2, *often, *export, "--output", "b")
+    assert "after epoch 2: nothing can be ranked: no query" in out and out.count("wrote") == 1
+    for export in ((), ("--rerank",)):
+        out = small(*flags, "--export", "y", "--resume", "a", *export)
+        assert "give each query tracklet a camera name of its own" in out
+        with open(tmp_path / "y/queries.csv") as file:
+            rows = [*csv.DictReader(file)]
+        assert len(rows) == 2 and all(row["AP"] == row["rank"] == "" and row["9"] for row in rows)
+        assert np.load(tmp_path / "y/features.npz")["query_features"].shape == (2, 3)
+    for wants in (("--evaluate",), ("--figure", "f")):
+        with pytest.raises(UserError, match=says) as error:
+            small(*flags, *wants, "--resume", "a")
+        assert "a camera name of its own" in str(error.value)
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_path(tmp_path, monkeypatch, refuses):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = {"root", "output", "init", "export", "figure", "beside", "weights"}
+    for script in (sinet, m3d):
+        more = {"init_2d"} if script is m3d else set()
+        words = [f"{common.typed(key, ())}=~/{key}" for key in keys | more]
+        if script is m3d:
+            words += ["--join", "~/2d.pt", "~/3d.pt"]
+        monkeypatch.setattr(sys, "argv", ["x.py", *words])
+        args = common.parse_args(script.RECIPE, script.ROWS, script.__doc__, script.__file__)
+        assert all(getattr(args, key) == f"{tmp_path}/{key}" for key in keys | more)
+        if script is m3d:
+            assert args.join == (f"{tmp_path}/2d.pt", f"{tmp_path}/3d.pt")
+        refuses(("--resume=~/gone.pt",), f"{tmp_path}/gone.pt: no such file",
+                script=f"{script.__name__}.py")
 
 
 def test_tensorboard_gets_the_log(small, tmp_path, monkeypatch):
