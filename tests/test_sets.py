@@ -418,8 +418,8 @@ def test_frames_are_in_natural_order(tmp_path, names):
     (["frame.5", "frame.25", "frame.125"], False),  # there is no number before the dot
     (["12_5", "12_25", "12_125"], False),
     (["12-5", "12-25"], False),
-    (["2020.1.2", "2020.1.15", "2020.10.3"], False),
-    (["v1.2.9", "v1.2.10", "v1.10.1"], False),
+    (["2020.1.2", "2020.1.15", "2020.2.3", "2020.11.3"], False),
+    (["v1.2.9", "v1.2.12", "v1.11.1", "v1.11.25"], False),
     (["2020.1.2_5", "2020.1.2_25"], False),
 ])
 def test_frames_named_by_times_are_in_the_order_of_time(tmp_path, names, warned, capsys):
