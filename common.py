@@ -844,11 +844,12 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
     """
     splits = args.split == "all"
     dataset = load_dataset(args.data, args.root, 0 if splits else int(args.split), args.chunk,
-                           draw=False, images=False)
+                           training=not args.evaluate and args.data != "synthetic",  # draws none
+                           images=False)
     with torch.device("meta"):
         changes = {"weights": "none", "init_2d": None, "join": ()}
         model = build(argparse.Namespace(**{**vars(args), **changes, "evaluate": False}),
-                      dataset.num_identities)
+                      dataset.num_identities or 1)
     parameters, macs = complexity(model, args.frames, args.height, args.width)
     print(f"{Path(args.script).stem} {args.variant} on {args.data}: {parameters:,} parameters, "
           f"{macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of "
