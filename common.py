@@ -19,25 +19,44 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (CHUNK, DATA_SETS, NO_MATCH, SPLIT_SETS, AllClips, Parser, TrainClips, UserError,
-                  first_line, load_dataset, load_file, locked, normalize, read_clip, replacing,
-                  save_rows)
+from data import (CHUNK, DATA_SETS, NO_MATCH, SPLIT_SETS, AllClips, Parser, Tracklet, TrainClips,
+                  UserError, first_line, load_dataset, load_file, locked, normalize, read_clip,
+                  replacing, save_rows)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
 
+# What is less than this share of the vectors' size is the rounding of their numbers, and is 0: equal
+# vectors have a distance of exactly 0. It is the square of what float32 can tell apart.
+ROUNDING = 1e-14
+
+
 def distance_blocks(a, b, metric="cosine", rows=512):
     """Distances between the rows of a (M, D) and b (N, D), float32, at most `rows` rows at a time:
-    yields (slice of a, (rows, N)). metric: "cosine", 1 - cos in [0, 2], or "euclidean"."""
-    a, b = a.float(), b.float()
-    if metric == "cosine":
-        a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-    elif metric != "euclidean":
+    yields (slice of a, (rows, N)). metric: "cosine", 1 - cos in [0, 2], or "euclidean".
+
+    They are differences of large numbers, products and squares of norms. In float32 these have an
+    error as large as the distances of near duplicates, so that they are taken in float64.
+    """
+    if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
+    norm_a, norm_b = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (a, b))
     for start in range(0, len(a), rows):
-        part = a[start:start + rows]
-        d = 1 - part @ b.T if metric == "cosine" else torch.cdist(part, b)
-        yield slice(start, start + len(part)), d
+        here = slice(start, min(start + rows, len(a)))
+        part, norm = a[here].double(), norm_a[here, None]
+        d = torch.empty(len(part), len(b), device=a.device)
+        for first in range(0, len(b), 4096):  # a float64 copy of all of b would need much memory
+            columns = slice(first, first + 4096)
+            products = part @ b[columns].double().T
+            if metric == "cosine":
+                squares = 1 - products / (norm * norm_b[columns]).clamp(min=1e-24)
+                size = 1
+            else:
+                size = norm ** 2 + norm_b[columns] ** 2
+                squares = size - 2 * products
+            squares = torch.where(squares < ROUNDING * size, 0, squares)
+            d[:, columns] = squares if metric == "cosine" else squares.sqrt()
+        yield here, d
 
 
 def at_least_float32(x):
@@ -59,17 +78,32 @@ def batch_hard_triplet(x, pids, margin):
     hardest_positive = d.masked_fill(~positive, -math.inf).amax(1)
     hardest_negative = d.masked_fill(same, math.inf).amin(1)
     hinge = (margin + hardest_positive - hardest_negative).relu()
-    return hinge.sum() / (positive.any(1) & ~same.all(1)).sum().clamp(min=1)
+    # an anchor has no negative only where nobody has one: then the sum is 0, whatever is counted
+    return hinge.sum() / positive.any(1).sum().clamp(min=1)
+
+
+def as_array(values):
+    """A list, an array or a tensor on any device as an array; bfloat16, which NumPy does not have,
+    becomes float32."""
+    if not torch.is_tensor(values):
+        return np.asarray(values)
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
 
 
 def match_ranks(d, q_pids, q_cams, g_pids, g_cams):
     """Ranks (0 is the first) of the true matches of each query, as a list of ascending int arrays.
 
     MARS' protocol: gallery entries of the query's own identity and camera, and junk (pid -1), are
-    taken out of its ranking; equal distances rank in gallery order. d: distances (Q, G).
+    taken out of its ranking; equal distances rank in gallery order. d: distances (Q, G), all of
+    them finite (UserError). All arguments may be lists, arrays or tensors.
     """
+    q_pids, q_cams, g_pids, g_cams = map(as_array, (q_pids, q_cams, g_pids, g_cams))
     found = []
-    for row, pid, cam in zip(d, q_pids, q_cams):
+    for row, pid, cam in zip(d, q_pids, q_cams, strict=True):
+        row = as_array(row)
+        if not np.isfinite(row).all():
+            raise UserError(f"a query (identity {pid}, camera {cam}) has a distance that is NaN or "
+                            "infinite, by which nothing can be ranked: are the features finite?")
         kept = ~((g_pids == pid) & (g_cams == cam) | (g_pids == -1))
         row, same = row[kept], g_pids[kept] == pid
         ranking, matches = np.sort(row), np.sort(row[same])
@@ -87,15 +121,18 @@ def average_precision(ranks):
 
 def ranked_rows(d, q_pids, q_cams, g_pids, g_cams):
     """Of each query its distances and its `match_ranks`. d: as there, or of `distance_blocks`."""
-    for rows, block in [(slice(None), d)] if hasattr(d, "shape") else d:
-        block = torch.as_tensor(block).numpy(force=True)
+    q_pids, q_cams, g_pids, g_cams = map(as_array, (q_pids, q_cams, g_pids, g_cams))
+    whole = hasattr(d, "shape") or isinstance(d, (list, tuple)) and not isinstance(d[0], tuple)
+    for rows, block in [(slice(None), d)] if whole else d:
+        block = as_array(block)
         yield from zip(block, match_ranks(block, q_pids[rows], q_cams[rows], g_pids, g_cams))
 
 
 def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
     """CMC (top,) and mAP, in [0, 1], and the number of queries with a match, which are averaged.
 
-    CMC[k - 1] is the share of queries with a match among the first k. d: see `ranked_rows`.
+    CMC[k - 1] is the share of queries with a match among the first k. d: see `ranked_rows`; a
+    distance that is NaN or infinite is refused (UserError), as every number would be wrong.
     """
     found = [ranks for _, ranks in ranked_rows(d, q_pids, q_cams, g_pids, g_cams) if len(ranks)]
     if not found:
@@ -106,27 +143,40 @@ def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
     return (first[:, None] < np.arange(1, top + 1)).mean(0), mean_ap, len(found)
 
 
+def smallest(d, k):
+    """The places of the k smallest of each row of d (M, N), float32, in ascending order; equal ones
+    in the order of their places, of which `topk` alone takes any."""
+    values, places = d.topk(min(k + 1, d.shape[1]), largest=False)
+    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    # the bits of floats sort as they do, unless both are negative; the place goes behind them
+    keys = d[tied].view(torch.int32).long() * 2 ** 32 + torch.arange(d.shape[1], device=d.device)
+    places[tied] = keys.topk(places.shape[1], largest=False).indices
+    return places[:, :k]
+
+
 def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
     """k-reciprocal re-ranking (Zhong et al., CVPR 2017) of features (Q, D) and (G, D): new
     distances (Q, G), weight * d + (1 - weight) * d_Jaccard.
 
     d is the cosine or the squared Euclidean distance, divided by each sample's largest. Neighbours
-    are counted without the sample itself, which stands first in its own list. k1: neighbours of the
-    reciprocal sets; k2: of the query expansion. As in the paper, but not in the authors' code: V is
-    not divided by its sum, and a half set is added from ">= 2/3" on, not "> 2/3".
+    are counted without the sample itself, which stands first in its own list; equally distant ones
+    rank in the order of the features. k1: neighbours of the reciprocal sets; k2: of the query
+    expansion. As in the paper, but not in the authors' code: V is not divided by its sum, and a
+    half set is added from ">= 2/3" on, not "> 2/3".
     """
     from scipy.sparse import csr_array
-    x = torch.cat([q, g]).float()
-    if metric == "cosine":
-        x = F.normalize(x, dim=1)
+    x = torch.cat([q, g])
     n, power = len(x), 1 if metric == "cosine" else 2
     k1, k2 = min(k1, n - 1), min(k2, n)
     near, farthest = torch.empty(n, k1 + 1, dtype=torch.long), torch.empty(n)
     for rows, d in distance_blocks(x, x, metric):
         d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1  # before its duplicates
-        near[rows] = d.topk(k1 + 1, largest=False).indices.cpu()
+        near[rows] = smallest(d, k1 + 1).cpu()
         farthest[rows] = d.amax(1).cpu() ** power
-    near, farthest = near.numpy(), farthest.clamp(min=1e-12).numpy()
+    if not farthest.any():  # all features are equal, and their neighbours arbitrary
+        return np.zeros((len(q), len(g)), np.float32)
+    farthest[farthest == 0] = 1
+    near, farthest = near.numpy(), farthest.numpy()
 
     def reciprocal(k):  # R(p, k): neighbours with p as neighbour
         lists = near[:, :k + 1]
@@ -140,9 +190,13 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
     chosen = csr_array((common.data[mostly], (common.row[mostly], common.col[mostly])), (n, n))
     p, members = (full + chosen @ half).nonzero()  # R*(p, k1): with half sets mostly in it
     weights = np.empty(len(p), np.float32)
-    for some in np.array_split(np.arange(len(p)), 1 + len(p) // 10 ** 4):
-        a, b = x[p[some]], x[members[some]]
-        d = 1 - (a * b).sum(1) if metric == "cosine" else (a - b).square().sum(1)
+    for some in np.array_split(np.arange(len(p)), 1 + len(p) // 1000):
+        a, b = x[p[some]].double(), x[members[some]].double()
+        if metric == "cosine":
+            d = 1 - (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1)
+            d[d < ROUNDING] = 0
+        else:
+            d = (a - b).square().sum(1)
         weights[some] = np.exp(-d.cpu().numpy() / farthest[p[some]])
     V = csr_array((weights, (p, members)), shape=(n, n))
     p = np.repeat(np.arange(n), k2)  # local query expansion
@@ -161,14 +215,33 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
     return out
 
 
+def as_tracklets(tracklets):
+    """Tracklets whose frames are files or pixels; what is a list of frames alone becomes a Tracklet
+    of it. One that has no frames is a UserError, because it has no mean."""
+    named = []
+    for number, tracklet in enumerate(tracklets, 1):
+        if isinstance(tracklet, (str, os.PathLike)):
+            raise UserError(f"tracklet {number}, {tracklet}: a tracklet is a list of frames")
+        if not hasattr(tracklet, "frames"):
+            tracklet = Tracklet(tracklet, pid=0, cam=0)
+        if len(tracklet.frames) == 0:
+            raise UserError(f"tracklet {number} of {len(tracklets)} (identity {tracklet.pid}, "
+                            f"camera {tracklet.cam}) has no frames")
+        named.append(tracklet)
+    return named
+
+
 @torch.no_grad()
 def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
     """Features of whole tracklets, (N, D), float32: means of their clips' embeddings. Batches are
     full across tracklets; processes take them in turn and get the result of a single one.
 
     model: (B, T, 3, H, W) to (B, D) in eval mode; its method `finish`, where it has one, takes the
-    tracklets' means; split: (n, T) -> frame indices (clips, T); batch: clips a forward pass.
+    tracklets' means; tracklets: each a Tracklet, or its frames alone: a list of image files or of
+    crops in RGB, uint8 arrays or tensors (h, w, 3) of any sizes, or one of them (n, h, w, 3);
+    split: (n, T) -> frame indices (clips, T); batch: clips a forward pass.
     """
+    tracklets = as_tracklets(tracklets)
     device, training = next(model.parameters()).device, model.training
     clips = AllClips(tracklets, split, T, size)
     batches = [range(i, min(i + batch, len(clips))) for i in range(0, len(clips), batch)]
@@ -202,7 +275,7 @@ def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
 def test_features(model, dataset, split, T, size, **extraction):
     """Features of the query and the gallery tracklets, (Q, D) and (G, D). A model's method
     `test_parts` gives the networks whose features are joined, and the frames of their clips."""
-    tracklets = {t.frames[0]: t for t in dataset.query + dataset.gallery}
+    tracklets = {t.frames[0]: t for t in as_tracklets(dataset.query + dataset.gallery)}
     parts = model.test_parts() if hasattr(model, "test_parts") else [(model, T)]
     x = torch.cat([extract(part, [*tracklets.values()], split, frames, size, **extraction)
                    for part, frames in parts], 1)
@@ -234,13 +307,14 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
           f"{time.time() - start:.0f} s)", flush=True)
     if export and rank() == 0:
         d = d if use_rerank else distance_blocks(q, g, metric)
-        write_export(Path(export), dataset, q, g, d)
+        write_export(Path(export), dataset, q, g, d, use_rerank)
     return result
 
 
-def write_export(folder, dataset, q, g, d):
+def write_export(folder, dataset, q, g, d, reranked=False):
     """Features of the test part, and of each query AP, rank of the first match and first ten of the
-    gallery by the distances d, see `ranked_rows`. A tracklet is named by its first frame."""
+    gallery by the distances d, see `ranked_rows`. A tracklet is named by its first frame. reranked:
+    d is not of the features alone, which is said."""
     q_pids, q_cams, g_pids, g_cams = dataset.ids()
     queries, gallery = [[str(t.frames[0]) for t in p] for p in (dataset.query, dataset.gallery)]
     with replacing(folder / "features.npz") as file:
@@ -255,7 +329,11 @@ def write_export(folder, dataset, q, g, d):
         rows.append({"query": queries[i], "AP": ap, "rank": first,
                      **dict.fromkeys(range(1, 11)), **dict(enumerate(firsts, 1))})
     save_rows(rows, folder / "queries.csv")
-    print(f"wrote features.npz and queries.csv into {folder}", flush=True)
+    note = ""
+    if reranked:
+        note = ("; queries.csv is by the re-ranked distances, as the line above, and features.npz "
+                "has the features alone: their own distances give another order")
+    print(f"wrote features.npz and queries.csv into {folder}{note}", flush=True)
 
 
 # --------------------------------------------------------------------------------------- complexity

@@ -870,14 +870,27 @@ def _decode(path):
         return np.asarray(image.convert("RGB"))
 
 
+def _pixels(frame):
+    """A frame that is in memory, an array or a tensor, as an array (H, W, 3)."""
+    pixels = frame.numpy(force=True) if torch.is_tensor(frame) else frame
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise UserError("a frame in memory is RGB, uint8 (height, width, 3), not "
+                        f"{pixels.dtype} {pixels.shape}")
+    return pixels
+
+
 def read_clip(paths, size):
     """Frames of `size` (height, width), resized where they are not: uint8 (T, 3, H, W). Raises
-    UserError with the file's name when one is missing or damaged: a clip is never shortened."""
+    UserError with the file's name when one is missing or damaged: a clip is never shortened.
+
+    paths: files, or frames that are in memory, uint8 (h, w, 3)."""
     height, width = size
     clip = np.empty((len(paths), height, width, 3), np.uint8)
     for t, path in enumerate(paths):
         try:
-            frame = _decode(path)
+            frame = _pixels(path) if hasattr(path, "dtype") else _decode(path)
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UserError(f"{path}: no such frame, although the data set lists it") from None
         except Exception as error:  # the decoders raise many kinds

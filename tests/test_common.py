@@ -56,6 +56,30 @@ def test_distances(metric):
         next(distance_blocks(a, b, "manhattan"))
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_near_duplicates(metric, dtype):
+    """Vectors of 4,096 numbers, as M3D's two streams have them: products of them in float32 have an
+    error that is larger than the distances of near duplicates. Far more rows than a block."""
+    a = torch.randn(40, 4096).to(dtype)
+    found = distances(a, a.repeat(120, 1), metric)
+    assert found.dtype == torch.float32 and found.shape == (40, 4800)
+    assert (found.diag() == 0).all() and (found[:, 4760:].diag() == 0).all()
+    for noise in (1e-1, 1e-3, 1e-5):
+        b = a.double() + noise * torch.randn(40, 4096)
+        expected = (a.double() - b).norm(dim=1)
+        if metric == "cosine":
+            units = [nn.functional.normalize(x.double(), dim=1) for x in (a, b)]
+            expected = (units[0] - units[1]).square().sum(1) / 2
+        found = distances(a, b, metric).diag().double()
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+
+
+def test_a_vector_of_zeros_is_at_distance_one():
+    a = torch.stack([torch.zeros(8), torch.ones(8)])
+    assert distances(a, a).tolist() == [[1, 1], [1, 0]]
+
+
 def slow_triplet(x, pids, margin):
     losses = []
     for i in range(len(x)):
@@ -144,7 +168,24 @@ def test_ties_rank_in_gallery_order():
     assert ranks.tolist() == [1, 3]
 
 
-def test_no_match_at_all_is_an_error():
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_cmc_map_takes_ids_and_distances_of_any_kind(kind):
+    d = torch.tensor([[0.5, 0.25, 2.0, 1.0], [0.5, 1.0, 0.125, 4.0]])
+    ids = [kind(x) for x in ([1, 2], [1, 1], [1, 1, 2, 2], [2, 1, 2, 3])]
+    expected = slow_cmc_map(d.tolist(), *ids, 4)
+    for given in (d, d.bfloat16(), d.half(), d.double(), d.numpy(), d.tolist(),
+                  [(slice(0, 1), d[:1].bfloat16()), (slice(1, 2), d[1:].bfloat16())]):
+        cmc, mean_ap, matched = cmc_map(given, *ids, 4)
+        np.testing.assert_allclose(cmc, expected[0])
+        assert abs(mean_ap - expected[1]) < 1e-12 and matched == 2
+    assert [ranks.tolist() for ranks in match_ranks(d.bfloat16(), *ids)] == [[0], [0, 3]]
+
+
+def test_what_cannot_be_ranked_is_an_error():
+    for d in (np.full((2, 3), np.nan), np.array([[0.1, 0.2, 0.3], [0.1, np.inf, 0.3]])):
+        for given in (d, torch.tensor(d), [(slice(0, 1), d[:1]), (slice(1, 2), d[1:])]):
+            with pytest.raises(UserError, match="NaN or infinite"):
+                cmc_map(given, [1, 1], [1, 1], [1, 1, 2], [1, 2, 2])
     with pytest.raises(UserError, match="no query has a match"):
         cmc_map(np.zeros((1, 2)), np.array([1]), np.array([1]), np.array([1, 2]), np.array([1, 2]))
 
@@ -189,6 +230,31 @@ def test_rerank(metric, k1, k2, weight):
     np.testing.assert_allclose(
         rerank(q, g, metric, k1, k2, weight), slow_rerank(q, g, metric, k1, k2, weight), atol=2e-5
     )
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_rerank_of_duplicates(metric):
+    """A sample stands first in its own list, also behind duplicates with smaller numbers, as the
+    queries of MARS have them in the gallery: here more of them than a list has places. All others
+    rank in the order of their places."""
+    x = torch.randn(4, 8)
+    q, g = x[[0, 1, 0]], torch.cat([x, x[:2], x[2:3] + 0.1, x[:1]])
+    for k1, k2 in ((1, 1), (2, 1), (2, 2)):
+        np.testing.assert_allclose(
+            rerank(q, g, metric, k1, k2, 0.3), slow_rerank(q, g, metric, k1, k2, 0.3), atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("value, queries, gallery", [(1.0, 3, 6), (0.37, 3, 60), (1e-9, 2, 9)])
+def test_rerank_of_equal_features(metric, value, queries, gallery):
+    """As of a network that collapsed: no NaN, and the gallery stays in its order."""
+    q, g = torch.full((queries, 8), value), torch.full((gallery, 8), value)
+    d = rerank(q, g, metric)
+    assert d.shape == (queries, gallery) and np.isfinite(d).all() and (d == d[0, 0]).all()
+    pids, cams = [1] * queries, [1] * queries
+    (ranks, *_) = match_ranks(d, pids, cams, [2] * (gallery - 1) + [1], [2] * gallery)
+    assert ranks.tolist() == [gallery - 1]
 
 
 class Mean(nn.Module):
@@ -288,8 +354,8 @@ def test_export(small_root, tmp_path, capsys, monkeypatch, use_rerank):
         evaluate(*options, export=tmp_path / "new/a")
     assert "wrote" not in capsys.readouterr().out and not (tmp_path / "new").exists()
     result = evaluate(*options, export=tmp_path / "new/a")
-    says = f"wrote features.npz and queries.csv into {tmp_path / 'new/a'}\n"
-    assert says in capsys.readouterr().out
+    says, out = f"wrote features.npz and queries.csv into {tmp_path / 'new/a'}", capsys.readouterr()
+    assert says in out.out and ("features alone" in out.out) == use_rerank
     arrays, rows = read_export(tmp_path / "new/a")
     assert sorted(p.name for p in (tmp_path / "new/a").iterdir()) == ["features.npz", "queries.csv"]
     q, g = parts
@@ -316,6 +382,66 @@ def test_export(small_root, tmp_path, capsys, monkeypatch, use_rerank):
         if row["rank"] and int(row["rank"]) <= 10:
             pids = [where[name].pid == t.pid for name in listed]
             assert pids.index(True) == int(row["rank"]) - 1
+
+
+def crops(frames):
+    """The pixels of files, as a tracker has them: uint8 (h, w, 3)."""
+    return [read_clip([frame], (64, 32))[0].permute(1, 2, 0).numpy() for frame in frames]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_extract_takes_crops_that_are_in_memory(small_root, workers):
+    """Lists of arrays and of tensors, and one of either, beside files: all the same embeddings."""
+    tracklets = load_dataset("synthetic", small_root).gallery[:5]
+    options = dict(split=split_consecutive, T=4, size=(48, 40), workers=workers)
+    expected = extract(Mean(), tracklets, **options)
+    first, second, third, fourth, fifth = (crops(t.frames) for t in tracklets)
+    second[0].flags.writeable = False
+    given = [
+        [frame[..., ::-1].copy()[..., ::-1] for frame in first],  # as from OpenCV's BGR
+        np.stack(second),
+        [torch.tensor(frame) for frame in third],
+        torch.tensor(np.stack(fourth)),
+        tracklets[4]._replace(frames=fifth),
+    ]
+    assert torch.equal(extract(Mean(), given, **options), expected)
+    files = [list(t.frames) for t in tracklets]
+    assert torch.equal(extract(Mean(), files, **options), expected)
+    sizes = [np.full((h, 30, 3), 7, np.uint8) for h in (60, 50, 70)]  # a tracker's boxes differ
+    x = extract(Mean(), [sizes], **options)
+    torch.testing.assert_close(x, extract(Mean(), [np.full((3, 9, 9, 3), 7, np.uint8)], **options))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("empty", [(), [], np.zeros((0, 8, 8, 3), np.uint8)])
+def test_a_tracklet_without_frames_is_named(small_root, place, empty):
+    dataset = load_dataset("synthetic", small_root)
+    tracklets = dataset.gallery[:2]
+    tracklets.insert(place, dataset.gallery[2]._replace(frames=empty, pid=8, cam=3))
+    options = (split_consecutive, 4, (64, 32))
+    says = rf"tracklet {place + 1} of 3 \(identity 8, camera 3\) has no frames"
+    with pytest.raises(UserError, match=says):
+        extract(Mean(), tracklets, *options)
+    with pytest.raises(UserError, match="tracklet 1 of 1 .* has no frames"):
+        extract(Mean(), [empty], *options)
+    with pytest.raises(UserError, match="identity 8, camera 3"):
+        evaluate(Mean(), dataset._replace(gallery=tracklets), *options)
+
+
+@pytest.mark.parametrize(
+    "frames, says",
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), "float32"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"\(3, 8, 8\)"),
+        (np.zeros((8, 8, 3), np.uint8), r"\(8, 3\)"),
+        ([np.zeros((0, 8, 3), np.uint8)], r"\(0, 8, 3\)"),
+        (torch.zeros(2, 8, 8, 4, dtype=torch.uint8), r"\(8, 8, 4\)"),
+        ("frame.jpg", "is a list of frames"),
+    ],
+)
+def test_extract_refuses_other_crops(frames, says):
+    with pytest.raises(UserError, match=says):
+        extract(Mean(), [frames], split_consecutive, 4, (64, 32))
 
 
 def test_evaluate_refuses_features_that_are_not_finite(small_root):
