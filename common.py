@@ -26,8 +26,8 @@ from data import (CHUNK, DATA_SETS, NO_MATCH, SPLIT_SETS, AllClips, Parser, Trac
 
 # ------------------------------------------------------------------------- distances and retrieval
 
-# What is less than this share of the vectors' size is the rounding of their numbers, and is 0: equal
-# vectors have a distance of exactly 0. It is the square of what float32 can tell apart.
+# A squared distance that is a smaller share of the vectors' squares than this is the rounding of
+# their numbers and becomes 0, so that equal vectors have a distance of exactly 0.
 ROUNDING = 1e-14
 
 

@@ -14,6 +14,7 @@ import colorsys
 import contextlib
 import csv
 import functools
+import io
 import itertools
 import json
 import math
@@ -843,9 +844,29 @@ def _need_believable_size(width, height):
         raise ValueError(f"{width} x {height} pixels by its header, too many to be true")
 
 
+def _orientation(image):
+    """How a camera was held, 1 to 8, by an image's Exif or XMP data; 1, upright, without them. What
+    cannot be read there is no damage of the picture."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # the readers of Exif raise many kinds
+        return 1
+
+
+def _upright(frame, orientation):
+    """A frame (H, W, 3) as it is to be seen: orientations from 5 on are stored lying."""
+    if orientation in (5, 6, 7, 8):
+        frame = frame.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        frame = frame[::-1]
+    if orientation in (2, 3, 6, 7):
+        frame = frame[:, ::-1]
+    return np.ascontiguousarray(frame)
+
+
 def _decode(path):
-    """A frame, uint8 (H, W, 3). What a decoder complains of is an error: JPEGs go to simplejpeg,
-    because Pillow keeps libjpeg's complaints to itself."""
+    """A frame, uint8 (H, W, 3), upright. What a decoder complains of is an error: JPEGs go to
+    simplejpeg, because Pillow keeps libjpeg's complaints to itself."""
     with open(path, "rb") as file:
         content = file.read()
     if content.startswith(b"\xff\xd8"):  # a JPEG, whatever its name
@@ -854,6 +875,10 @@ def _decode(path):
             _need_believable_size(width, height)
             four = colours in ("CMYK", "YCCK")
             frame = simplejpeg.decode_jpeg(content, "CMYK" if four else "RGB", strict=True)
+            # APP1, in which Exif and XMP are, stands before the scan; most crops have none
+            if b"\xff\xe1" in content[:content.find(b"\xff\xda")] and not four:
+                with contextlib.suppress(OSError), Image.open(io.BytesIO(content)) as image:
+                    return _upright(frame, _orientation(image))
             if not four:
                 return frame
         except ValueError as error:
@@ -865,9 +890,11 @@ def _decode(path):
         _need_believable_size(*image.size)
         image.verify()  # the checksums of a PNG; the image has to be opened again
     with Image.open(path) as image:
+        image.load()  # raises here what is wrong; Exif may stand behind the pixels
+        orientation = _orientation(image)
         if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-        return np.asarray(image.convert("RGB"))
+        return _upright(np.asarray(image.convert("RGB")), orientation)
 
 
 def _pixels(frame):
@@ -901,21 +928,48 @@ def read_clip(paths, size):
     return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
 
+def _is_dark_16_bit(path):
+    """Whether a frame is a PNG of 16 bits that becomes nearly black in 8 bits, as that of a sensor
+    of 12 bits does, whose white is 4095."""
+    with open(path, "rb") as file:
+        head = file.read(25)
+    return head.startswith(b"\x89PNG") and head[24:] == b"\x10" and 0 < _decode(path).max() < 64
+
+
+# How many frames of a kind `check_images` names before it only counts them: what is missing is
+# missing by folders, while each damaged frame has to be mended.
+NAMED = {"missing": 5, "damaged": 100}
+
+
 def check_images(dataset):
-    """Decodes every frame of a data set, prints a line for each bad one, returns their number."""
-    def problem(path):
+    """Decodes every frame of a data set, names bad ones, and returns their number. Warns of frames
+    that are probably not meant as they are read."""
+    def look(path):
+        """(kind of the problem or None, what it is)"""
         try:
             read_clip([path], (1, 1))
         except UserError as error:
-            return str(error)
+            return "damaged" if os.path.exists(path) else "missing", str(error)
+        return "dark" if _is_dark_16_bit(path) else None, path
 
     paths = sorted({frame for tracklets in dataset[1:] for t in tracklets for frame in t.frames})
-    bad = 0
+    count, first_dark = collections.Counter(), None
     with ThreadPool(16) as pool:
-        lines = tqdm(pool.imap(problem, paths, 64), "checking", len(paths), unit=" frames",
+        found = tqdm(pool.imap(look, paths, 64), "checking", len(paths), unit=" frames",
                      disable=None)
-        for bad, line in enumerate(filter(None, lines), 1):
-            tqdm.write(line)
+        for kind, text in found:
+            count[kind] += 1
+            if kind in NAMED and count[kind] <= NAMED[kind]:
+                tqdm.write(text)
+            if kind == "dark":
+                first_dark = first_dark or text
+    for kind, most in NAMED.items():
+        if count[kind] > most:
+            print(f"... and {count[kind] - most:,} more that are {kind}")
+    if first_dark:
+        print(f"warning: {first_dark}: a PNG of 16 bits that becomes nearly black, as one with "
+              f"values of 12 bits does ({count['dark']:,} in all): 65535 is taken for white")
+    bad = count["missing"] + count["damaged"]
     print(f"{len(paths):,} frames checked, {bad:,} bad")
     return bad
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import loadmat, savemat
 
 import data
@@ -444,6 +444,102 @@ def test_16_bits_are_scaled_to_8(tmp_path):
     found = pixels(tmp_path / "a.png")
     assert found[0, :3, 0].tolist() == [255, 100, 0]
     assert np.array_equal(found, np.rint(values / 257)[..., None].repeat(3, 2))
+
+
+def oriented(kind, orientation, mode="RGB", size=(64, 32)):
+    """An image with an Exif orientation, as cameras write it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture(mode, size), kind, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"),
+                                        ("PNG", "RGB"), ("PNG", "P")])
+def test_frames_are_upright(tmp_path, kind, mode, orientation):
+    """Pixels as Pillow turns them, of every orientation and every way through the decoders."""
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(oriented(kind, orientation, mode))
+    size = (32, 64) if orientation < 5 else (64, 32)
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image.convert("RGB"))
+    assert expected.size == size[::-1]
+    found = read_clip([str(path)], size)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_frame_that_is_stored_lying_stands(tmp_path, kind):
+    """By hand: red on the left, and the camera was turned, so that red is on top."""
+    image = Image.new("RGB", (64, 32), "blue")
+    image.paste("red", (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", kind, exif=exif)
+    frame = data._decode(tmp_path / "a.jpg").astype(int)
+    assert frame.shape == (64, 32, 3)
+    assert (frame[:28, :, 0] > 200).all() and (frame[36:, :, 2] > 200).all()
+
+
+def test_other_exif_data_is_no_orientation(tmp_path):
+    """Exif without the tag, with one that does not exist, or damaged; XMP, which has it, too."""
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    for content in (encoded(picture(size=(64, 32)), "JPEG", exif=exif), oriented("JPEG", 9),
+                    encoded(picture(size=(64, 32)), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff")):
+        (tmp_path / "a.jpg").write_bytes(content)
+        assert data._decode(tmp_path / "a.jpg").shape == (32, 64, 3)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+    (tmp_path / "a.jpg").write_bytes(encoded(picture(size=(64, 32)), "JPEG", xmp=xmp))
+    assert data._decode(tmp_path / "a.jpg").shape == (64, 32, 3)
+
+
+def frames_only(paths):
+    """A data set of one tracklet."""
+    return data.Dataset("made", [data.Tracklet(tuple(map(str, paths)), 0, 0)], [], [])
+
+
+@pytest.mark.parametrize("white, dark", [(65535, False), (4095, True), (1023, True), (0, False)])
+def test_check_warns_of_12_bits_in_16(tmp_path, capsys, white, dark):
+    """Grey as Pillow and colours as OpenCV or libpng write them: both become nearly black."""
+    values = np.linspace(0, white, 64 * 32).astype(np.uint16).reshape(64, 32)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in paths[1:]:
+        Image.fromarray(values).save(path)
+    paths[0].write_bytes(encoded(Image.new("L", (32, 64), 9), "PNG"))  # 8 bits: dark as meant
+    rows = b"".join(b"\0" + row.astype(">u2").repeat(3).tobytes() for row in values)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 32, 64, 16, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    colours = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks)
+    paths.append(tmp_path / "3.png")
+    paths[3].write_bytes(colours)
+    assert data.check_images(frames_only(paths)) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("4 frames checked, 0 bad\n")
+    assert (f"warning: {tmp_path}/1.png: a PNG of 16 bits" in out and "(3 in all)" in out) == dark
+    assert ("warning" in out) == dark
+
+
+def test_check_counts_what_is_missing_after_the_first_five(tmp_path, capsys):
+    """A folder that is not there would be a line for each of its frames; damaged frames, which are
+    mended one by one, are named."""
+    paths = [tmp_path / f"{i:04}.jpg" for i in range(1020)]
+    whole = encoded(picture(), "JPEG")
+    for path in paths[1000:]:
+        path.write_bytes(whole[:200])
+    paths[-1].write_bytes(whole)
+    assert data.check_images(frames_only(paths)) == 1019
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("no such frame" in line for line in lines) == 5
+    assert sum("unreadable image" in line for line in lines) == 19
+    assert lines[-2:] == ["... and 995 more that are missing", "1,020 frames checked, 1,019 bad"]
+    for path in paths[:700]:
+        path.write_bytes(whole[:200])
+    assert data.check_images(frames_only(paths)) == 1019
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 + 100 + 3 and "... and 619 more that are damaged" in lines
 
 
 def unusual_subsampling():
