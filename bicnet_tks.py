@@ -90,7 +90,7 @@ class CrossScalePath(nn.Module):
     """CSP, Eq. 2: adds what the big frames show to the small ones.
 
     F_D (B, M, C, H, W), H and W even, and F_C (B, alpha * M, C, H / 2, W / 2) -> as F_C.
-    alpha: small frames for each big one, an integer >= 1.
+    alpha: small frames for each big one, an integer >= 1. Raises ValueError for other sizes.
     """
 
     def __init__(self, channels, alpha):
@@ -98,6 +98,13 @@ class CrossScalePath(nn.Module):
         self.conv = nn.Conv2d(channels, alpha * channels, 1, bias=False)          # W_c
 
     def forward(self, big, small):
+        M, C, H, W = big.shape[1:]
+        out, inputs = self.conv.weight.shape[:2]
+        fits = M * out // inputs, inputs, H // 2, W // 2
+        if C != inputs or H % 2 or W % 2 or small.shape[1:] != fits:
+            raise ValueError(f"CSP with alpha = {out // inputs} takes {inputs} channels, even H and "
+                             f"W and small frames of {fits} to big ones of {(M, C, H, W)}, not "
+                             f"{tuple(small.shape[1:])}")
         # F_D' = R(W_c * P(F_D)), where R keeps the channels last, as in memory    # Eq. 2
         x = self.conv(F.max_pool2d(big.flatten(0, 1), 2)).movedim(1, 3)   # (B M, H/2, W/2, alpha C)
         x = x.unflatten(3, (-1, small.shape[2])).movedim(3, 1)           # (B M, alpha, H/2, W/2, C)
@@ -130,7 +137,8 @@ class DiverseAttentionsOperation(nn.Module):
         scores = [d[:, 0].mean(1).flatten(1)]                             # (1 / C) sum_c (D_1)_c
         for k, module in enumerate(self.attention, 1):
             scores.append(module(d[:, k]))
-        a = torch.stack(scores, 1).softmax(2)                                     # Eq. 3
+        a = torch.stack(scores, 1)
+        a = a.softmax(2, torch.promote_types(a.dtype, torch.float32))             # Eq. 3
         attended = (d.flatten(3) @ a.to(d.dtype)[..., None])[..., 0]      # sum of A_k * D_k
         attended = self.bn(attended.flatten(0, 1)).to(d.dtype)
         return d + attended.view(*d.shape[:3], 1, 1), a.unflatten(2, d.shape[3:])
@@ -199,10 +207,14 @@ class TemporalKernelSelection(nn.Module):
         u = y.sum(1).mean(2)                                                      # Eq. 6
         # g_i = exp(W_i u) / sum_j exp(W_j u)                                     # Eq. 7
         w_u = self.w(self.squeeze(u)).unflatten(1, y.shape[1:3])
-        return w_u.softmax(1).to(y.dtype)
+        return w_u.softmax(1, torch.promote_types(w_u.dtype, torch.float32)).to(y.dtype)
 
     def forward(self, *maps):
         h, w = self.grid
+        channels = self.paths[0].in_channels
+        if any(f.shape[2] != channels for f in maps):
+            raise ValueError(f"TKS was built for {channels} channels, not "
+                             f"{[f.shape[2] for f in maps]}")
         x = torch.cat([self.partition(f) for f in maps], 1)               # (B, T, C, h, w)
         B, T, C = x.shape[:3]
         x = x.permute(0, 3, 4, 2, 1).reshape(B * h * w, C, T)             # a sequence a region
@@ -344,7 +356,9 @@ class BiCnet(nn.Module):
             if segment.shape[1]:
                 x = segment.flatten(0, 1)
                 if i:
-                    x = F.interpolate(x, (H >> i, W >> i), mode="bilinear", antialias=True)
+                    dtype = torch.promote_types(x.dtype, torch.float32)   # CPUs take no float16
+                    x = F.interpolate(x.to(dtype), (H >> i, W >> i), mode="bilinear",
+                                      antialias=True).to(x.dtype)
                 branches.append(x.contiguous(memory_format=torch.channels_last))
         branches = [*self.each(self.stem, branches)]
         for name in ("layer1", "layer2", "layer3", "layer4"):

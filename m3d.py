@@ -126,6 +126,9 @@ class M3DLayer(nn.Module):
         return w(sum_of_taps(s.unflatten(0, (-1, self.frames)), i).flatten(0, 1))
 
     def forward(self, x):
+        if x.shape[1] != self.spatial.in_channels or x.shape[0] % self.frames:
+            raise ValueError(f"M3D layer takes {self.spatial.in_channels} channels and a multiple "
+                             f"of {self.frames} frames, not {x.shape[1]} and {x.shape[0]}")
         s = self.spatial(x)
         n = len(self.temporal)
         # y = S(x) + sum over i of T^(i)(S(x))                                    # Eq. 4
@@ -169,6 +172,7 @@ class ResidualAttentionLayer(nn.Module):
             raise ValueError(f"RAL takes at least one of the branches s, c and t, not {branches}")
         if not 1 <= reduction <= channels:
             raise ValueError(f"RAL takes a reduction of 1 to {channels}, not {reduction}")
+        self.size = frames, channels
         self.branches = nn.ModuleDict()
         if "s" in branches:
             self.branches["s"] = nn.Sequential(
@@ -186,10 +190,14 @@ class ResidualAttentionLayer(nn.Module):
 
     def forward(self, x):
         B, T, C, H, W = x.shape
+        if (T, C) != self.size:
+            raise ValueError(f"RAL was built for (T, C) = {self.size}, not ({T}, {C})")
         s_m = c_m = t_m = x.new_ones(())
         x_s = mean_over_frames(x)                                                 # Eq. 9
         if "t" in self.branches:
-            t_m = self.branches["t"](x.sum((2, 3, 4)) / (C * H * W)).view(B, T, 1, 1, 1)
+            dtype = torch.promote_types(x.dtype, torch.float32)   # float16 cannot hold the sum
+            x_t = (x.sum((2, 3, 4), dtype=dtype) / (C * H * W)).to(x.dtype)
+            t_m = self.branches["t"](x_t).view(B, T, 1, 1, 1)
         if "s" in self.branches:
             s_m = self.branches["s"](x_s).view(B, 1, H, W, 1)                     # Eq. 10
         if "c" in self.branches:
@@ -204,13 +212,15 @@ class InflatedConv(nn.Module):
     """I3D (Carreira and Zisserman, CVPR 2017): a convolution inflated to three frames.
 
     X (B*T, C, H, W) -> (B*T, C', H', W'): frames as batch, in the place of `conv`. Starts as it.
-    conv: without bias, groups and dilation (ValueError); frames: T.
+    conv: without bias, groups and dilation, padded by a number of zeros (ValueError); frames: T.
     """
 
     def __init__(self, conv, frames):
         super().__init__()
-        if conv.bias is not None or conv.groups != 1 or conv.dilation != (1, 1):
-            raise ValueError(f"I3D inflates convolutions without bias, groups and dilation: {conv}")
+        if (conv.bias is not None or conv.groups != 1 or conv.dilation != (1, 1)
+                or conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+            raise ValueError("I3D inflates convolutions without bias, groups and dilation, padded "
+                             f"by a number of zeros, not {conv}")
         self.frames = frames
         like = dict(bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
         self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, *conv.kernel_size),
@@ -227,13 +237,20 @@ class P3DConv(nn.Module):
 
     X (B*T, C, H, W) -> (B*T, C', H', W'): frames as batch, in the place of S. Starts as S, or with
     bn as relu(bn(S)).
-    conv: S; frames: T; kind: "a", "b" or "c" (ValueError); bn: for "a", with ReLU between S and T.
+    conv: S; frames: T; kind: "a", "b" or "c" (ValueError; "b" takes only an S that keeps the size
+    of maps but for its stride); bn: for "a", with ReLU between S and T.
     """
 
     def __init__(self, conv, frames, kind, bn=None):
         super().__init__()
         if kind not in ("a", "b", "c"):
             raise ValueError(f"P3D is of kind a, b or c, not {kind}")
+        keeps_size = conv.padding == "same" or all(
+            2 * p == d * (k - 1)
+            for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size))
+        if kind == "b" and not keeps_size:
+            raise ValueError("P3D-B adds S(x) to T(x), and takes an S that keeps the size of maps "
+                             f"but for its stride, not {conv}")
         self.spatial = conv
         self.frames = frames
         self.kind = kind

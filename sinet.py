@@ -111,7 +111,8 @@ class ChannelAttentionLayer(nn.Module):
         x_sum = sum(frame.to(dtype) for frame in x.detach().unbind(1))
         from_first = x_sum - x_sum[..., :1, :1]            # all equal: 0 < 0, without rounding
         w_ctr = from_first.mean((2, 3)) < from_first[..., 1:-1, 1:-1].mean((2, 3))  # Eq. 1
-        mean = x.sum((1, 3, 4)) / (T * H * W)           # its gradient is cheaper than a mean's
+        # the gradient of a sum is cheaper than a mean's; float16 could not hold the sum
+        mean = (x.sum((1, 3, 4), dtype=dtype) / (T * H * W)).to(x.dtype)
         w_se = self.excite(self.squeeze(mean).relu()).sigmoid()
         return (w_ctr * w_se)[:, None, :, None, None]
 
@@ -130,9 +131,10 @@ class KernelGenerationModule(nn.Module):
 
     def forward(self, p):
         a = self.attention(p.flatten(0, 1)).unflatten(0, p.shape[:2])     # (B, s, k*k, H, W)
+        a = a.to(torch.promote_types(a.dtype, torch.float32))             # eps is 0 in float16
         a = F.normalize(a, p=1, dim=2)                                    # over the k*k maps,
         a = F.normalize(a.transpose(1, 2).flatten(2), p=1, dim=2)         # then over s*H*W
-        return a @ p.movedim(2, 4).flatten(1, 3)                          # K = P A_p^T
+        return a.to(p.dtype) @ p.movedim(2, 4).flatten(1, 3)              # K = P A_p^T
 
 
 def conv_by_matmul(q, kernel):
@@ -173,11 +175,13 @@ class SuppressOperation(nn.Module):
 
     def forward(self, q, kernel):
         B, L, C, H, W = q.shape
-        response = conv_by_matmul(q, kernel)                                      # Q * K
-        if self.scale != "none":
-            response = response / kernel.shape[1]                         # the window's mean
-        if self.scale == "window+channels":
-            response = response / math.sqrt(C)
+        taps = kernel.shape[1]
+        # the kernel is divided before the product, whose sums float16 could not hold otherwise
+        response = conv_by_matmul(q, kernel / (taps * math.sqrt(C)))              # Q * K
+        if self.scale == "window":
+            response = response * math.sqrt(C)
+        elif self.scale == "none":
+            response = response * taps * math.sqrt(C)
         # R = softmax(Q * K)                                                      # Eq. 3
         # S = exp(beta * min(1 / (H W R) - 1, 0))                                 # Eq. 4
         # from log R, so that a vanishing R gives no 0 * inf
@@ -206,7 +210,8 @@ class CrossPropagationModule(nn.Module):
 
     def forward(self, former, later, s):
         def gap(x):                                     # summed over the frames
-            return x.sum((1, 3, 4), keepdim=True) / (x.shape[3] * x.shape[4])
+            dtype = torch.promote_types(x.dtype, torch.float32)   # float16 cannot hold the sum
+            return x.sum((1, 3, 4), True, dtype=dtype) / (x.shape[3] * x.shape[4])
         y = s * later
         lost, seen = gap(later) - gap(y), gap(former)                             # Eq. 5, 6
         if self.release:
@@ -244,6 +249,7 @@ class SalientToBroadModule(nn.Module):
         super().__init__()
         if split < 1 or kernel_size % 2 == 0:
             raise ValueError(f"SBM needs split >= 1 and an odd k, not {split} and {kernel_size}")
+        self.channels = channels
         self.split = split
         self.cal = None
         if cal:
@@ -256,6 +262,8 @@ class SalientToBroadModule(nn.Module):
         s = self.split
         if x.shape[1] <= s:
             raise ValueError(f"SBM with split {s} needs more than {s} frames, not {x.shape[1]}")
+        if x.shape[2] != self.channels:
+            raise ValueError(f"SBM was built for {self.channels} channels, not {x.shape[2]}")
         parts = x.movedim(2, 4).split((s, x.shape[1] - s), 1)             # stays channels_last
         former, later = (part.movedim(4, 2) for part in parts)
         w = self.cal(x) if self.cal else x.new_ones(1, 1, x.shape[2], 1, 1)
@@ -300,6 +308,8 @@ class IntegrationDistributionModule(nn.Module):
         B, T, C, H, W = x.shape
         if T * H * W != self.l_i.in_features:
             raise ValueError(f"IDM was built for {self.l_i.in_features} positions, not {T}x{H}x{W}")
+        if C != self.g_i.in_channels:
+            raise ValueError(f"IDM was built for {self.g_i.in_channels} channels, not {C}")
         f = self.bn_g(self.g_i(x.flatten(0, 1)))                                  # G^I F
         f = f.view(B, T, -1, H, W).transpose(1, 2).flatten(2)             # (B, c', m)
         mixed = self.bn_l(self.l_i(f).transpose(1, 2)).transpose(1, 2)            # L^I
@@ -360,8 +370,9 @@ class GlobalContextBlock(nn.Module):
 
     def forward(self, x):
         B, T, C, H, W = x.shape
-        a = self.mask(x.flatten(0, 1)).view(B, -1).softmax(1)                     # (B, m)
-        context = torch.einsum("btchw,bthw->bc", x, a.view(B, T, H, W))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        a = self.mask(x.flatten(0, 1)).view(B, -1).softmax(1, dtype)              # (B, m)
+        context = torch.einsum("btchw,bthw->bc", x, a.to(x.dtype).view(B, T, H, W))
         return x + self.transform(context)[:, None, :, None, None]
 
 

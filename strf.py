@@ -141,9 +141,12 @@ class FactorizedAttentionMask(nn.Module):
         self.pool, self.kappa, self.normalize = pool, kappa, normalize
 
     def forward(self, f):
+        if f.shape[2] != self.h.in_channels:
+            raise ValueError(f"FAM was built for {self.h.in_channels} channels, not {f.shape[2]}")
         h = self.h(f.flatten(0, 1)).unflatten(0, f.shape[:2])             # (B, T, C/n, H, W)
         t = pool_same(h, self.window, self.pool)                          # T = G(H(f)), Eq. 2
         t = t.transpose(1, 2).flatten(1, 2).flatten(2)                    # (B, C/n * T, H*W)
+        t = t.to(torch.promote_types(t.dtype, torch.float32))             # eps is 0 in float16
         if self.normalize:
             t = F.normalize(t, dim=1, eps=1e-12)
         c = self.kappa * t.transpose(1, 2) @ t                            # kappa T^T T, Eq. 3
@@ -162,9 +165,11 @@ class SelfProduct(nn.Module):
 
     def forward(self, f):
         f = f.transpose(1, 2).flatten(1, 2).flatten(2)                    # (B, C * T, H*W)
+        f = f.to(torch.promote_types(f.dtype, torch.float32))             # eps is 0 in float16
         if self.normalize:
             f = F.normalize(f, dim=1, eps=1e-12)
-        return f.transpose(1, 2) @ f / f.shape[2]
+        f = f / f.shape[2] ** 0.5                       # before the product: sums are smaller
+        return f.transpose(1, 2) @ f
 
 
 class STRF(nn.Module):
@@ -223,12 +228,16 @@ class InflatedConv(nn.Module):
     """I3D (Carreira and Zisserman, CVPR 2017): a 2D convolution inflated to three frames.
 
     (B*T, C, H, W) -> (B*T, C', H', W'), because it takes a Conv2d's place in torchvision's block.
-    conv: what it starts as, without bias, groups and dilation; frames: T; strf: a module on
-    (B, T, C, H, W) in front of it.
+    conv: what it starts as, without bias, groups and dilation, padded by a number of zeros
+    (ValueError); frames: T; strf: a module on (B, T, C, H, W) in front of it.
     """
 
     def __init__(self, conv, frames, strf=None):
         super().__init__()
+        if (conv.bias is not None or conv.groups != 1 or conv.dilation != (1, 1)
+                or conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+            raise ValueError("I3D inflates convolutions without bias, groups and dilation, padded "
+                             f"by a number of zeros, not {conv}")
         self.frames, self.strf = frames, strf
         self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, *conv.kernel_size),
                               (1, *conv.stride), (1, *conv.padding), bias=False,
@@ -244,12 +253,21 @@ class P3DConv(nn.Module):
     """P3D (Qiu et al., ICCV 2017): a temporal 3x1x1 convolution beside a spatial one.
 
     (B*T, C, H, W) -> (B*T, C', H', W'), because it takes a Conv2d's place in torchvision's block.
-    conv: the spatial one, which the whole starts as; frames: T; kind: "a", "b" or "c", see below;
-    strf: a module on (B, T, C, H, W) in front of the temporal one.
+    conv: the spatial one, which the whole starts as; frames: T; kind: "a", "b" or "c", see below
+    (ValueError; "b" takes only a conv that keeps the size of maps but for its stride); strf: a
+    module on (B, T, C, H, W) in front of the temporal one.
     """
 
     def __init__(self, conv, frames, kind, strf=None):
         super().__init__()
+        if kind not in ("a", "b", "c"):
+            raise ValueError(f"P3D is of kind a, b or c, not {kind}")
+        keeps_size = conv.padding == "same" or all(
+            2 * p == d * (k - 1)
+            for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size))
+        if kind == "b" and not keeps_size:
+            raise ValueError("P3D-B adds S(x) to T(x), and takes an S that keeps the size of maps "
+                             f"but for its stride, not {conv}")
         self.spatial, self.frames, self.kind, self.strf = conv, frames, kind, strf
         inputs = conv.in_channels if kind == "b" else conv.out_channels
         stride = (1, *conv.stride) if kind == "b" else 1
@@ -288,7 +306,7 @@ class NonLocalBlock(nn.Module):
         theta, phi, g = (x.reshape(B, 1, T * H * W, -1) for x in maps)    # (B, 1, T*H*W, C/2)
         # y = softmax(theta phi^T) g
         y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)
-        y = y.view(B * T, H, W, -1).movedim(3, 1)
+        y = y.reshape(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + f
 
 

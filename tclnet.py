@@ -92,7 +92,8 @@ from data import PKSampler, load_dataset, normalize, sample_strided, split_conse
 class CorrelationLayer(nn.Module):
     """Eq. 3: how much each position of a frame resembles what former learners have seen.
 
-    F_n (B, D, H, W), f (B, K, D1), the vectors of K former frames -> R (B, K, H, W).
+    F_n (B, D, H, W), f (B, K, D1), the vectors of K former frames -> R (B, K, H, W), at least
+    float32.
     channels: D; features: D1; scaled: by 1 / sqrt(D), stop_gradient: at f (False: as printed).
     """
 
@@ -104,9 +105,14 @@ class CorrelationLayer(nn.Module):
     def forward(self, x, f):
         if self.stop_gradient:
             f = f.detach()
-        r = self.w(f) @ x.flatten(2)                                      # F^T (w^T f), Eq. 3
-        if self.scaled:
-            r = r / math.sqrt(x.shape[1])
+        if (f.shape[2], x.shape[1]) != (self.w.in_features, self.w.out_features):
+            raise ValueError(f"SEO was built for maps of {self.w.out_features} channels and vectors "
+                             f"of {self.w.in_features}, not {x.shape[1]} and {f.shape[2]}")
+        scale = math.sqrt(x.shape[1])
+        r = (self.w(f) / scale) @ x.flatten(2)          # F^T (w^T f), in sums that float16 can hold
+        r = r.to(torch.promote_types(r.dtype, torch.float32))
+        if not self.scaled:
+            r = r * scale                                                 # Eq. 3
         return r.unflatten(2, x.shape[2:])
 
 
@@ -158,7 +164,6 @@ class SaliencyErasingOperation(nn.Module):
 
     def forward(self, x, f):
         r = self.correlation(x, f)
-        r = r.to(torch.promote_types(r.dtype, torch.float32))
         # products over the former frames k; of none of them they are 1
         b = self.binarization(r).prod(1)                                  # B_n, Eq. 4
         g = r.prod(1).flatten(1).softmax(1) * b.flatten(1)                # G_n, Eq. 5
@@ -181,7 +186,7 @@ class TemporalSaliencyErasing(nn.Module):
                  seo=True, pool="avg", stop_gradient=True):
         super().__init__()
         self.shared, self.learners = shared, nn.ModuleList(learners)
-        self.features, self.pool = features, pool
+        self.channels, self.features, self.pool = channels, features, pool
         self.seo = None
         if seo and len(learners) > 1:
             self.seo = SaliencyErasingOperation(channels, features, block, stride, scaled,
@@ -190,17 +195,22 @@ class TemporalSaliencyErasing(nn.Module):
     def forward(self, x):
         B, T, *size = x.shape
         N = len(self.learners)
+        if size[0] != self.channels:
+            raise ValueError(f"TSE was built for {self.channels} channels, not {size[0]}")
         if T == 1:
             x, T = x.expand(-1, N, -1, -1, -1), N
         if T % N:
             raise ValueError(f"TSE with {N} learners needs a multiple of {N} frames, not {T}")
         x = x.reshape(B * T // N, N, *size)                               # all segments C_k at once
-        f, c = x.new_empty(len(x), 0, self.features), []                  # f_1 ... f_(n-1)
+        f, c = x.new_empty(x.shape[0], 0, self.features), []                  # f_1 ... f_(n-1)
         for learner, frame in zip(self.learners, x.movedim(2, 4).unbind(1)):
             frame = frame.movedim(3, 1).contiguous(memory_format=torch.channels_last)
             if self.seo:
                 frame = self.seo(frame, f)                                # SEO(F_n; f_1 ...), Eq. 2
             y = learner(self.shared(frame))
+            if y.shape[1] != self.features:
+                raise ValueError(f"TSE was built for learners that give {self.features} channels, "
+                                 f"not {y.shape[1]}")
             f_n = y.mean((2, 3))                                          # GAP(L_n(F_n)), Eq. 1-2
             f = torch.cat([f, f_n[:, None]], 1)
             c.append(f_n if self.pool == "avg" else y.amax((2, 3)))
@@ -216,8 +226,9 @@ def probability_map(q, m, tau=5.0):
     (B, T, T*H*W), for each query: sums up to 1 over the memory, and is 0 in the query itself.
     """
     T = q.shape[1]
-    q = F.normalize(q, dim=2)
-    length = torch.linalg.vector_norm(m, dim=2).clamp(min=torch.finfo(m.dtype).tiny)
+    dtype = torch.promote_types(m.dtype, torch.float32)
+    q = F.normalize(q.to(dtype), dim=2).to(m.dtype)
+    length = torch.linalg.vector_norm(m, dim=2, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
     # A_i = exp(tau q^T m_i / |m_i|) / sum_j exp(tau q^T m_j / |m_j|)            # Eq. 6
     # for all queries at once, from all frames without the query's own
     a = tau * (m @ q.transpose(1, 2) / length[:, :, None]).transpose(1, 2)
@@ -242,8 +253,11 @@ class TemporalSaliencyBoosting(nn.Module):
         B, T, D, H, W = x.shape
         if T < 2:
             raise ValueError(f"TSB needs a frame and its memory: at least 2 frames, not {T}")
+        if D != self.bn.num_features:
+            raise ValueError(f"TSB was built for {self.bn.num_features} channels, not {D}")
         m = x.movedim(2, 4).flatten(1, 3)                                 # (B, T*H*W, D)
-        q = m.unflatten(1, (T, -1)).sum(2) / (H * W)                      # GAP
+        dtype = torch.promote_types(m.dtype, torch.float32)       # float16 cannot hold the sum
+        q = m.unflatten(1, (T, -1)).sum(2, dtype=dtype) / (H * W)         # GAP
         o = probability_map(q, m, self.tau).to(x.dtype) @ m               # o = M^T A
         return self.bn(o.flatten(0, 1)).to(x.dtype).view(B, T, D, 1, 1) + x  # E = BN(o) + Q
 
@@ -272,18 +286,23 @@ class NonLocalBlock(nn.Module):
             return y.movedim(2, 4).reshape(B, 1, T * H * W, -1)
         y = F.scaled_dot_product_attention(positions(self.theta), positions(self.phi),
                                            positions(self.g), scale=1.0)
-        y = y.view(B * T, H, W, -1).movedim(3, 1)
+        y = y.reshape(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + x
 
 
 class TemporalConv(nn.Module):
     """A 3x1x1 convolution, equal to the 1x1 convolution `conv` at the start.
 
-    (B*T, C, H, W) -> (B*T, C', H, W), because it replaces `conv` in a bottleneck. frames: T.
+    (B*T, C, H, W) -> (B*T, C', H, W), because it replaces `conv` in a bottleneck. conv: without
+    bias, groups, stride and padding (ValueError); frames: T.
     """
 
     def __init__(self, conv, frames):
         super().__init__()
+        plain = conv.bias is None and conv.groups == 1 and conv.padding in ((0, 0), "valid", "same")
+        if not plain or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
+            raise ValueError("TemporalConv takes 1x1 convolutions without bias, groups, stride and "
+                             f"padding, not {conv}")
         self.frames = frames
         self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, 1, 1), padding=(1, 0, 0),
                               bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
@@ -397,7 +416,7 @@ class TCLNet(nn.Module):
         """Sec. 3.3: v = [v_1 / |v_1|, ..., v_N / |v_N|], (B, N * 2048), from the means of clips'
         outputs in eval mode, of the same shape."""
         v = features.unflatten(1, (len(self.neck), -1))
-        return F.normalize(v, dim=2).flatten(1)
+        return F.normalize(v.to(torch.promote_types(v.dtype, torch.float32)), dim=2).flatten(1)
 
 
 # ----------------------------------------------------------------------------- Sec. 3.3: the losses
