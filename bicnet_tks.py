@@ -102,8 +102,8 @@ class CrossScalePath(nn.Module):
         out, inputs = self.conv.weight.shape[:2]
         fits = M * out // inputs, inputs, H // 2, W // 2
         if C != inputs or H % 2 or W % 2 or small.shape[1:] != fits:
-            raise ValueError(f"CSP with alpha = {out // inputs} takes {inputs} channels, even H and "
-                             f"W and small frames of {fits} to big ones of {(M, C, H, W)}, not "
+            raise ValueError(f"CSP with alpha = {out // inputs} takes {inputs} channels, even H "
+                             f"and W and small frames of {fits} to big ones of {(M, C, H, W)}, not "
                              f"{tuple(small.shape[1:])}")
         # F_D' = R(W_c * P(F_D)), where R keeps the channels last, as in memory    # Eq. 2
         x = self.conv(F.max_pool2d(big.flatten(0, 1), 2)).movedim(1, 3)   # (B M, H/2, W/2, alpha C)

@@ -106,8 +106,8 @@ class CorrelationLayer(nn.Module):
         if self.stop_gradient:
             f = f.detach()
         if (f.shape[2], x.shape[1]) != (self.w.in_features, self.w.out_features):
-            raise ValueError(f"SEO was built for maps of {self.w.out_features} channels and vectors "
-                             f"of {self.w.in_features}, not {x.shape[1]} and {f.shape[2]}")
+            raise ValueError(f"SEO was built for maps of {self.w.out_features} channels and "
+                             f"vectors of {self.w.in_features}, not {x.shape[1]} and {f.shape[2]}")
         scale = math.sqrt(x.shape[1])
         r = (self.w(f) / scale) @ x.flatten(2)          # F^T (w^T f), in sums that float16 can hold
         r = r.to(torch.promote_types(r.dtype, torch.float32))
@@ -163,10 +163,13 @@ class SaliencyErasingOperation(nn.Module):
         nn.init.zeros_(self.bn.weight)
 
     def forward(self, x, f):
-        r = self.correlation(x, f)
-        # products over the former frames k; of none of them they are 1
-        b = self.binarization(r).prod(1)                                  # B_n, Eq. 4
-        g = r.prod(1).flatten(1).softmax(1) * b.flatten(1)                # G_n, Eq. 5
+        # products over the former frames k; of none of them they are 1: without empty maps, with
+        # which ONNX cannot go on
+        r = b = x.new_ones(x[:, 0].shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        if f.shape[1]:
+            r_k = self.correlation(x, f)
+            r, b = r_k.prod(1), self.binarization(r_k).prod(1)            # B_n, Eq. 4
+        g = r.flatten(1).softmax(1) * b.flatten(1)                        # G_n, Eq. 5
         gated = x.flatten(2) @ g.to(x.dtype)[:, :, None]                  # sum of G_n * F_n
         gated = self.bn(gated[:, :, 0]).to(x.dtype)
         return x * b[:, None].to(x.dtype) + gated[:, :, None, None]
@@ -623,9 +626,9 @@ def picture(model, clips, frames):
         correlations, masks = watch(model, clips, tse.seo.correlation, tse.seo.binarization)
         none = [None] * (len(seen) // N)
         rows["R: like what the former learners saw"] = overlays(
-            frames, by_frame([none, *(r.mean(1) for _, r in correlations[1:])]))
+            frames, by_frame([none, *(r.mean(1) for _, r in correlations)]))
         rows["erased, as B is 0"] = overlays(
-            frames, by_frame([none, *(1 - b.prod(1) for _, b in masks[1:])]))
+            frames, by_frame([none, *(1 - b.prod(1) for _, b in masks)]))
     for stage, tsb in model.after.items():
         if isinstance(tsb, TemporalSaliencyBoosting):
             (((x,), _),), = watch(model, clips, tsb)

@@ -173,7 +173,7 @@ def measure(file, root, tracklets=32, gait=False):
             cosine = F.cosine_similarity(vectors[:, 0], vectors[:, 1])
             found["learners alike"] = cosine.mean().item()
         if tse.seo:
-            (_, b), = watch(model, first, tse.seo.binarization)[0][1:]  # of the second learner
+            (_, b), = watch(model, first, tse.seo.binarization)[0]  # of the second learner
             erased = 1 - b[:, 0]
             inside = (maps[1] * erased).sum((1, 2)) / erased.sum((1, 2))
             found["inside block"] = (inside / maps[1].mean((1, 2))).mean().item()

@@ -4,6 +4,8 @@ the counter."""
 import csv
 import math
 import os
+import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -449,6 +451,21 @@ def test_evaluate_refuses_features_that_are_not_finite(small_root):
     model.scale.data.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
         evaluate(model, load_dataset("synthetic", small_root), split_segments, 4, (64, 32))
+
+
+def test_the_deviation_of_the_splits_is_that_of_a_sample(monkeypatch, capsys):
+    """Ten splits are a sample of all that could be drawn: divided by 9, not by 10."""
+    def part_of(args, rows, name, split):
+        return SimpleNamespace(split=int(split), checkpoint=None, epochs=1)
+
+    monkeypatch.setattr(common, "part_of", part_of)
+    values = [10 * split for split in range(10)]
+    common.all_splits(lambda args: {"mAP": values[args.split], "rank-1": values[args.split] / 2},
+                      SimpleNamespace(epochs=1), {})
+    deviation = statistics.stdev(values)
+    assert abs(deviation - statistics.pstdev(values)) > 1
+    expected = f"mAP 45.0 +- {deviation:.1f}   rank-1 22.5 +- {deviation / 2:.1f}\n"
+    assert capsys.readouterr().out.endswith(expected)
 
 
 def test_complexity():

@@ -4,6 +4,7 @@ are those of its tables."""
 import ast
 import contextlib
 import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -220,13 +221,15 @@ def blocks():
 
 
 def test_the_python_runs_as_printed(trained, small_root, monkeypatch, tmp_path):
-    """Where a run and the synthetic set are: an embedding, the features of the set, the ranks."""
+    """Where a run and the synthetic set are: an embedding, the features of the set, the ranks, the
+    embeddings of crops, and ONNX where its packages are."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "datasets").symlink_to(small_root)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/sinet-synthetic").symlink_to(trained[0])
-    embed, _, rank = blocks()
-    assert len(embed.splitlines()) <= 8 and max(map(len, (embed + rank).splitlines())) <= 130
+    embed, _, rank, crops = blocks()
+    assert max(len(embed.splitlines()), len(crops.splitlines())) <= 8
+    assert max(map(len, (embed + rank + crops).splitlines())) <= 130
     space = {}
     exec(embed, space)
     assert space["x"].shape == (1, 2048) and not space["model"].training
@@ -238,6 +241,13 @@ def test_the_python_runs_as_printed(trained, small_root, monkeypatch, tmp_path):
     assert len(space["ranks"]) == len(dataset.query)
     _, mean_ap, _ = common.cmc_map(space["distances"], *dataset.ids())
     assert f"mAP {100 * mean_ap:.1f}   CMC-1" in trained[1].splitlines()[-2]
+    exec(crops, space)
+    assert space["x"].shape == (2, 2048) and space["likeness"].diag().allclose(torch.ones(2))
+    (export,) = re.findall(r"^    (torch\.onnx\.export\(.*\))$", README, re.M)
+    ast.parse(export)
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
+        exec(export, space)
+        assert (tmp_path / "sinet.onnx").exists()
 
 
 MODULES = tables("module", "takes", "returns", "copy along", "use")
