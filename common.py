@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -17,11 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from data import (CHUNK, DATA_SETS, NO_MATCH, SPLIT_SETS, AllClips, Parser, Tracklet, TrainClips,
-                  UserError, first_line, load_dataset, load_file, locked, normalize, read_clip,
-                  replacing, save_rows)
+                  UserError, first_line, load_dataset, load_file, locked, normalize, printable,
+                  progress, read_clip, replacing, save_rows)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
@@ -257,7 +257,8 @@ def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
     for buffer in model.buffers() if world() > 1 else ():  # BatchNorm's statistics may differ
         dist.broadcast(buffer, 0)
     model.eval()
-    with tqdm(total=len(clips), desc="features", leave=False, disable=rank() > 0 or None) as bar:
+    with progress(what="features", total=len(clips), unit=" clips", leave=False,
+                  hidden=rank() > 0) as bar:
         for (frames, _), part in zip(loader, owners.split(batch * world())):
             if asked := stop_asked():
                 raise Stop(asked)
@@ -412,13 +413,19 @@ def pick_device(gpu=None):
     """The device of this process, by --gpu; under torchrun the process joins the group, too."""
     count, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    asked, gpu = gpu, gpu and gpu.lower()
+    if gpu and gpu.startswith("cuda"):  # torch's names: cuda is the first one, cuda:1 the second
+        gpu = "0" if gpu == "cuda" else gpu.removeprefix("cuda:") or gpu
+    there = f"there are GPUs 0 to {count - 1}" if count else "no GPU is there"
+    if gpu and gpu != "cpu" and not re.fullmatch("[0-9]+", gpu):
+        raise UserError(f"--gpu {asked}: {there}; everything here runs on CUDA or CPU, so that "
+                        "--gpu takes the number of a GPU with CUDA, or cpu")
     if processes > 1 and gpu != "cpu" and (gpu or 0 < count < here):
-        raise UserError(f"--gpu {gpu}: torchrun gives every process its own GPU, here are {here} "
+        raise UserError(f"--gpu {asked}: torchrun gives every process its own GPU, here are {here} "
                         f"processes and {count} GPUs: leave --gpu out, or say --gpu cpu")
     gpu = gpu or (os.environ.get("LOCAL_RANK", "0") if count else "cpu")
     if gpu not in ("cpu", *map(str, range(count))):
-        there = f"there are GPUs 0 to {count - 1}" if count else "no GPU is there"
-        raise UserError(f"--gpu {gpu}: {there}")
+        raise UserError(f"--gpu {asked}: {there}")
     device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
     cuda = device.type == "cuda"
     if processes > 1 and not dist.is_initialized():
@@ -452,19 +459,33 @@ class Stop(Exception):
 
 
 _asked = 0
+_writing = False
 
 
 def catch_signals():
-    """From here on signals are only noted, for `stop_asked`, but for a second Ctrl-C."""
+    """From here on signals are only noted, for `stop_asked`, but for a second Ctrl-C, which ends
+    the program at once, unless it is `writing`."""
     def note(number, _):
         global _asked
-        if number == _asked == signal.SIGINT and world() == 1:  # torchrun may send it twice
+        second = number == _asked == signal.SIGINT
+        if second and not _writing and world() == 1:  # torchrun may send it twice
             raise KeyboardInterrupt
         _asked = _asked or number
     for number in signal.Signals:  # no SIGHUP on Windows
         hung_up = number.name == "SIGHUP" and signal.getsignal(number) != signal.SIG_IGN  # nohup
         if hung_up or number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note)
+
+
+@contextlib.contextmanager
+def writing():
+    """The block, which takes a second or two, is not cut short by a second Ctrl-C."""
+    global _writing
+    _writing = True
+    try:
+        yield
+    finally:
+        _writing = False
 
 
 def own_group(_):
@@ -482,6 +503,16 @@ def stop_asked():
     return int(asked)
 
 
+def tell_torchrun(line):
+    """torchrun prints some fifty lines when a process ends with an error. It quotes, as the last
+    one, what the first process that failed wrote into the file that it names: here our line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": int(time.time())}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": told}))
+
+
 def command_line(main):
     """Runs a script's main(). What a user can cause ends in one line and an exit code."""
     if os.environ.get("RANK", "0") != "0":  # only the first process prints
@@ -496,6 +527,9 @@ def command_line(main):
         return
     except UserError as error:
         message = str(error)
+        if any(word.startswith(("--local-rank", "--local_rank")) for word in sys.argv[1:]):
+            message = ("python -m torch.distributed.launch adds --local-rank, which this script "
+                       "does not take: use torchrun in its place, with the same flags")
     except Stop as stop:
         code = 128 + stop.args[0]
         message = f"stopped by {signal.Signals(*stop.args).name}; {again}"
@@ -505,10 +539,19 @@ def command_line(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code, message = 141, "ended, because its output is read no more"
     except (RuntimeError, MemoryError) as error:
-        says = str(error).lower()
+        # when a loader process was killed the cause tells by what
+        says = f"{error} {error.__cause__}".lower()
         if isinstance(error, MemoryError) or "out of memory" in says or "cpuallocator" in says:
             message = "out of memory: use fewer --ids or --clips, smaller frames, or --amp"
-        elif "dataloader worker" in says:
+        elif "open files" in says or "ancdata" in says:
+            code, message = 1, ("the loader processes need more open files than are allowed: use "
+                                "fewer --workers, or raise the limit (ulimit -n 4096); "
+                                f"{again}, from the last checkpoint")
+        elif re.search("bus error|shared memory|file </torch_", says):
+            code, message = 1, ("a loader process found no room in the shared memory, through "
+                                "which batches come: use fewer --workers, or give it more (docker "
+                                f"run --shm-size 8g); {again}, from the last checkpoint")
+        elif re.search(r"dataloader worker \(pid.*(killed by signal|exited unexpectedly)", says):
             code, why = 1, "a loader process was killed, out of memory perhaps: use fewer --workers"
             if _asked:  # the signal was sent to every process
                 code, why = 128 + _asked, f"stopped by {signal.Signals(_asked).name} in a step"
@@ -517,10 +560,16 @@ def command_line(main):
             code, message = 1, f"another process is gone ({first_line(error)})"
         else:
             raise
-    # before they have found each other, all processes of a machine have the same to say
-    if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
-        name = Path(sys.argv[0]).name + f": process {rank()}" * bool(rank())
-        print(f"{name}: {message}", file=sys.stderr, flush=True)
+    process = rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+        # A refused setting is refused by all processes. The first one of a machine says it, and
+        # torchrun ends the others, which wait for that: if another process ended sooner, torchrun
+        # would end the first one before it says anything.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    line = Path(sys.argv[0]).name + (f": process {process}: " if process else ": ") + message
+    print(printable(line), file=sys.stderr, flush=True)
+    tell_torchrun(printable(line))
     sys.stdout.flush()
     if dist.is_initialized():
         os._exit(code)  # the usual end can wait for processes gone
@@ -635,7 +684,7 @@ def start_from(path, model, release=None):
     for says, names in (("as initialised", own), ("not taken from it", theirs)):
         parts = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in taken)
         if parts:
-            print(f"  {says}: {textwrap.shorten(', '.join(parts), 160)}")
+            print(f"  {says}: {printable(textwrap.shorten(', '.join(parts), 160))}")
 
 
 def load_network(path, build, *, recipe, rows, release, script):
@@ -649,7 +698,7 @@ def load_network(path, build, *, recipe, rows, release, script):
     if checkpoint["model"].get("neck.weight", torch.empty(0)).dtype == torch.float64:
         model.double()
     restore(path, checkpoint, model=model)
-    model.args = args
+    model.args, model.origin = args, trained_for(checkpoint)
     return model.eval()
 
 
@@ -892,7 +941,8 @@ def load_part(path, prefix, module=None):
 
 
 def all_splits(train, args, rows):
-    """--split all: train(arguments) of the splits in turn, but for finished ones, and the mean."""
+    """--split all: train(arguments) of the splits in turn, but for finished ones, and the mean,
+    beside the paper's figures of the row."""
     results = []
     for split in map(str, range(10)):
         one = part_of(args, rows, f"split-{split}", split=split)
@@ -900,10 +950,11 @@ def all_splits(train, args, rows):
         done = len(history) == args.epochs and history[-1]["mAP"] != ""
         results.append(history[-1] if done else train(one))
         print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}"
-              + " (finished before)" * done, flush=True)
+              f"   of {args.variant}" + " (finished before)" * done, flush=True)
     values = np.array([[result[key] for key in ("mAP", "rank-1")] for result in results])
     (mean_ap, first), (d_map, d_first) = values.mean(0), values.std(0, ddof=1)
-    print(f"10 splits: mAP {mean_ap:.1f} +- {d_map:.1f}   rank-1 {first:.1f} +- {d_first:.1f}")
+    print(f"10 splits: mAP {mean_ap:.1f} +- {d_map:.1f}   rank-1 {first:.1f} +- {d_first:.1f}"
+          f"   of {args.variant}; {in_the_paper(args.printed)}")
 
 
 def run_script(train, build, *, recipe, rows, counting, release, text, script):
@@ -962,20 +1013,13 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
     print(f"test{when}: {len(dataset.query):,} queries in {len(dataset.gallery):,} gallery "
           f"tracklets, {metric} distance; reads {len(tracklets):,} tracklets in "
           f"{sum(map(len, clips)):,} clips of {sum(clip.size for clip in clips):,} frames")
-    print(paper_says(args.printed))
+    print(in_the_paper(args.printed))
     print("recipe:")
     for key, (_, _, meaning, *_) in recipe.items():
         value = getattr(args, key)
         if value in (None, (), []):
             value = "(none)"
         print(f"  {typed(key, value):32} {meaning}")
-
-
-def paper_says(printed):
-    """The paper's (mAP, rank-1) of a row, either of which may be None, in words."""
-    figures = ", ".join(f"{name} {value}" for name, value in zip(("mAP", "rank-1"), printed or ())
-                        if value is not None)
-    return f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
 
 
 def make_sampler(sampler, pids, args):
@@ -998,6 +1042,23 @@ class RandomStates:
         torch.cuda.set_rng_state_all(states[1:][:torch.cuda.device_count()])
 
 
+def trained_for(checkpoint):
+    """For how long the network of a checkpoint was trained, in words."""
+    if checkpoint.get("release"):
+        return "the authors' release"
+    epochs, (steps, _) = len(checkpoint["history"]), checkpoint.get("progress", (0, {}))
+    if steps:
+        return f"after {steps} steps of epoch {epochs + 1}"
+    return f"after epoch {epochs}" if epochs else "untrained"
+
+
+def in_the_paper(printed):
+    """What a paper prints for a row, (mAP, rank-1) or None, in words."""
+    printed = zip(("mAP", "rank-1"), printed or ())
+    figures = ", ".join(f"{name} {value}" for name, value in printed if value is not None)
+    return f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
+
+
 class Run:
     """What a training run needs beside the paper. args: of `parse_args`; `history`: the log's rows;
     `steps`, `totals`: those of the present epoch, and its losses' sums."""
@@ -1018,7 +1079,7 @@ class Run:
         self.extraction = dict(batch=self.batch, workers=args.workers, amp=args.amp)
         self.last, self.log_file = Path(args.output) / "last.pt", Path(args.output) / "log.csv"
         self.history = self.checkpoint["history"] if self.checkpoint else []
-        self.from_release = bool(self.checkpoint and self.checkpoint.get("release"))
+        self.origin = "untrained"  # of the network that `prepare` is given, in words
         self.steps, self.totals, self.states = 0, {}, {}
         self.board, self.shown = None, 0  # TensorBoard's writer, rows that it has
         self.can_be_tested = True  # whether any query has a match
@@ -1070,8 +1131,14 @@ class Run:
                 layer.to(memory_format=torch.channels_last)
         if self.checkpoint:
             restore(args.resume, self.checkpoint, model=model)
+            self.origin = trained_for(self.checkpoint)
         elif args.init:
             start_from(args.init, model, self.release)
+            self.origin = f"from {printable(args.init)}"
+        else:
+            self.origin = getattr(model, "origin", self.origin)
+        if args.evaluate and self.origin.startswith("untrained"):
+            self.name_trained_networks()
         if args.compile and not args.figure:
             try:  # a small function shows whether it works
                 torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
@@ -1079,6 +1146,15 @@ class Run:
             except Exception as error:  # of many kinds
                 print(f"--compile: goes on without ({first_line(error)})", flush=True)
         return model
+
+    def name_trained_networks(self):
+        """Says that an untrained network is shown, and which trained ones lie where a run of these
+        settings writes: they may be what was meant."""
+        folder = Path(self.args.output)
+        print(f"{self.args.variant} is shown untrained, because there is no --resume", flush=True)
+        for last in sorted([*folder.glob("last.pt"), *folder.glob("*/last.pt")]):
+            name = printable(last)
+            print(f"  {name} holds a trained network: --resume {name} shows it", flush=True)
 
     def loader(self, tracklets, sampler, sample):
         """Batches of training clips and their identities; see PKSampler, TrainClips."""
@@ -1104,7 +1180,15 @@ class Run:
             restore(args.resume, self.checkpoint, **states)
             self.steps, self.totals = self.checkpoint["progress"]
             step = f", step {self.steps} of the next," * bool(self.steps)
-            print(f"going on after epoch {len(self.history)}{step} of {args.resume}")
+            print(f"going on after epoch {len(self.history)}{step} of {printable(args.resume)}")
+            if self.history:  # by an earlier process; otherwise torch warns of a schedule that
+                states["optimizer"]._opt_called = True  # goes on before the optimiser does
+        if args.clips == 1 and "margin" in vars(args) and vars(args).get("loss") != "xent":
+            zero = "the triplet loss is"
+            if vars(args).get("lambda2"):
+                zero = "the triplet loss and L_mi are"
+            print(f"--clips 1: {zero} 0, because no batch has two clips of an identity, which it "
+                  "takes to compare them", flush=True)
         catch_signals()
         if rank() == 0:
             self.file = locked(self.last.with_name("args.json"), json.dumps(vars(args), indent=2))
@@ -1134,9 +1218,10 @@ class Run:
         if not 0 <= self.steps < len(sampler):
             raise UserError(f"{self.args.resume}: this training set has no step {self.steps}")
         sampler.set_epoch(epoch, self.steps)
-        with tqdm(total=len(loader) * self.batch, desc=f"epoch {epoch}/{self.args.epochs}",
-                  bar_format="{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}",
-                  unit=" clips", leave=False, disable=rank() > 0 or None) as bar:
+        with progress(what=f"epoch {epoch}/{self.args.epochs}", total=len(loader) * self.batch,
+                      unit=" clips", hidden=rank() > 0, leave=False,
+                      bar_format="{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
+                      ) as bar:
             for batch in loader:
                 yield [part.to(self.device, non_blocking=True) for part in batch]
                 bar.update(self.batch)
@@ -1145,19 +1230,25 @@ class Run:
                     if stop_asked():  # as this does, with several processes
                         break
         sampler.set_epoch(epoch)
+        line = None
         if self.steps == len(sampler):
             row = {"lr": self.states["optimizer"].param_groups[0]["lr"], **self.means()}
             speed = (self.steps - first) * self.batch / (time.time() - start)
             says = "  ".join(f"{k} {v:.3g}" for k, v in row.items())
-            print(f"epoch {epoch}/{self.args.epochs}: {says}  ({time.time() - start:.0f} s, "
-                  f"{speed:.3g} clips/s)", flush=True)
+            line = (f"epoch {epoch}/{self.args.epochs}: {says}  ({time.time() - start:.0f} s, "
+                    f"{speed:.3g} clips/s)")
             self.history.append({"epoch": epoch, **row, "mAP": "", "rank-1": ""})
             self.steps, self.totals = 0, {}
         asked = stop_asked()
-        last = epoch == self.args.epochs
-        if asked or last or self.test_is_due(epoch) or epoch % self.args.checkpoint_every == 0:
+        kept = (asked or epoch == self.args.epochs or self.test_is_due(epoch)
+                or epoch % self.args.checkpoint_every == 0)
+        if kept:
             self.save()
-        if asked:
+        elif line:
+            line += f", not in {self.last.name} yet"
+        if line:  # the epoch is done when it is kept
+            print(line, flush=True)
+        if asked := asked or stop_asked():
             raise Stop(asked)
 
     def backward(self, loss):
@@ -1188,12 +1279,13 @@ class Run:
                             "finite; last.pt, if any, is good; try a smaller --lr")
         if rank() == 0:
             states = {name: target.state_dict() for name, target in self.states.items()}
-            with replacing(self.last) as file:
-                torch.save({"script": self.args.script, "args": vars(self.args),
-                            "num_classes": self.num_identities, "history": self.history,
-                            "progress": (self.steps, self.totals), **states}, file)
-            save_rows(self.history, self.log_file)
-            self.show()
+            with writing():
+                with replacing(self.last) as file:
+                    torch.save({"script": self.args.script, "args": vars(self.args),
+                                "num_classes": self.num_identities, "history": self.history,
+                                "progress": (self.steps, self.totals), **states}, file)
+                save_rows(self.history, self.log_file)
+                self.show()
 
     def show(self):
         """Adds the log's new rows to TensorBoard's file; the last one again, with its test."""
@@ -1214,9 +1306,9 @@ class Run:
 
     def test(self, model, dataset, split, metric):
         """`evaluate` of the test part; the result of an epoch goes into its row of the log."""
-        label = f"after epoch {len(self.history)}" if self.history else \
-            f"from {self.args.init}" if self.args.init else \
-            "the authors' release" if self.from_release else "untrained"
+        if self.states and self.history:  # of a training
+            self.origin = f"after epoch {len(self.history)}"
+        label = f"{self.args.variant}, {self.origin}"
         last = self.args.evaluate or len(self.history) == self.args.epochs
         if not self.can_be_tested and not self.args.export:
             if "evaluate" in self.args.chosen:
@@ -1228,15 +1320,23 @@ class Run:
         if result and self.states and self.history:
             self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
             self.save()
+            if asked := stop_asked():
+                raise Stop(asked)
+        elif self.args.evaluate and not self.origin.startswith("untrained"):
+            self.beside_the_paper(result)
         return result
+
+    def beside_the_paper(self, result):
+        """Prints the result of a trained network beside the paper's figures of its row."""
+        print(f"{self.args.variant} on {self.args.data}, {self.origin}: mAP {result['mAP']:.1f}, "
+              f"rank-1 {result['rank-1']:.1f}; {in_the_paper(self.printed)}", flush=True)
 
     def finish(self):
         """Prints the last epoch's result beside the paper's figures of the row, and returns it."""
-        args, result = self.args, self.history[-1]
+        result = self.history[-1]
         if result["mAP"] != "":
-            print(f"{args.variant} on {args.data}, epoch {len(self.history)}: mAP "
-                  f"{result['mAP']:.1f}, rank-1 {result['rank-1']:.1f}; {paper_says(self.printed)}",
-                  flush=True)
+            self.origin = f"after epoch {len(self.history)}"
+            self.beside_the_paper(result)
         return result
 
 
@@ -1382,7 +1482,7 @@ def figures(run, model, dataset, split, metric, picture, load):
     def draw(title, rows, name, height=1.3):
         sheet(title, rows, Path(args.figure, f"{name}.{args.figure_format}"), height)
 
-    models = [(args.variant, model)]
+    models, titles = [(args.variant, model)], [f"{args.variant}, {run.origin}"]
     if args.beside:
         other = load(args.beside).to(run.device)
         own = other.args
@@ -1390,6 +1490,7 @@ def figures(run, model, dataset, split, metric, picture, load):
             raise UserError(f"--beside {args.beside}: is for {own.frames} frames of {own.height}x"
                             f"{own.width}, not for {args.frames} of {args.height}x{args.width}")
         models.insert(0, (own.variant, other))
+        titles.insert(0, f"{own.variant}, {other.origin}")
     for i, name in queries.items() if not rank() else ():
         query = dataset.query[i]
         clip = split(len(query.frames), args.frames)[0]
@@ -1398,8 +1499,7 @@ def figures(run, model, dataset, split, metric, picture, load):
         pictures = [(variant, *picture(network, clips, frames)) for variant, network in models]
         panels = [photo(frame, f"frame {n}") for n, frame in enumerate(frames, 1)]
         rows = [(f"person {query.pid}, camera {query.cam}", panels), *compare(pictures)]
-        both = " and ".join(variant for variant, *_ in pictures)
-        draw(f"{pictures[-1][1]}; {both} on {args.data}", rows, name)
+        draw(f"{pictures[-1][1]}; {' and '.join(titles)}, on {args.data}", rows, name)
     if len(history) > 1 and not rank():
         lines = {key: {row["epoch"]: row[key] for row in history if row[key] != ""}
                  for key in history[0] if key not in ("epoch", "lr")}
@@ -1415,7 +1515,7 @@ def figures(run, model, dataset, split, metric, picture, load):
         return
     d = rerank(q, g, metric) if args.rerank else \
         next(distance_blocks(q, g, metric, len(q)))[1].numpy(force=True)
-    state = f"{args.variant} on {args.data}, epoch {len(history)}" + ", re-ranked" * args.rerank
+    state = f"{args.variant} on {args.data}, {run.origin}" + ", re-ranked" * args.rerank
 
     def strip(label, tracklet, colour):
         places = np.linspace(0, len(tracklet.frames) - 1, 6).astype(int)

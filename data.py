@@ -25,6 +25,7 @@ import sys
 import zipfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from time import monotonic
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -41,9 +42,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class UserError(Exception):
     """Something the user can mend; a script prints it as one line and exits with code 2."""
 
-    def __init__(self, message):  # from a DataLoader's worker the text is a traceback
-        last_line = str(message).strip().rsplit("\n", 1)[-1]
-        super().__init__(last_line.removeprefix("data.UserError: "))
+    def __init__(self, message):
+        text = str(message).strip()
+        if re.match(r"Caught \w+ in .*\nOriginal Traceback", text):  # from a DataLoader's worker
+            text = text.rsplit("\n", 1)[-1].removeprefix("data.UserError: ")
+        super().__init__(printable(text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,9 +54,68 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+def printable(text):
+    """The text in one line without control characters, which are written as escapes: the name of a
+    file can neither begin a new line nor send commands, such as a colour, to the terminal."""
+    return "".join(character if character.isprintable()
+                   else character.encode("unicode_escape").decode() for character in str(text))
+
+
 def first_line(error):
     """What an exception says, in one line of at most 160 characters."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return printable(" ".join(str(error).split()))[:160] or type(error).__name__
+
+
+def progress(items=None, what="", total=None, *, unit, hidden=False, **bar):
+    """How far long work is: tqdm's bar where somebody looks at a terminal, and elsewhere, in the
+    log of a cluster or of nohup, a line about once a minute.
+
+    It is used as tqdm's bar is: `for item in progress(items, ...)`, or `update` in a `with`.
+    items: what is worked through, None for `update`; what: the work; total: the number of items,
+    where `len` does not say it; unit: the name of an item, with a space before it; hidden: True in
+    processes that are not the first; bar: further options of tqdm's bar.
+    """
+    if hidden or sys.stderr.isatty():
+        return tqdm(items, what, total, unit=unit, disable=hidden, **bar)
+    return ProgressLines(items, what, len(items) if total is None else total, unit)
+
+
+class ProgressLines:
+    """Prints a line about once a minute: how far the work is, and how long the rest will take when
+    it goes on as fast as so far. See `progress`."""
+
+    def __init__(self, items, what, total, unit):
+        self.items = items
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self.start = self.printed = monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __iter__(self):
+        for item in self.items:
+            yield item
+            self.update()
+
+    def update(self, count=1):
+        """Counts items that are done."""
+        self.done += count
+        now = monotonic()
+        if now - self.printed >= 60 and 0 < self.done < self.total:
+            self.printed = now
+            left = (now - self.start) * (self.total - self.done) / self.done
+            print(f"{self.what}: {self.done:,} of {self.total:,}{self.unit}, "
+                  f"{tqdm.format_interval(now - self.start)} gone, "
+                  f"about {tqdm.format_interval(left)} left", flush=True)
+
+    def set_postfix(self, **_):
+        """What tqdm's bar shows beside it, the loss, stands in the line of each epoch."""
 
 
 @contextlib.contextmanager
@@ -67,10 +129,10 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:  # Ctrl-C, too, leaves no half file behind
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        why = error if isinstance(error, OSError) else error.__context__
+        why = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(why, OSError):  # torch makes a RuntimeError of a full disk
             raise
         whole = "; the previous one is still whole" if os.path.exists(path) else ""
@@ -226,7 +288,7 @@ def load_dataset(name, root, split=0, chunk=0, training=True, images=True):
         if not folder.is_dir() and any((Path(root) / sign).is_dir() for sign in signs):
             folder = Path(root)  # the set itself
         if name == "synthetic" and training and not folder.exists():
-            print(f"drawing the synthetic data set into {folder} (once)", flush=True)
+            print(f"drawing the synthetic data set into {printable(folder)} (once)", flush=True)
             draw_synthetic(folder)
         if not folder.is_dir():
             raise UserError(_where_it_should_be(name, root, signs))
@@ -239,18 +301,20 @@ def load_dataset(name, root, split=0, chunk=0, training=True, images=True):
     finally:  # before an error, too, of which the warnings may tell the cause
         for what, places in _odd.items():
             if places:
-                print(f"warning: {places[0]}: {what} ({len(places):,} in all)", flush=True)
+                print(f"warning: {printable(places[0])}: {what} ({len(places):,} in all)",
+                      flush=True)
     for subset, found, expected in zip(dataset._fields[1:], map(len, dataset[1:]), published):
         if not found and (training or subset != "train"):
             raise UserError(f"{folder}: no {subset} tracklets")
         if expected not in (None, found):
-            print(f"warning: {folder}: {expected:,} {subset} tracklets expected, {found:,} found")
+            print(f"warning: {printable(folder)}: {expected:,} {subset} tracklets expected, "
+                  f"{found:,} found")
     if not dataset.has_a_match():
         if name != "folder":
             raise UserError(f"{folder}: no query has a match, a gallery tracklet of its identity "
                             "under another camera")
         so = "the training goes without its test" if training else "nothing can be ranked"
-        print(f"warning: {folder}: {NO_MATCH}; {so}", flush=True)
+        print(f"warning: {printable(folder)}: {NO_MATCH}; {so}", flush=True)
     if chunk:
         pieces = []
         for t in dataset.train:
@@ -737,8 +801,8 @@ def load_folder(folder, name="folder", training=True):
         query = tracklets("query")
     else:
         query = list({(t.pid, t.cam): t for t in reversed(gallery)}.values())[::-1]
-        print(f"{folder}/query is missing: the first of the gallery's tracklets of each identity "
-              f"and camera is a query, {len(query):,} in all", flush=True)
+        print(f"{printable(folder)}/query is missing: the first of the gallery's tracklets of each "
+              f"identity and camera is a query, {len(query):,} in all", flush=True)
     shared = {t.pid for t in train} & {t.pid for t in query + gallery}
     _odd["a training identity of the same name as one of the test"] += [
         f"{folder}/train/{pid}" for pid in sorted(shared)]
@@ -955,8 +1019,7 @@ def check_images(dataset):
     paths = sorted({frame for tracklets in dataset[1:] for t in tracklets for frame in t.frames})
     count, first_dark = collections.Counter(), None
     with ThreadPool(16) as pool:
-        found = tqdm(pool.imap(look, paths, 64), "checking", len(paths), unit=" frames",
-                     disable=None)
+        found = progress(pool.imap(look, paths, 64), "checking", len(paths), unit=" frames")
         for kind, text in found:
             count[kind] += 1
             if kind in NAMED and count[kind] <= NAMED[kind]:
@@ -967,8 +1030,8 @@ def check_images(dataset):
         if count[kind] > most:
             print(f"... and {count[kind] - most:,} more that are {kind}")
     if first_dark:
-        print(f"warning: {first_dark}: a PNG of 16 bits that becomes nearly black, as one with "
-              f"values of 12 bits does ({count['dark']:,} in all): 65535 is taken for white")
+        print(f"warning: {printable(first_dark)}: a PNG of 16 bits that becomes nearly black, as "
+              f"one with values of 12 bits does ({count['dark']:,} in all): 65535 is taken for white")
     bad = count["missing"] + count["damaged"]
     print(f"{len(paths):,} frames checked, {bad:,} bad")
     return bad
@@ -1421,7 +1484,7 @@ def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=
             return
         shutil.rmtree(aside, ignore_errors=True)  # left by one that was killed
         (aside / "info").mkdir(parents=True)
-        for number, who in enumerate(tqdm(people, "drawing", unit=" people", disable=None)):
+        for number, who in enumerate(progress(people, "drawing", unit=" people")):
             pid = max(0, number - 2 * cameras) if who else -1  # 0: the strangers, -1: nobody
             part = "train" if 0 < pid <= identities else "test"
             where = aside / f"bbox_{part}/{pid:0>4}"

@@ -59,6 +59,7 @@ Unspecified in the paper; our choice (no release is known):
                 shorter than T is repeated, in training, too; the 2D stream takes "each still frame"
 """
 import copy
+import os
 
 import torch
 import torch.nn as nn
@@ -67,7 +68,8 @@ import torchvision
 
 from common import (Row, Run, at_least_float32, bars, command_line, energy, figures, gather,
                     load_network, load_part, overlays, part_of, plan, run_script, watch)
-from data import TrackletSampler, load_dataset, normalize, sample_adjacent, split_whole
+from data import (TrackletSampler, load_dataset, normalize, printable, sample_adjacent,
+                  split_whole)
 
 
 # ------------------------------------------------------------- Eq. 4-6: multi-scale 3D convolution
@@ -518,6 +520,10 @@ def build(args, num_classes):
     for path, stream in zip(join, ("spatial", "temporal")):
         load_part(path, f"streams.{stream}.", model.streams[stream])
         load_part(path, f"neck.{stream}.", model.neck[stream])
+    if join:
+        model.origin = f"joined from {printable(join[0])} and {printable(join[1])}"
+    elif args.init_2d and new:
+        model.origin = f"untrained but for the 2D stream of {printable(args.init_2d)}"
     return model
 
 
@@ -571,9 +577,13 @@ def train_in_stages(args):
     which starts from it; both in one test. A schedule given by flags holds for the first two, which
     have folders of their own in --output and go on where they were stopped. With --init: no stages.
     """
+    files = [f"{args.output}/{stage}/last.pt" for stage in ("2d", "temporal")]
+    shown = args.evaluate and args.stream == "two" and not (args.resume or args.init or args.join)
+    if shown and all(map(os.path.exists, files)):
+        names = " ".join(map(printable, files))
+        print(f"--join {names} shows the two trained stages as one network")
     if args.stream != "two" or args.evaluate or args.init or args.init_2d or not args.stages:
         return train(args)
-    files = [f"{args.output}/{stage}/last.pt" for stage in ("2d", "temporal")]
     train(part_of(args, ROWS, "2d", variant="2d", chunk=1))
     train(part_of(args, ROWS, "temporal", variant="m3d+ral", layer=args.layer, ral=args.ral,
                   init_2d=files[0]))

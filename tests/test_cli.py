@@ -306,7 +306,7 @@ def test_every_script_trains_and_resumes_on_a_data_set(
     start = ("--root", tmp_path / "sets", "--weights", "none", "--epochs", 1)
     done = run(script, "--data", name, *start, *size, *flags)
     assert done.returncode == 0 and re.search(
-        r"^after epoch 1, .*mAP", done.stdout, re.M
+        r"^.*, after epoch 1, .*mAP", done.stdout, re.M
     ), done.stderr
     folder = tmp_path / f"runs/{Path(script).stem}-{name}" / ("split-3" if name == "prid" else "")
     args = json.loads((folder / "args.json").read_text())
@@ -317,7 +317,7 @@ def test_every_script_trains_and_resumes_on_a_data_set(
     )
     done = run(script, "--data", name, *flags, "--resume", "--epochs", 2, "--amp", "--workers", 1)
     assert done.returncode == 0 and re.search(
-        r"^after epoch 2, .*mAP", done.stdout, re.M
+        r"^.*, after epoch 2, .*mAP", done.stdout, re.M
     ), done.stderr
     log = read_log(folder)
     assert [row["epoch"] for row in log] == ["1", "2"] and {"loss", *SCRIPTS[script]} < set(log[0])
@@ -425,12 +425,13 @@ def test_a_run_prints_and_writes(trained):
     assert re.search(r"base: [\d,]+ parameters, \d+\.\d+ GFLOPs", out)
     assert "an epoch has 3 steps of 4 clips, 2 epochs have 6" in out
     results = re.findall(r"^(.*), all frames:  mAP ([\d.]+)   CMC-1 ([\d.]+)", out, re.M)
-    assert [label for label, *_ in results] == ["untrained", "after epoch 2"]
+    assert [label for label, *_ in results] == ["base, untrained", "base, after epoch 2"]
     last, end = out.strip().splitlines()[-2:]  # the last epoch's result ends the output
-    assert last.startswith("after epoch 2")
+    assert last.startswith("base, after epoch 2")
     mean_ap, first = results[1][1:]
     assert end == (
-        f"base on synthetic, epoch 2: mAP {mean_ap}, rank-1 {first}; the paper prints no figure"
+        f"base on synthetic, after epoch 2: mAP {mean_ap}, rank-1 {first}; "
+        "the paper prints no figure"
     )
     log = read_log(folder)
     assert (

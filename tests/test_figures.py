@@ -443,7 +443,7 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
                for n in (1, 2, 3)]
     run = types.SimpleNamespace(
         args=args, device=torch.device("cpu"), history=history, extraction={"batch": 4},
-        size=(48, 40),
+        size=(48, 40), origin="after epoch 3",
     )
     rest = run, network, dataset, sinet.SPLIT, "euclidean", sinet.picture, sinet.load
     common.figures(*rest)
@@ -484,6 +484,35 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     monkeypatch.setattr(common, "rank", lambda: 1)
     common.figures(*rest)
     assert not sheets  # the first process draws
+
+
+def test_titles_say_how_long_a_network_was_trained(monkeypatch, small_root, tmp_path, colours):
+    """A picture outlives the command that drew it: maps of an untrained network are called so."""
+    titles = {}
+
+    def sheet(title, rows, path, *_):
+        titles[path.stem] = title
+
+    monkeypatch.setattr(common, "sheet", sheet)
+    flags = ("--figure-tracklets", 1)
+    small_run(monkeypatch, small_root, tmp_path / "f", *flags)
+    own, ranked = (titles.pop(name) for name in sorted(titles) if name.startswith("query"))
+    assert own == "title; sinet, untrained, on synthetic"
+    assert ranked == "Ranked list; sinet on synthetic, untrained"
+    assert titles == {"cmc": "CMC; sinet on synthetic, untrained",
+                      "pca": "PCA; sinet on synthetic, untrained"}
+    command = ["sinet.py", "--root", small_root, "--gpu", "cpu", *TINY, "--epochs", 1]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--output", str(tmp_path / "a")])
+    sinet.main()
+    last = tmp_path / "a/last.pt"
+    two = ("--beside", last)
+    for beside, names in (((), "sinet, {}"), (two, "sinet, after epoch 1 and sinet, {}")):
+        for resume, state in (((), "untrained"), (("--resume", last), "after epoch 1")):
+            titles.clear()
+            small_run(monkeypatch, small_root, tmp_path / "f", *flags, *resume, *beside)
+            own = titles[min(name for name in titles if name.startswith("query"))]
+            assert own == f"title; {names.format(state)}, on synthetic"
+            assert titles["cmc"] == f"CMC; sinet on synthetic, {state}"
 
 
 def test_figure_errors(monkeypatch, small_root, tmp_path, colours):

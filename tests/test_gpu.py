@@ -102,7 +102,7 @@ def pytest_generate_tests(metafunc):
         rows = []
         for script in SCRIPTS:
             names = importlib.import_module(script).ROWS
-            own = [name for name, row in names.items() if not isinstance(row, str)]
+            own = [name for name, row in names.items() if not row.same]
             rows += [(script, name) for name in (own if every else own[:1])]
         metafunc.parametrize("script, row", rows, ids=["-".join(names) for names in rows])
 
@@ -259,10 +259,12 @@ def test_the_bar_fits_a_terminal_of_80_columns(steps, monkeypatch):
     """Epoch, bar, time left, clips a second and loss, nothing else."""
     shown = io.StringIO()
 
-    def bar(**options):
-        return tqdm.tqdm(**{**options, "disable": False}, file=shown, ncols=80, mininterval=0)
+    def bar(*inputs, **options):
+        return tqdm.tqdm(*inputs, **options, ncols=80, mininterval=0)
 
-    monkeypatch.setattr(common, "tqdm", bar)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setattr(data, "tqdm", bar)
     steps(False)
     lines = [line for line in re.split("[\r\n]", shown.getvalue()) if line.strip()]
     assert len(lines) >= 23 and max(map(len, lines)) <= 80
@@ -394,7 +396,7 @@ def back_and_forth(user, folder, gpus):
     maps = []
     for gpu in gpus:
         out = user("sinet", *flags, "--resume", "--evaluate", "--gpu", gpu)
-        maps.append(float(re.search(r"^after epoch 3, .*mAP ([\d.]+)", out, re.M)[1]))
+        maps.append(float(re.search(r"^sinet, after epoch 3, .*mAP ([\d.]+)", out, re.M)[1]))
     assert maps == pytest.approx([float(log[2]["mAP"])] * 2, abs=5)  # a pair may change places
 
 

@@ -3,6 +3,7 @@ and rows, and its complexity."""
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -572,15 +573,25 @@ def test_stages(run, small_root, tmp_path):
     assert counts == [f"{frames:,}", f"{len(dataset.train)}", f"{len(dataset.train)}"]
     both = done.stdout.splitlines()[-1]
     joined = [f"x/{stage}/last.pt" for stage in ("2d", "temporal")]
+    results = re.findall(r"^(.*), (?:all|whole) .*:  mAP", done.stdout, re.M)
+    assert results == [
+        "2d, untrained",
+        "2d, after epoch 1",
+        "m3d+ral, untrained but for the 2D stream of x/2d/last.pt",
+        "m3d+ral, after epoch 1",
+        f"two-stream, joined from {joined[0]} and {joined[1]}",
+    ]
+    assert both.startswith(f"two-stream on synthetic, {results[-1].split(', ')[1]}: mAP ")
+    assert both.endswith("; the paper prints no figure")
     alone = run("m3d.py", *small, "--evaluate", "--join", *joined)
     assert alone.returncode == 0, alone.stderr
-    assert alone.stdout.splitlines()[-1].split(" gallery")[0] == both.split(" gallery")[0]
+    assert alone.stdout.splitlines()[-1] == both
 
     (folders[1] / "last.pt").unlink()
     (folders[1] / "log.csv").unlink()
     rest = run("m3d.py", *small, "--stages", "--output", "x")
     assert rest.returncode == 0 and rest.stdout.count("going on after epoch 1") == 1
-    assert rest.stdout.splitlines()[-1].split(" gallery")[0] == both.split(" gallery")[0]
+    assert rest.stdout.splitlines()[-1] == both
     assert len(read_log(folders[1])) == 1
     other = run("m3d.py", *small, "--stages", "--output", "x", "--lr", 0.5)
     assert other.returncode == 2 and "was trained with --lr" in other.stderr
@@ -610,6 +621,24 @@ def test_join_refuses(refuses, small_root, tmp_path, one_backbone):
         (("--evaluate", *two), "2d.pt: holds no streams.temporal of a run"),
     ):
         refuses(("--root", small_root, *flags), says, script="m3d.py")
+
+
+def test_an_untrained_network_beside_two_trained_stages(monkeypatch, tmp_path, capsys):
+    """--evaluate alone shows an untrained network; a line says how the stages are shown."""
+    monkeypatch.setattr(m3d, "train", lambda args: None)
+    monkeypatch.chdir(tmp_path)
+    files = [Path(f"runs/m3d-mars/{stage}/last.pt") for stage in ("2d", "temporal")]
+    says = f"--join {files[0]} {files[1]} shows the two trained stages as one network\n"
+    for file, expected in zip((*files, None), ("", "", says)):
+        m3d.train_in_stages(arguments(monkeypatch, "--data", "mars", "--evaluate"))
+        assert capsys.readouterr().out == expected
+        if file:
+            file.parent.mkdir(parents=True)
+            file.touch()
+    join = ("--evaluate", "--join", *map(str, files))
+    for flags in (join, ("--evaluate", "--variant", "m3d")):
+        m3d.train_in_stages(arguments(monkeypatch, "--data", "mars", *flags))
+        assert not capsys.readouterr().out
 
 
 def test_the_stages_take_their_own_recipes(monkeypatch, tmp_path):

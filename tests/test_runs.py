@@ -4,6 +4,7 @@ processes."""
 import argparse
 import csv
 import io
+import itertools
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -269,6 +271,8 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
         (dict(history=[3]), "not a checkpoint of sinet.py"),
         (dict(history=[{**state["history"][0], "epoch": 7}]), "not a checkpoint of sinet.py"),
         (dict(history=[{**state["history"][0], "mAP": "x"}]), "not a checkpoint of sinet.py"),
+        *((dict(history=[{k: v for k, v in state["history"][0].items() if k != key}]),
+           "not a checkpoint of sinet.py") for key in ("epoch", "lr", "loss", "mAP", "rank-1")),
         (dict(progress=3), "not a checkpoint of sinet.py"),
         (dict(progress=(0, {"loss": "x"})), "not a checkpoint of sinet.py"),
         (dict(num_classes=10**12), "not a checkpoint of sinet.py"),
@@ -330,6 +334,17 @@ def test_two_runs_do_not_share_a_folder(small, tmp_path):
     assert (tmp_path / "a/args.json").read_text().startswith('{\n  "')
 
 
+def test_a_log_alone_is_a_run_that_is_not_overwritten(small, tmp_path):
+    """Its last.pt may have been moved away."""
+    small("--epochs", 1, "--output", "a")
+    (tmp_path / "a/last.pt").unlink()
+    log = (tmp_path / "a/log.csv").read_bytes()
+    with pytest.raises(UserError, match="^a holds a run already"):
+        small("--epochs", 1, "--output", "a")
+    assert (tmp_path / "a/log.csv").read_bytes() == log
+    assert not (tmp_path / "a/last.pt").exists()
+
+
 def test_the_folder_of_a_run_is_locked_until_it_ends(small, tmp_path, monkeypatch):
     log = common.Run.log
     code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
@@ -361,6 +376,79 @@ def test_writing_blames_only_what_it_did(tmp_path):
         with replacing(tmp_path / "a"):
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     assert not [*tmp_path.iterdir()]
+
+
+def test_ctrl_c_leaves_no_half_file(tmp_path):
+    """Outside of a training the first one ends the program, also while it writes."""
+    (tmp_path / "a").write_text("whole")
+    with pytest.raises(KeyboardInterrupt):
+        with replacing(tmp_path / "a") as file:
+            file.write(b"half")
+            signal.raise_signal(signal.SIGINT)
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"] and (tmp_path / "a").read_text() == "whole"
+
+
+def test_a_second_ctrl_c_lets_the_checkpoint_be_written(
+    small, tmp_path, monkeypatch, signalled, capsys
+):
+    """Both signals arrive while torch writes the first epoch. It is kept and then printed."""
+    save, sent = torch.save, []
+
+    class Interrupted:
+        """A file whose first write is interrupted twice."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            while len(sent) < 2:
+                sent.append(signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            return self.file.write(content)
+
+        def flush(self):
+            self.file.flush()
+
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, Interrupted(file)))
+    with pytest.raises(common.Stop, match=f"^{int(signal.SIGINT)}$"):
+        small("--epochs", 3, "--output", "a")
+    out = capsys.readouterr().out
+    assert len(sent) == 2 and "epoch 1/3: " in out and "epoch 2/3: " not in out
+    assert len(torch.load(tmp_path / "a/last.pt", weights_only=True)["history"]) == 1
+    assert [row["epoch"] for row in read_log(tmp_path / "a")] == ["1"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["args.json", "last.pt", "log.csv"]
+    common._asked = 0
+    out = small("--epochs", 2, "--output", "a", "--resume")
+    assert "going on after epoch 1 of a/last.pt\n" in out
+
+
+def test_an_epoch_is_printed_as_done_when_it_is_kept(small, tmp_path, monkeypatch, capsys):
+    """With --checkpoint-every it is printed when it ends, and the line says that it is not kept."""
+    out = small("--epochs", 3, "--checkpoint-every", 2, "--output", "a")
+    lines = re.findall(r"^epoch \d/3: .* clips/s\)(.*)$", out, re.M)
+    assert lines == [", not in last.pt yet", "", ""]
+
+    def full(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(common, "save_rows", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        small("--epochs", 1, "--output", "b")
+    assert "epoch 1/1:" not in capsys.readouterr().out
+
+
+def test_a_schedule_that_goes_on_is_no_reason_to_warn(small, tmp_path, monkeypatch):
+    """torch warns where the schedule makes a step and the optimiser has made none."""
+    small("--epochs", 1, "--output", "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "epoch 2/2: " in small("--epochs", 2, "--output", "a", "--resume")
+    monkeypatch.setattr(common.Run, "batches", lambda *_: [])
+    monkeypatch.setattr(common.Run, "test_is_due", lambda *_: False)
+    monkeypatch.setattr(common.Run, "finish", lambda *_: None)
+    with pytest.warns(UserWarning, match="lr_scheduler.step"):
+        small("--epochs", 1, "--output", "b")
 
 
 def test_log_has_every_epoch_once(small, tmp_path, monkeypatch):
@@ -416,8 +504,8 @@ def test_the_untrained_network_is_evaluated_on_the_synthetic_set_only(small, tmp
     first = {}
     for folder, flags in cases.items():
         out = small(*flags, "--epochs", 1, "--output", folder)
-        assert len(re.findall("^after epoch 1, all frames", out, re.M)) == 1
-        first[folder] = re.findall("^untrained, all frames", out, re.M) != []
+        assert len(re.findall("^sinet, after epoch 1, all frames", out, re.M)) == 1
+        first[folder] = re.findall("^sinet, untrained, all frames", out, re.M) != []
     assert first == {"a": True, "b": False, "c": False, "d": True}
     out = small(*cases["d"], "--epochs", 2, "--output", "c", "--resume")
     assert "untrained" not in out and out.count("all frames:") == 1
@@ -473,7 +561,7 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     assert "starting from a/last.pt\n" in out["same"] and "not taken" not in out["same"]
     assert "\n  as initialised: classifier\n  not taken from it: classifier\n" in out["other"]
     for name, flags in (("same", ()), ("other", others)):
-        (first,) = re.findall("^from a/last.pt, all frames: (.*) .*s\\)$", out[name], re.M)
+        (first,) = re.findall("^sinet, from a/last.pt, all frames: (.*) .*s\\)$", out[name], re.M)
         alone = small("--evaluate", *flags, "--init", "a/last.pt", "--output", "none")
         assert f"from a/last.pt, all frames: {first}" in alone and not (tmp_path / "none").exists()
         assert first in small("--evaluate", *flags, "--resume", "a/last.pt")
@@ -493,6 +581,111 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
         with pytest.raises(UserError, match=f"^{file}: {says}"):
             small("--init", file, "--output", "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_every_result_says_of_which_network_it_is(small, tmp_path, signalled):
+    """Its row, and for how long it was trained; beside it stands what the paper prints."""
+    test_sets.write_ilids(tmp_path)
+    real = ("--data", "ilids", "--root", tmp_path, "--small")
+    paper = "; as printed in the paper: rank-1 92.5\n"
+    small(*real, "--epochs", 2, "--output", "a")
+    out = small("--evaluate", *real, "--resume", "a")
+    (line,) = re.findall("^.*, all frames: .*$", out, re.M)
+    assert line.startswith("sinet, after epoch 2, all frames: ")
+    assert re.search(f"^sinet on ilids, after epoch 2: mAP .*{paper}", out, re.M)
+    assert "untrained" not in out
+    out = small("--evaluate", *real, "--init", "a/last.pt", "--output", "new")
+    assert re.search(f"^sinet on ilids, from a/last.pt: mAP .*{paper}", out, re.M)
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    inside = {**state, "history": [], "progress": (2, {"loss": 1.0})}
+    torch.save(inside, tmp_path / "inside.pt")
+    out = small("--evaluate", *real, "--resume", "inside.pt")
+    assert "\nsinet, after 2 steps of epoch 1, all frames: " in out and "untrained" not in out
+    out = small(*real, "--split", "all", "--epochs", 1)
+    assert len(re.findall(r"^split \d: .* of sinet$", out, re.M)) == 10
+    assert re.search(f"^10 splits: mAP .* of sinet{paper}", out, re.M)
+
+
+def test_an_untrained_network_is_not_taken_for_the_trained_one_beside_it(small, tmp_path):
+    """--evaluate without --resume says what lies where the run would write."""
+    small("--epochs", 1, "--output", "b")
+    resume = "  b/last.pt holds a trained network: --resume b/last.pt shows it\n"
+    out = small("--evaluate", "--output", "b")
+    assert "sinet is shown untrained, because there is no --resume\n" + resume in out
+    assert "\nsinet, untrained, all frames: " in out and "the paper prints" not in out
+    for flags in (("--resume", "b"), ("--init", "b/last.pt"), ("--resume", "--output", "b")):
+        assert "untrained" not in small("--evaluate", *flags)
+    (tmp_path / "c").mkdir()
+    shutil.move(tmp_path / "b", tmp_path / "c/split-0")
+    out = small("--evaluate", "--output", "c")
+    assert resume.replace("b/", "c/split-0/") in out
+    assert "trained network" not in small("--evaluate", "--output", "none")
+
+
+def test_a_split_without_its_test_is_not_done(small, tmp_path):
+    """It was stopped in the test of its last epoch, which --split all makes up for."""
+    test_sets.write_ilids(tmp_path)
+    flags = ("--data", "ilids", "--root", tmp_path, "--small", "--epochs", 1, "--split", "all")
+    small(*flags)
+    last = tmp_path / "runs/sinet-ilids/split-4/last.pt"
+    state = torch.load(last, weights_only=True)
+    state["history"][0].update({"mAP": "", "rank-1": ""})
+    torch.save(state, last)
+    out = small(*flags)
+    assert out.count("(finished before)") == 9
+    assert out.count("sinet, after epoch 1, all frames") == 1
+    assert torch.load(last, weights_only=True)["history"][0]["mAP"] != ""
+
+
+def test_one_clip_of_an_identity_has_no_triplet_loss(small, monkeypatch):
+    says = "--clips 1: the triplet loss {} 0, because no batch has two clips of an identity"
+    out = small("--epochs", 1, "--clips", 1, "--output", "a")
+    assert says.format("and L_mi are") in out and "  triplet 0  mi 0  " in out
+    out = small("--epochs", 1, "--clips", 1, "--lambda2", 0, "--output", "b")
+    assert says.format("is") in out
+    assert "--clips" not in small("--epochs", 1, "--output", "c")
+    monkeypatch.setattr(m3d, "losses", cross_entropy)
+    out = small("--epochs", 1, "--clips", 1, "--ids", 6, "--no-stages", "--output", "d", script=m3d)
+    assert "--clips" not in out
+
+
+def test_long_work_says_how_far_it_is(small, small_root, tmp_path, monkeypatch, capsys):
+    """Where nobody looks at a terminal: a line a minute, which says how long the rest will take."""
+    lines = data.progress(what="work", total=7200, unit=" pieces")
+    clock = itertools.count(lines.start + 1)
+    monkeypatch.setattr(data, "monotonic", lambda: next(clock))
+    with lines as bar:
+        for _ in range(150):
+            bar.update(2)
+    assert capsys.readouterr().out == (
+        "work: 120 of 7,200 pieces, 01:00 gone, about 59:00 left\n"
+        "work: 240 of 7,200 pieces, 02:00 gone, about 58:00 left\n"
+    )
+    # a minute passes between two looks at the clock
+    clock = itertools.count(0, 60)
+    out = small("--epochs", 1, "--output", "a")
+    done = re.findall(r"^epoch 1/1: (\d+) of 12 clips, 0\d:00 gone, about 0\d:00 left$", out, re.M)
+    assert done == ["4", "8"]
+    assert re.search(r"^features: 4 of \d+ clips, 01:00 gone, about 0\d:\d\d left$", out, re.M)
+    data.check_images(data.load_dataset("synthetic", small_root))
+    assert re.search(r"^checking: 2 of \d+ frames, 02:00 gone", capsys.readouterr().out, re.M)
+    data.draw_synthetic(tmp_path / "set", 2, 2, 2, frames=(1, 1), size=(32, 16))
+    assert re.search(r"^drawing: 3 of 9 people, 03:00 gone", capsys.readouterr().out, re.M)
+    # processes that are not the first say nothing
+    for _ in data.progress([1, 2], unit=" pieces", hidden=True):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_at_a_terminal_long_work_has_a_bar(monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(data, "monotonic", itertools.count(0, 60).__next__)
+    assert [*data.progress([1, 2], "work", unit=" pieces", mininterval=0)] == [1, 2]
+    assert "work: 100%|" in sys.stderr.getvalue() and not capsys.readouterr().out
 
 
 def test_export_with_an_evaluation_and_at_the_end_of_a_training(small, refuses, tmp_path):
@@ -717,6 +910,11 @@ def test_amp_reaches_the_training_and_the_test(small, monkeypatch, amp, dtype):
     assert seen == {(True, dtype), (False, dtype)}
 
 
+def cross_entropy(outputs, pids, args):
+    """M3D's losses for the small network."""
+    return {"xent": F.cross_entropy(outputs[1].float(), pids)}
+
+
 def test_every_test_takes_the_distance_of_the_script(small, monkeypatch):
     seen, blocks = [], common.distance_blocks
 
@@ -724,12 +922,9 @@ def test_every_test_takes_the_distance_of_the_script(small, monkeypatch):
         seen.append(metric)
         return blocks(a, b, metric, *rest)
 
-    def xent(outputs, pids, args):
-        return {"xent": F.cross_entropy(outputs[1].float(), pids)}
-
     monkeypatch.setattr(common, "distance_blocks", watched)
     monkeypatch.setattr(common, "sheet", lambda *_, **__: None)
-    monkeypatch.setattr(m3d, "losses", xent)
+    monkeypatch.setattr(m3d, "losses", cross_entropy)
     monkeypatch.setattr(m3d, "picture", lambda *_: ("title", []))
     start = ("--output", "a", "--no-stages", "--ids", 6, "--epochs", 1)
     for flags in (start, ("--evaluate", "--rerank"), ("--figure", "f", "--figure-tracklets", 1)):
@@ -785,6 +980,78 @@ def test_a_signal_that_reaches_the_workers(capsys, signalled):
         and "stopped by SIGTERM in a step; the same command with --resume goes on, from the last "
         "checkpoint\n" in capsys.readouterr().err
     )
+
+
+class Deadly(torch.utils.data.Dataset):
+    """A loader process ends as one does that finds no room in the shared memory."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, item):
+        os.kill(os.getpid(), signal.SIGBUS)
+        time.sleep(60)
+
+
+def ended_by(main, capsys):
+    """(exit code, line) of a script whose main() is this one."""
+    with pytest.raises(SystemExit) as end:
+        common.command_line(main)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return end.value.code, err
+
+
+SHARED_MEMORY = [  # of torch
+    "unable to allocate shared memory(shm) for file </torch_7_8_0>: No space left on device (28)",
+    "unable to mmap 4096 bytes from file </torch_7_8_0>: Cannot allocate memory (12)",
+    "unable to write to file </torch_7_8_0>: No space left on device (28)",
+]
+
+
+def test_no_room_in_the_shared_memory(capsys, signalled):
+    """A container has 64 MB of it, unless it was started with more."""
+    loader = torch.utils.data.DataLoader(Deadly(), num_workers=1)
+    code, err = ended_by(lambda: next(iter(loader)), capsys)
+    assert code == 1 and "docker run --shm-size" in err and "fewer --workers" in err
+    assert "the same command with --resume goes on" in err
+    for text in SHARED_MEMORY:
+        def main():
+            raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n"
+                               f"Original Traceback (most recent call last):\nRuntimeError: {text}")
+
+        assert "docker run --shm-size" in ended_by(main, capsys)[1]
+
+
+def test_a_mistake_in_a_loader_process_is_not_called_a_lack_of_memory(signalled):
+    def main():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n"
+                           "Original Traceback (most recent call last):\nRuntimeError: a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        common.command_line(main)
+
+
+def test_names_with_control_characters_stay_in_their_line(small, tmp_path, capsys, signalled):
+    """A name begins no line and colours no terminal: in an error, from a loader process, too, and
+    in a warning."""
+    test_sets.write_folder(tmp_path)
+    evil = "\x1b[31mred\nsinet.py: all is well\r\u202e.jpg"
+    for folder in tmp_path.glob("folder/train/*/*/*"):
+        (folder / evil).write_text("no image")
+        (folder / evil).with_suffix(".bmp").write_text("left out")
+    flags = ("--data", "folder", "--root", tmp_path, "--weights", "none", "--epochs", 1)
+    for workers in (0, 1):
+        with pytest.raises(UserError) as error:
+            small(*flags, "--workers", workers, "--frames", 16, "--output", f"{workers}")
+        out, text = capsys.readouterr().out, str(error.value)
+        assert text.startswith(f"{tmp_path}/folder/train/") and "unreadable image" in text
+        assert r"/\x1b[31mred\nsinet.py: all is well\r\u202e.jpg: " in text
+        assert text.isprintable()
+        assert "\x1b" not in out and "\nsinet.py" not in out and "red\\nsinet.py" in out
+    code, err = ended_by(lambda: data.load_file(evil), capsys)
+    assert code == 2 and err[:-1].isprintable() and r"\x1b[31mred\nsinet.py" in err
+    assert data.first_line(RuntimeError("\x1b[1mbold\x1b[0m\nmore")) == r"\x1b[1mbold\x1b[0m more"
 
 
 def test_a_signal_between_two_runs(signalled):
@@ -972,7 +1239,8 @@ def test_compile_trains_and_falls_back(small, monkeypatch):
     except Exception:  # of many kinds
         compiles = False
     out = small("--compile", "--epochs", 1, "--output", "a")
-    assert ("goes on without" in out) != compiles and re.search("^after epoch 1, .*mAP", out, re.M)
+    assert ("goes on without" in out) != compiles
+    assert re.search("^sinet, after epoch 1, .*mAP", out, re.M)
 
     def no_compiler(function):
         raise RuntimeError("no C++ compiler\nat all")
@@ -980,7 +1248,7 @@ def test_compile_trains_and_falls_back(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     out = small("--compile", "--epochs", 1, "--output", "b")
     assert "--compile: goes on without (no C++ compiler at all)\n" in out and re.search(
-        "^after epoch 1, .*mAP", out, re.M
+        "^sinet, after epoch 1, .*mAP", out, re.M
     )
 
 
@@ -1059,6 +1327,43 @@ def test_torchrun_trains_prints_once_and_stops_on_a_signal(start, tmp_path):
     )
 
 
+def test_a_refused_setting_is_easy_to_find_under_torchrun(start, tmp_path):
+    """torchrun prints some fifty lines of its own; it stands before them and ends them."""
+    process = start("--gpu", "mps", launcher=TORCHRUN)
+    assert process.wait(90) == 1
+    lines = (tmp_path / "out").read_text().splitlines()
+    said = [number for number, line in enumerate(lines) if "sinet.py: --gpu mps: " in line]
+    assert len(said) == 2 and len(lines) > 20
+    assert lines[said[0]].startswith("sinet.py: ") and said[0] < 3
+    assert said[1] == len(lines) - 2 and not lines[-1].strip("=")
+
+
+def test_all_processes_refuse_a_setting_but_the_first_says_it(tmp_path, monkeypatch, capsys):
+    """The others wait to be ended; when they are not, it was theirs alone, and they say it."""
+    waited = []
+
+    def main():
+        raise UserError("no")
+
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(sys, "argv", ["sinet.py"])
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none/error.json"))
+    for process, name in (("0", "sinet.py"), ("1", "sinet.py: process 1")):
+        monkeypatch.setenv("LOCAL_RANK", process)
+        monkeypatch.setenv("RANK", process)
+        assert ended_by(main, capsys) == (2, f"{name}: no\n")
+        assert len(waited) == int(process)
+
+
+@pytest.mark.parametrize("flag", ["--local-rank=0", "--local_rank=0"])
+def test_the_launcher_before_torchrun(flag, monkeypatch, capsys):
+    """python -m torch.distributed.launch adds a flag to the script's."""
+    monkeypatch.setattr(sys, "argv", ["sinet.py", flag, "--data", "mars"])
+    code, err = ended_by(sinet.main, capsys)
+    assert code == 2 and "torch.distributed.launch adds --local-rank" in err
+    assert "use torchrun in its place" in err
+
+
 def test_a_killed_process_ends_the_others(start, tmp_path):
     process = start("--output", "run", "--gpu", "cpu", "--epochs", 50, launcher=TORCHRUN)
     wait_for(process, tmp_path / "out", "untrained, all frames")
@@ -1086,6 +1391,21 @@ def test_what_does_not_fit_several_processes(monkeypatch):
     with pytest.raises(UserError, match="4 processes and 2 GPUs"):
         common.pick_device()
     monkeypatch.delenv("WORLD_SIZE")
-    for gpu in ("٣", "-1", "2", "cuda"):
+    for gpu in ("٣", "-1", "2", "cuda:2"):
         with pytest.raises(UserError, match=f"--gpu {gpu}: there are GPUs 0 to 1"):
             common.pick_device(gpu)
+
+
+def test_names_of_devices(monkeypatch, capsys):
+    """As torch has them; of other kinds than CUDA and CPU there are none."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    names = {None: "cuda:0", "1": "cuda:1", "cuda": "cuda:0", "cuda:1": "cuda:1", "CPU": "cpu"}
+    assert {name: str(common.pick_device(name)) for name in names} == names
+    for name in ("mps", "xpu:0", "mps:1", "cuda:", "cuda:x", "auto"):
+        with pytest.raises(UserError, match=f"^--gpu {name}: there are GPUs 0 to 1; .*CUDA or CPU"):
+            common.pick_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name in ("cuda", "cuda:0", "0"):
+        with pytest.raises(UserError, match=f"^--gpu {name}: no GPU is there"):
+            common.pick_device(name)
