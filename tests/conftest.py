@@ -82,6 +82,23 @@ def pytest_addoption(parser):
     parser.addoption("--all-rows", action="store_true", help="not the first of a script alone")
 
 
+FAST = ("bicnet_tks", "m3d", "sinet", "strf", "tclnet", "common", "data", "sets")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "fast: equations, metrics and data loaders; together less than two minutes"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    """Marks as fast the tests of these files, but for those that run a whole script."""
+    names = {f"test_{name}.py" for name in FAST}
+    for item in items:
+        if item.path.name in names and not {"run", "trained"} & {*item.fixturenames}:
+            item.add_marker(pytest.mark.fast)
+
+
 @contextlib.contextmanager
 def own_signals():
     """SIGTERM ends pytest as SIGINT does, also one that a main() in the block only noted, which
