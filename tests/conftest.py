@@ -83,6 +83,8 @@ def pytest_addoption(parser):
 
 
 FAST = ("bicnet_tks", "m3d", "sinet", "strf", "tclnet", "common", "data", "sets")
+# of these files: whole networks in every variant, and a data set of a million frames
+SLOW = ("test_network", "test_every_", "test_settings_combine", "test_3d_variants", "test_a_large")
 
 
 def pytest_configure(config):
@@ -92,10 +94,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks as fast the tests of these files, but for those that run a whole script."""
-    names = {f"test_{name}.py" for name in FAST}
+    """Marks the tests of the files above as fast, but for the slow ones and for those that run a
+    whole script as a process."""
+    files = {f"test_{name}.py" for name in FAST}
     for item in items:
-        if item.path.name in names and not {"run", "trained"} & {*item.fixturenames}:
+        whole = item.name.startswith(SLOW) or {"run", "trained"} & {*item.fixturenames}
+        if item.path.name in files and not whole:
             item.add_marker(pytest.mark.fast)
 
 
