@@ -155,7 +155,7 @@ def test_the_commands_run(monkeypatch, small_root, tmp_path):
                 assert all((ROOT / name).exists() for name in words)
                 continue
             if program == "pytest":
-                assert not words or (ROOT / words[0]).exists(), words
+                assert words in ([], ["-m", "fast"]) or (ROOT / words[0]).exists(), words
                 if "-k" in words:
                     names = re.findall(r"^def (test_\w+)", (ROOT / words[0]).read_text(), re.M)
                     assert any(words[words.index("-k") + 1] in name for name in names)
