@@ -425,7 +425,7 @@ def pick_device(gpu=None):
                         f"processes and {count} GPUs: leave --gpu out, or say --gpu cpu")
     gpu = gpu or (os.environ.get("LOCAL_RANK", "0") if count else "cpu")
     if gpu not in ("cpu", *map(str, range(count))):
-        raise UserError(f"--gpu {asked}: {there}")
+        raise UserError(f"--gpu {asked or gpu}: {there}")
     device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
     cuda = device.type == "cuda"
     if processes > 1 and not dist.is_initialized():
@@ -1137,7 +1137,7 @@ class Run:
             self.origin = f"from {printable(args.init)}"
         else:
             self.origin = getattr(model, "origin", self.origin)
-        if args.evaluate and self.origin.startswith("untrained"):
+        if args.evaluate and not args.resume and self.origin.startswith("untrained"):
             self.name_trained_networks()
         if args.compile and not args.figure:
             try:  # a small function shows whether it works
