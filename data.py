@@ -728,7 +728,7 @@ def load_prid(folder, name="prid", split=0):
         return _halves(name, tracks, train, test)
     path = files[0] if files else folder / "drawn_splits_prid.json"
     if not files:
-        print(f"warning: neither {' nor '.join(names)} is in {folder} or one folder up: split "
+        print(f"warning: neither {' nor '.join(names)} is in {printable(folder)} or one folder up: split "
               f"{split} is one of ten drawn with a fixed seed, not one of the published ones",
               flush=True)
     try:
