@@ -728,8 +728,8 @@ def load_prid(folder, name="prid", split=0):
         return _halves(name, tracks, train, test)
     path = files[0] if files else folder / "drawn_splits_prid.json"
     if not files:
-        print(f"warning: neither {' nor '.join(names)} is in {printable(folder)} or one folder up: split "
-              f"{split} is one of ten drawn with a fixed seed, not one of the published ones",
+        print(f"warning: neither {' nor '.join(names)} is in {printable(folder)} or one folder up: "
+              f"split {split} is one of ten drawn with a fixed seed, not one of the published ones",
               flush=True)
     try:
         splits = (json.loads(path.read_text("utf-8-sig", "replace")) if path.exists()
@@ -1031,7 +1031,8 @@ def check_images(dataset):
             print(f"... and {count[kind] - most:,} more that are {kind}")
     if first_dark:
         print(f"warning: {printable(first_dark)}: a PNG of 16 bits that becomes nearly black, as "
-              f"one with values of 12 bits does ({count['dark']:,} in all): 65535 is taken for white")
+              f"one with values of 12 bits does ({count['dark']:,} in all): 65535 is taken for "
+              "white")
     bad = count["missing"] + count["damaged"]
     print(f"{len(paths):,} frames checked, {bad:,} bad")
     return bad
