@@ -32,7 +32,8 @@ Deviations from the paper (its sentence, what we do, the flag for the paper's fo
                 that training starts from the backbone. --no-excite-bn
 
 Unspecified in the paper; our choice (the authors' release is named where the choice follows it):
-  small frames  frames are resized, as the text says (GFLOPs: COUNTING), bilinear with antialiasing
+  small frames  frames are resized, as the text says, bilinear with antialiasing (the paper's
+                GFLOPs of two branches fit frames resized behind the first convolution)
   CSP           big frame m feeds the small frames alpha m ... alpha m + alpha - 1; no bias; before
                 TKS and DAO of the same stage
   DAO           k > 1: 1x1 convolution C -> 1, then H W -> H W, no bias; own modules of each branch
@@ -496,20 +497,6 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
     "tks-stage23": Row("Table 6: TKS in stages 2, 3", tks=(2, 3), mars=(85.8, 90.3),
                        gflops_a_frame=2.09, million_parameters=35.7),
 }
-
-
-def full_size_stem(args):
-    """The multiply-adds that a stem at full size costs more for small frames beside big ones."""
-    stem = 64 * 3 * 7 ** 2 * (args.height // 2) * (args.width // 2)
-    more = sum(share * (stem - stem // 4 ** i) for i, share in enumerate(args.shares))
-    return args.frames // sum(args.shares) * more if args.shares[0] else 0
-
-
-# The paper cuts its figures (19 of 24 parameters are met; TK, one kernel, stage 4 are 0.1 lower).
-# Of its GFLOPs, multiply-adds with small frames resized behind the stem meet 5 (tb, CSP, AO, DAO,
-# 64), and 16 if a region of TKS had 4 x 2 pixels: of the counts that were tried, none meets more.
-COUNTING = {"without": ("neck", "classifier"), "more": full_size_stem,
-            "truncate": ("million_parameters", "gflops_a_frame")}
 RELEASE = None                 # the authors offer no trained weights
 
 
@@ -571,8 +558,8 @@ def load(file):  # same in every script
 
 
 def main():  # same in every script
-    run_script(train, build, recipe=RECIPE, rows=ROWS, counting=COUNTING, release=RELEASE,
-               text=__doc__, script=__file__)
+    run_script(train, build, recipe=RECIPE, rows=ROWS, release=RELEASE, text=__doc__,
+               script=__file__)
 
 
 # ------------------------------------------------------------------------------------- the picture

@@ -351,48 +351,29 @@ def complexity(model, T, height, width, without=()):
     return sum(p.numel() for p in counted), counter.get_total_flops() // 2
 
 
-# figures of a Row: unit, and value from (parameters, multiply-adds, frames) of it and of the base
-COSTS = {
-    "million_parameters": ("million parameters", lambda ours, base: ours[0] / 1e6),
-    "more_megabytes": ("MB of parameters more", lambda ours, base: 4 * (ours[0] - base[0]) / 1e6),
-    "gflops_a_frame": ("GFLOPs a frame", lambda ours, base: ours[1] / 1e9 / ours[2]),
-    "gflops_of_4_frames": ("GFLOPs of 4 frames", lambda ours, base: 4 * ours[1] / 1e9 / ours[2]),
-    "more_gflops": ("GFLOPs more", lambda ours, base: (ours[1] - base[1]) / 1e9),
+COSTS = {  # what a paper prints of a row beside its accuracy, and the unit
+    "million_parameters": "million parameters",
+    "more_megabytes": "MB of parameters more than the 2D network",
+    "gflops_a_frame": "GFLOPs a frame",
+    "gflops_of_4_frames": "GFLOPs of 4 frames",
+    "more_gflops": "GFLOPs more than the baseline",
 }
 
 
-def complexity_table(rows, recipe, build, counting):
-    """Prints parameters and multiply-adds of every row, in Markdown, and beside the paper's figures
-    ours, counted as it does. counting: "base", the row over which it prints increments; "without",
-    parts left out; "per_bn", operations an element of a BatchNorm; "more", a function of settings,
-    multiply-adds counted beside; "truncate", the COSTS that it cuts."""
-    def cost(name):
-        args, elements = settings(recipe, rows, name, weights="none"), []
-        with torch.device("meta"):
-            model = build(args, 625)
-        for module in model.modules():
-            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
-                module.register_forward_hook(lambda *call: elements.append(call[-1].numel()))
-        parameters, macs = complexity(model, args.frames, args.height, args.width,
-                                      counting.get("without", ()))
-        more = counting.get("more", lambda _: 0)(args) + counting.get("per_bn", 0) * sum(elements)
-        return args, macs, (parameters, macs + more, args.frames)
-    *_, base = cost(counting.get("base", next(iter(rows))))
-    table = [["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "printed in the paper",
-              "ours, counted so", "equal"]]
+def complexity_table(rows, recipe, build):
+    """Prints the parameters and GFLOPs of every row, in Markdown, beside what the paper prints."""
+    print("The parameters are those without neck, classifier and projection. The GFLOPs are\n"
+          "multiply-adds of convolutions and matrix products.\n")
+    table = [["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "in the paper"]]
     for name in rows:
-        args, macs, counted = cost(name)
-        theirs, ours, met = [], [], []
-        for key, figure in row_of(rows, name).costs.items():
-            unit, value_of = COSTS[key]
-            places, value = len(str(figure).partition(".")[2]), value_of(counted, base)
-            cut = 0.5 / 10 ** places if key in counting.get("truncate", ()) else 0
-            theirs.append(f"{figure} {unit}")
-            ours.append(f"{value - cut:.{places}f}")
-            met.append("yes" if ours[-1] == str(figure) else f"{100 * value / figure - 100:+.2f} %")
-        table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{counted[0]:,}",
-                      f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}",
-                      *map(", ".join, (theirs, ours, met))])
+        args = settings(recipe, rows, name, weights="none")
+        with torch.device("meta"):
+            model = build(args, num_classes=1)
+        parameters, macs = complexity(model, args.frames, args.height, args.width,
+                                      without=("neck", "classifier", "projection"))
+        printed = [f"{value} {COSTS[cost]}" for cost, value in row_of(rows, name).costs.items()]
+        table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{parameters:,}",
+                      f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}", ", ".join(printed)])
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in [table[0], ["-" * width for width in widths], *table[1:]]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
@@ -817,7 +798,7 @@ def describe(rows):
     """The rows of a script for --help: what they are, their figures as printed, what they set."""
     for name, row in rows.items():
         figures = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.figures.items()]
-        figures += [f"{figure} {COSTS[cost][0]}" for cost, figure in row.costs.items()]
+        figures += [f"{figure} {COSTS[cost]}" for cost, figure in row.costs.items()]
         sets = [typed(*setting) for setting in row.settings.items()]
         says = [f"{name}  {row.about}", ", ".join(figures) or "no figure", " ".join(sets)]
         if row.same:
@@ -957,11 +938,11 @@ def all_splits(train, args, rows):
           f"   of {args.variant}; {in_the_paper(args.printed)}")
 
 
-def run_script(train, build, *, recipe, rows, counting, release, text, script):
+def run_script(train, build, *, recipe, rows, release, text, script):
     """What a command line asks for, of the parts of a script."""
     args = parse_args(recipe, rows, text, script, release)
     if args.complexity:
-        complexity_table(rows, recipe, build, counting)
+        complexity_table(rows, recipe, build)
     elif args.split == "all" and not args.plan:
         all_splits(train, args, rows)
     else:

@@ -530,20 +530,6 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
                        loss="xent", mars=(82.6, 87.6), gflops_of_4_frames=21.619,
                        million_parameters=32.1),
 }
-
-
-def left_out(args):
-    """What the paper does not count of SEO: sum of G * F, and w^T f_k again for a later frame."""
-    if not args.seo or args.learners == 1:
-        return 0
-    positions = -(-args.height // 16) * -(-args.width // 16)
-    again = math.comb(args.learners - 1, 2) * args.frames // args.learners
-    return -(args.frames * positions * 1024 + again * 2048 * 1024)
-
-
-# The paper adds one for each element that a BatchNorm writes; parameters are cut, not rounded.
-COUNTING = {"per_bn": 1, "more": left_out, "without": ("neck", "classifier"),
-            "truncate": ("million_parameters",)}
 RELEASE = None                 # the authors offer no trained weights
 
 
@@ -605,8 +591,8 @@ def load(file):  # same in every script
 
 
 def main():  # same in every script
-    run_script(train, build, recipe=RECIPE, rows=ROWS, counting=COUNTING, release=RELEASE,
-               text=__doc__, script=__file__)
+    run_script(train, build, recipe=RECIPE, rows=ROWS, release=RELEASE, text=__doc__,
+               script=__file__)
 
 
 # ------------------------------------------------------------------------------------- the picture

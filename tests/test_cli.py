@@ -70,7 +70,7 @@ def test_help(script, monkeypatch, capsys):
     for name, row in module.ROWS.items():
         assert re.match(r"(text to )?(Tables?|Fig\.|Sec\.) \d[^:]*: .", row.about), name
         figures = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.figures.items()]
-        figures += [f"{figure} {common.COSTS[cost][0]}" for cost, figure in row.costs.items()]
+        figures += [f"{figure} {common.COSTS[cost]}" for cost, figure in row.costs.items()]
         flags = [common.typed(*setting) for setting in row.settings.items()]
         expected = f"{row.about} {', '.join(figures) or 'no figure'} {' '.join(flags)}"
         assert said[name] == (f"{row.about} (the same as {row.same})" if row.same else expected)

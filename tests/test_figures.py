@@ -15,8 +15,9 @@ from matplotlib.text import Text
 from PIL import Image
 
 import common
+import counting
 import sinet
-from conftest import ROOT, TINY, Colours, read_log
+from conftest import TINY, Colours, read_log
 from data import UserError, load_dataset, normalize
 
 SCRIPTS = ["bicnet_tks", "m3d", "sinet", "strf", "tclnet"]
@@ -572,11 +573,11 @@ def test_load_of_a_run(trained, small_root):
 
 # ------------------------------------------------------------------------------------- --complexity
 
-FIRST = {  # see COMPLEXITY in each script's test
+FIRST = {
     "bicnet_tks": "29,291,648",
     "m3d": "48,250,972",
     "sinet": "29,565,046",
-    "strf": "25,534,129",
+    "strf": "24,253,504",
     "tclnet": "30,070,848",
 }
 
@@ -587,22 +588,30 @@ def cells_of(line):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_complexity(name, monkeypatch, capsys):
-    """Of the first rows, the base and the last; each script's own test has all figures."""
+    """Of the first rows, one with a value of the paper and the last; test_complexity.py has all."""
     script = importlib.import_module(name)
     names = [*script.ROWS]
-    base = script.COUNTING.get("base", names[0])
-    names = [*dict.fromkeys([*names[:3], base, names[-1]])]
+    names = [*dict.fromkeys([*names[:2], [*counting.with_printed_costs(name)][-1], names[-1]])]
     rows = {row: common.row_of(script.ROWS, row) for row in names}
     monkeypatch.setattr(script, "ROWS", rows)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--complexity"])
     script.main()
-    table = capsys.readouterr().out.splitlines()
+    says, table = capsys.readouterr().out.split("\n\n")
+    assert "without neck, classifier and projection" in says and "|" not in says
+    table = table.splitlines()
     assert len(table) == 2 + len(rows) and len({len(line) for line in table}) == 1
+    assert all(set(cell) == {"-"} for cell in cells_of(table[1]))
     head, _, *lines = map(cells_of, table)
+    assert head == ["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "in the paper"]
     for cells, (row, given) in zip(lines, rows.items()):
-        printed = [f"{figure} {common.COSTS[cost][0]}" for cost, figure in given.costs.items()]
-        assert cells[0] == row and cells[5] == ", ".join(printed)
-    assert lines[0][2] == FIRST[name]
-    readme = [cells_of(line) for line in (ROOT / "README.md").read_text().splitlines()]
-    missing = [cells for cells in (head, *lines) if cells not in readme]
-    assert not missing, f"README.md lacks rows of {name}.py --complexity"
+        args, parameters, _, macs, _ = counting.cost(name, row)
+        paper = [f"{value} {common.COSTS[cost]}" for cost, value in given.costs.items()]
+        assert cells == [
+            row,
+            f"{args.frames}x{args.height}x{args.width}",
+            f"{parameters:,}",
+            f"{macs / 1e9:.3f}",
+            f"{macs / args.frames / 1e9:.3f}",
+            ", ".join(paper),
+        ]
+    assert lines[0][2] == FIRST[name] and any(cells[5] for cells in lines)

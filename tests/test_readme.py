@@ -5,6 +5,7 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import math
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import common
+import counting
 import data
 import sinet
 from conftest import ROOT, Colours
@@ -56,23 +58,30 @@ def test_the_two_commands_are_where_ci_looks_for_them():
 
 
 def test_what_is_compared_with_the_papers_is_counted():
-    """The sentence of the first page against the tables of --complexity."""
-    rows = tables("variant", "clip", "parameters", "GFLOPs a clip", "a frame",
-                  "printed in the paper", "ours, counted so", "equal")
-    every = [row for name in SCRIPTS for row in importlib.import_module(name).ROWS.items()]
-    assert sorted(cells[0] for cells in rows) == sorted(name for name, _ in every)
-    same = {name for name, row in every if row.same}  # their figures are those of another row
-    printed = [cells[7].split(", ") for cells in rows if cells[5] and cells[0] not in same]
-    off = [abs(float(met.split()[0])) for row in printed for met in row if met != "yes"]
-    figures = sum(map(len, printed))
-    near, middle = (sum(low <= d < high for d in off) for low, high in ((0, 1), (1, 19)))
-    far = [d for d in off if d >= 19]
+    """The sentence of the first page against the audit."""
+    total = counting.totals()
     sentence = (
-        f"of {figures} printed figures in {len(printed)} rows, {figures - len(off)} agree as "
-        f"rounded, {near} more are within 1 %, {middle} within 19 %, and {len(far)} are off by "
-        f"{min(far):.0f} % or more"
+        f"of {total.values} printed values in {total.rows} rows, {total.equal} agree to the last "
+        f"digit, {len(total.near)} more are within 1 %, {len(total.middle)} within "
+        f"{math.ceil(total.middle[-1])} %, and {len(total.far)} are off by "
+        f"{total.far[0]:.0f} % or more"
     )
     assert sentence in " ".join(README.split())
+
+
+def test_where_our_costs_and_the_papers_differ():
+    """Of each paper how many values agree, its largest difference, and no other differences."""
+    fold = README[README.index("<summary>Complexity") :].partition("</details>")[0]
+    assert fold.count("\n") <= 20
+    for paper in re.findall(r"^- (.*?)(?=^- |\Z)", fold, re.S | re.M):
+        name, equal, values = re.match(r"([\w-]+): (\d+) of (\d+) values agree\.", paper).groups()
+        script = name.lower().replace("-", "_")
+        total = counting.totals([script])
+        assert (int(equal), int(values)) == (total.equal, total.values)
+        sizes = [f"{size:.1f}" for size in total.near + total.middle + total.far]
+        said = re.findall(r"([\d.]+) %", paper)
+        assert {*said} <= {*sizes} and sizes[-1:] == sorted(said, key=float)[-1:], script
+    assert len(re.findall("^- ", fold, re.M)) == len(SCRIPTS)
 
 
 def test_the_two_numbers_of_parameters_are_explained():

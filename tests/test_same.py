@@ -27,7 +27,6 @@ PARTS = {  # in the order of the files
     "SPLIT": "clips of the test",
     "METRIC": "distance of the test",
     "ROWS": "the rows",
-    "COUNTING": "the paper's way of counting",
     "RELEASE": "trained weights of the authors",
     "build": "the network of a row",
     "make_optimizer": "the optimiser",

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 import tclnet
-from common import COSTS, batch_hard_triplet, row_of, settings
+from common import batch_hard_triplet, settings
 from conftest import check_gradients, close, maps, multiply_adds, parameters, randomize, wake
 from tclnet import (
     RECIPE,
@@ -438,16 +438,7 @@ EXPECTED |= {row: EXPECTED["tclnet"] for row in ("tclnet-xent", "tclnet-tsb2")}
 @pytest.mark.parametrize("variant", ROWS)
 def test_parameters(variant):
     assert set(EXPECTED) == set(ROWS)
-    count = parameters(meta(variant))
-    assert count == EXPECTED[variant]
-    printed = row_of(ROWS, variant).costs.get("million_parameters")
-    cut = math.floor(count / 1e5) / 10
-    if variant == "base+3d":
-        assert (cut, printed) == (32.1, 33.7)  # no rule gives this one together with the GFLOPs
-    elif printed == 29.9:  # contradicts the paper's own N = 3 and 4
-        assert cut == 30.0
-    else:
-        assert printed in (None, cut)
+    assert parameters(meta(variant)) == EXPECTED[variant]
 
 
 @functools.cache
@@ -468,27 +459,6 @@ def test_multiply_adds():
     assert macs("base+tsb") - macs("base") == 2 * 4 * 4 * 512 * 512
     assert macs("base+nl") - macs("base") == 1_342_177_280
     assert macs("base+3d") - macs("base") == 6_509_559_808
-
-
-def test_printed_multiply_adds():
-    """The paper counts one more for every element that a BatchNorm writes, and less of SEO."""
-    model, elements = meta("base").eval(), []
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(lambda m, i, o: elements.append(o.numel()))
-    model(torch.empty(1, 4, 3, 256, 128, device="meta"))
-    off = {"base+tsb": 16.255, "base+nl": 17.588, "base+tse+nl": 17.593}  # see COMPLEXITY's notes
-    for row in OWN_ROWS:
-        args, costs = settings(RECIPE, ROWS, row), ROWS[row].costs
-        if "gflops_of_4_frames" in costs:
-            counted = (macs(row) + tclnet.left_out(args)) * 4 / args.frames + sum(elements)
-            assert round(counted / 1e9, 3) == off.get(row, costs["gflops_of_4_frames"]), row
-    assert tclnet.left_out(settings(RECIPE, ROWS, "base+tse")) == -4 * 128 * 1024
-    more = -4 * 128 * 1024 - 3 * 2048 * 1024  # of the 6 pairs of 4 frames 3 have a new f_k
-    assert tclnet.left_out(settings(RECIPE, ROWS, "base+tse-n4")) == more
-    for row in ("base", "base+tse-wo-seo"):
-        assert tclnet.left_out(settings(RECIPE, ROWS, row)) == 0
-    assert set(tclnet.COUNTING["truncate"]) < set(COSTS) and tclnet.COUNTING["per_bn"] == 1
 
 
 def test_rows():
