@@ -1117,7 +1117,7 @@ class Run:
             start_from(args.init, model, self.release)
             self.origin = f"from {printable(args.init)}"
         else:
-            self.origin = getattr(model, "origin", self.origin)
+            self.origin = printable(getattr(model, "origin", self.origin))
         if args.evaluate and not args.resume and self.origin.startswith("untrained"):
             self.name_trained_networks()
         if args.compile and not args.figure:

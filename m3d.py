@@ -70,8 +70,7 @@ import torchvision
 
 from common import (Row, Run, at_least_float32, bars, command_line, energy, figures, gather,
                     load_network, load_part, overlays, part_of, plan, run_script, watch)
-from data import (TrackletSampler, load_dataset, normalize, printable, sample_adjacent,
-                  split_whole)
+from data import TrackletSampler, load_dataset, normalize, sample_adjacent, split_whole
 
 
 # ------------------------------------------------------------- Eq. 4-6: multi-scale 3D convolution
@@ -519,9 +518,9 @@ def build(args, num_classes):
         load_part(path, f"streams.{stream}.", model.streams[stream])
         load_part(path, f"neck.{stream}.", model.neck[stream])
     if join:
-        model.origin = f"joined from {printable(join[0])} and {printable(join[1])}"
+        model.origin = f"joined from {join[0]} and {join[1]}"
     elif args.init_2d and new:
-        model.origin = f"untrained but for the 2D stream of {printable(args.init_2d)}"
+        model.origin = f"untrained but for the 2D stream of {args.init_2d}"
     return model
 
 
@@ -578,8 +577,7 @@ def train_in_stages(args):
     files = [f"{args.output}/{stage}/last.pt" for stage in ("2d", "temporal")]
     shown = args.evaluate and args.stream == "two" and not (args.resume or args.init or args.join)
     if shown and all(map(os.path.exists, files)):
-        names = " ".join(map(printable, files))
-        print(f"--join {names} shows the two trained stages as one network")
+        print(f"--join {' '.join(files)} shows the two trained stages as one network")
     if args.stream != "two" or args.evaluate or args.init or args.init_2d or not args.stages:
         return train(args)
     train(part_of(args, ROWS, "2d", variant="2d", chunk=1))
