@@ -887,6 +887,8 @@ def test_pk_is_a_function_of_seed_and_epoch(shows):
     a.set_epoch(4)
     b.set_epoch(4)
     assert list(a) == list(b)
+    clips = [clip for batch in a for clip in batch]  # with the seeds of their augmentation
+    assert [clip[1:] for clip in clips] == [(1, 4, place) for place in range(len(clips))]
     b.set_epoch(5)
     assert list(a) != list(b)
     assert list(a) != list(PKSampler(PIDS, 3, 2, shows=shows, seed=2))
