@@ -17,11 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CHUNK, DATA_SETS, NO_MATCH, SPLIT_SETS, AllClips, Parser, Tracklet, TrainClips,
-                  UserError, first_line, load_dataset, load_file, locked, normalize, printable,
-                  progress, read_clip, replacing, save_rows)
+                  UserError, first_line, last_line, load_dataset, load_file, locked, normalize,
+                  printable, progress, read_clip, replacing, save_rows)
 
 
 # ------------------------------------------------------------------------- distances and retrieval
@@ -576,23 +577,107 @@ class Release:
     def checkpoint(self, file, script):
         """The contents of a file as a checkpoint of this script, or None where it is none of the
         authors' release."""
-        state = file.get("state_dict", file)
-        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-            return None
-        found = self.read(state)
+        state = state_dict_in(file)
+        found = None
+        if all(map(torch.is_tensor, state.values())):
+            found = without_prefix(state, lambda part: self.read(part) is not None)
         if found is None:
             return None
-        variant, shaped, model = found
+        variant, shaped, model = self.read(found)
         args = {"data": "mars", "root": FLAGS["root"][0], "variant": variant, "small": False,
                 **self.settings, **shaped, "release": True}
         return {"script": script, "args": args, "num_classes": len(model["classifier.weight"]),
                 "history": [], "model": model, "release": True}
 
 
+# the dictionaries in which training programs wrap a state_dict
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module",
+            "backbone", "weights", "params")
+
+
+def state_dict_in(file):
+    """The state_dict in what a file holds: the usual dictionaries around it are opened."""
+    for _ in range(9):  # anything can be in a file, a dictionary that holds itself, too
+        wrapped = [file[name] for name in WRAPPERS if isinstance(file.get(name), dict)]
+        if wrapped:
+            file = wrapped[0]
+    return file
+
+
+def without_prefix(state, fits):
+    """The part of a state_dict for which the function `fits` is true, or None: all of it, or what
+    has a prefix in common, such as "module." or "backbone.", without the prefix."""
+    parts = [state]
+    while parts:
+        for part in parts:
+            if fits(part):
+                return part
+        shorter = []
+        for part in parts:
+            inner = {}
+            for name, value in part.items():
+                first, dot, rest = str(name).partition(".")
+                if dot:
+                    inner.setdefault(first, {})[rest] = value
+            shorter += inner.values()
+        parts = shorter
+    return None
+
+
+def difference(state, own):
+    """In words, how a state_dict differs from the network's own: the first name that only one of
+    them has, or the first shape."""
+    says = []
+    for name in [name for name in state if name not in own][:1]:
+        says.append(f"it has {name!r}, which the network has not")
+    for name in [name for name in own if name not in state][:1]:
+        says.append(f"it lacks {name!r}")
+    if not says:
+        for name, value in own.items():
+            theirs, ours = getattr(state[name], "shape", None), value.shape
+            if theirs != ours:
+                has = "no shape" if theirs is None else f"the shape {list(theirs)}"
+                return f"its {name!r} has {has}, that of the network {list(ours)}"
+    return ", and ".join(says)
+
+
+def backbone_weights(path):
+    """The state_dict in a file of --weights, in the names of torchvision's ResNet-50, without its
+    classifier; prints what else is in the file. UserError when it does not fit."""
+    with torch.device("meta"):
+        net = torchvision.models.resnet50()
+    own = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
+    layers = {name.partition(".")[0] for name in own}
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}  # old files: none
+    everything = state_dict_in(load_file(path))
+    state = (without_prefix(everything, lambda part: needed <= part.keys())
+             or without_prefix(everything, lambda part: "conv1.weight" in part) or everything)
+    theirs, others = {}, []
+    for name, value in state.items():
+        first = str(name).partition(".")[0]
+        if first in layers:
+            theirs[name] = value
+        elif first != "fc":
+            others.append(first)
+    wrong = difference(theirs, {name: own[name] for name in own if name in needed | theirs.keys()})
+    if wrong:
+        raise UserError(f"--weights {path}: does not fit torchvision's ResNet-50: {wrong} (the "
+                        f"first entry of the file is {next(iter(everything), None)!r})")
+    prefix = next(str(name).removesuffix("conv1.weight") for name, value in everything.items()
+                  if value is state["conv1.weight"])
+    names = map(str, everything)
+    others += [name.partition(".")[0] for name in names if not name.startswith(prefix)]
+    if others:
+        parts = textwrap.shorten(", ".join(dict.fromkeys(others)), 160)
+        print(f"--weights {path}: not taken from it: {parts}")
+    return theirs
+
+
 def read_checkpoint(path, script, release):
     """The contents of a file that a run of ours, or where there is one the authors' release, has
     written, as a checkpoint of ours."""
     file = load_file(path)
+    file.pop("release", None)  # a run does not write it: it marks what was read below
     try:
         return (release and release.checkpoint(file, script)) or file
     except Exception:  # anything can be in a file
@@ -600,23 +685,38 @@ def read_checkpoint(path, script, release):
                         ) from None
 
 
-def load_checkpoint(path, script, rows, flags, but, training=True, release=None):
-    """A checkpoint of `script`, as a run writes it, with these flags, but for those in `but`."""
+def load_checkpoint(path, script, rows, flags, but, training=True, release=None, *, recipe, given):
+    """A checkpoint of `script`, as a run writes it, with these flags, but for those in `but`.
+
+    recipe: that of the script; given: the names of the flags that the user has given, which fill in
+    what a file of an earlier version lacks.
+    """
     checkpoint = read_checkpoint(path, script, release)
     try:
+        model = checkpoint["model"] = state_dict_in({"model": checkpoint["model"]})
         saved, classes = checkpoint["args"], checkpoint["num_classes"]
-        history, model = checkpoint["history"], checkpoint["model"]
+        history, columns = checkpoint["history"], []
         steps, totals = checkpoint.get("progress", (0, {}))
         values = [value for row in history for value in row.values() if value != ""]
+        if history:
+            columns = ["epoch", "lr", *[*history[0]][2:-2], "mAP", "rank-1"]
+            if "loss" not in columns or not totals.keys() <= {*columns}:
+                raise ValueError
         if not (checkpoint["script"] == script and saved["data"] in DATA_SETS
                 and saved["variant"] in rows and isinstance(saved["root"], str)
                 and [row["epoch"] for row in history] == [*range(1, len(history) + 1)]
-                and all({"lr", "loss", "mAP", "rank-1"} <= row.keys() for row in history)
+                and all([*row] == columns for row in history)
                 and all(isinstance(v, (int, float)) for v in [steps, *totals.values(), *values])
                 and (not model or classes in [len(w) for w in model.values() if w.dim()])):
             raise ValueError
     except Exception:  # anything can be in a file
-        raise UserError(f"{path}: not a checkpoint of {script}, as a run writes it") from None
+        says = f"{path}: not a checkpoint of {script}, as a run writes it"
+        if "args" not in checkpoint:
+            first = next(iter(state_dict_in(checkpoint)), None)
+            says += f" (its first entry is {first!r}); weights without settings go to --init"
+        raise UserError(says) from None
+    checkpoint["args"] = settings_of(path, checkpoint, recipe, rows, given)
+    saved = checkpoint["args"]
     if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
         raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further "
                         "(--init starts another training from it)")
@@ -625,6 +725,26 @@ def load_checkpoint(path, script, rows, flags, but, training=True, release=None)
             raise UserError(f"{path}: was trained with {typed(key, saved[key])}, not "
                             f"{typed(key, flags[key])}")
     return checkpoint
+
+
+def settings_of(path, checkpoint, recipe, rows, given):
+    """The settings in a checkpoint that a run takes from it, each of which must be a value that its
+    flag takes; UserError otherwise, and when one of the recipe is neither in the file nor among the
+    flags that are given. The authors' release has few settings: it takes those of the recipe."""
+    saved, kinds = checkpoint["args"], flag_kinds(recipe, rows)
+    taken = {key: saved[key] for key in kinds if key in saved and key not in HERE}
+    for key, value in taken.items():
+        absent = value is None and (key == "init" or key in recipe and recipe[key][0] is None)
+        if not (absent or is_taken(kinds[key], value)) or (key, value) == ("split", "all"):
+            says = textwrap.shorten(repr(value), 60)
+            raise UserError(f"{path}: its setting {key} is {says}, which {typed(key, ())} does not "
+                            "take")
+    missing = [typed(key, ()) for key in recipe if key not in saved and key not in given]
+    if missing and not checkpoint.get("release"):
+        raise UserError(f"{path}: lacks settings that an earlier version did not have: give them "
+                        f"as flags, {' '.join(missing)}, with the values of that run (in Python as "
+                        "arguments of load)")
+    return taken
 
 
 def alike(a, b):
@@ -639,43 +759,90 @@ def alike(a, b):
 def restore(path, checkpoint, **objects):
     """load_state_dict of each object from the checkpoint; UserError when one does not fit."""
     for name, target in objects.items():
-        own = target.state_dict()
+        own, state = target.state_dict(), checkpoint[name]
+        wrong = ""
         try:
-            target.load_state_dict(checkpoint[name])
+            if isinstance(target, torch.nn.Module):
+                state = without_prefix(state, lambda part: part.keys() == own.keys()) or state
+                wrong = difference(state, own)
+            target.load_state_dict(state)
             shapes = [(value.shape, p.shape) for p, state in getattr(target, "state", {}).items()
                       for value in state.values() if value is not None]
             if not (alike(target.state_dict(), own) and all(a in ((), b) for a, b in shapes)):
                 raise ValueError("other types or shapes than a run writes")
         except Exception as error:  # a state of another network raises many kinds
-            raise UserError(f"{path}: its {name} does not fit ({first_line(error)} ...)") from None
+            says = wrong or last_line(error)
+            raise UserError(f"{path}: its {name} does not fit ({says})") from None
 
 
-def start_from(path, model, release=None):
-    """Loads into the network what a run's last.pt, or the authors' release, has of its names and
-    shapes, of a release all but the classifier; prints the rest."""
+def start_from(path, model, release=None, args=None):
+    """Loads into the network what a file has of its names and shapes, and prints the rest. The file
+    is a run's last.pt, one of the authors' release, or holds weights alone. The classifier is taken
+    only from a run on the data set and the split of args: elsewhere the identities are others."""
     file = read_checkpoint(path, "", release)
-    theirs, own = part_of_network(path, file, ""), model.state_dict()
-    taken = {name: value for name, value in theirs.items()
-             if name in own and getattr(value, "shape", None) == own[name].shape
-             and not (file.get("release") and name.startswith("classifier."))}
-    if not taken:
-        raise UserError(f"{path}: holds nothing of this network")
+    own = model.state_dict()
+    theirs = part_of_network(path, file, "", own)
+    wrong = other_identities(file, args)
+    same = {name for name, value in theirs.items()
+            if name in own and getattr(value, "shape", None) == own[name].shape}
+    taken = {name: theirs[name] for name in same
+             if not (wrong and name.startswith("classifier."))}
+    if not same:
+        raise UserError(f"{path}: holds nothing of this network: {difference(theirs, own)}")
     model.load_state_dict(taken, strict=False)
     print(f"starting from {path}")
     for says, names in (("as initialised", own), ("not taken from it", theirs)):
         parts = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in taken)
         if parts:
             print(f"  {says}: {printable(textwrap.shorten(', '.join(parts), 160))}")
+    classifier = [name for name in own if name.startswith("classifier.")]
+    if classifier and not wrong and not same.issuperset(classifier):
+        wrong = "its shape is another one"
+    if classifier and wrong:
+        print(f"  the classifier is left out, because {printable(wrong)}")
+    elif classifier:
+        print("  the classifier is kept, because the file was also trained on "
+              f"{printable(identities(vars(args)))}")
 
 
-def load_network(path, build, *, recipe, rows, release, script):
-    """A script's network of a checkpoint, in eval mode on the CPU; `.args` has its settings."""
-    checkpoint = load_checkpoint(path, Path(script).name, rows, {}, set(), training=False,
-                                 release=release)
-    saved = checkpoint["args"]
+def other_identities(file, args):
+    """Why the classifier in a file is not one of the identities of a run with these args, in words;
+    "" when it is."""
+    saved = file.get("args")
+    if file.get("release"):
+        return "the authors' release does not say on which data set it was trained"
+    if args is None or not isinstance(saved, dict) or "data" not in saved:
+        return "the file does not say on which data set it was trained"
+    theirs, ours = identities(saved), identities(vars(args))
+    return "" if theirs == ours else f"the file was trained on {theirs}, and this run is on {ours}"
+
+
+def identities(settings):
+    """Whose identities a run has with these settings, in words: those of a data set, of its split
+    where it has several, and of a folder where the data set's name alone does not say it."""
+    data = settings["data"]
+    if data in SPLIT_SETS:
+        return f"{data}, split {settings.get('split')}"
+    if data in ("folder", "synthetic"):
+        return f"{data} in {os.path.abspath(str(settings.get('root')))}"
+    return str(data)
+
+
+def load_network(path, build, given=None, *, recipe, rows, release, script):
+    """A script's network of a checkpoint, in eval mode on the CPU; `.args` has its settings. given:
+    settings {name: value} that a file of an earlier version lacks."""
+    given = given or {}
+    if not given.keys() <= recipe.keys():
+        raise TypeError(f"load takes settings of the recipe, not {', '.join(given)}")
+    checkpoint = load_checkpoint(path, Path(script).name, rows, given, set(),
+                                 training=False, release=release, recipe=recipe, given=given)
+    saved = {**given, **checkpoint["args"]}
     row = settings(recipe, rows, saved["variant"], saved.get("small", saved["data"] == "synthetic"))
     args = argparse.Namespace(**{**vars(row), **saved, "resume": str(path)})
-    model = build(args, checkpoint["num_classes"])
+    try:
+        model = build(args, checkpoint["num_classes"])
+    except ValueError as error:
+        raise UserError(f"{path}: its settings do not go together ({last_line(error)})") from None
     if checkpoint["model"].get("neck.weight", torch.empty(0)).dtype == torch.float64:
         model.double()
     restore(path, checkpoint, model=model)
@@ -721,7 +888,10 @@ def settings(recipe, rows, name, small=False, **others):
 
 LEAST = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
          "checkpoint_every": 1, "figure_tracklets": 1}  # of the others 0
-MOST = {"erase": 1, "frames": 1024, "ids": 4096, "clips": 4096, "height": 8192, "width": 8192}
+MOST = {"erase": 1, "frames": 1024, "ids": 4096, "clips": 4096, "height": 8192, "width": 8192,
+        "epochs": 10 ** 5, "k": 99, "kernels": 999, "resolutions": 999, "learners": 64,
+        "s_h": 999, "s_w": 999}
+ABOVE_ZERO = {"beta", "temperature"}  # their least value, 0, is not taken itself
 FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, choices])
     "data": ("synthetic", "data set", tuple(DATA_SETS)),
     "small": (None, "take the recipe of the small run (synthetic: yes; others: no)"),
@@ -777,13 +947,17 @@ def add_flag(group, key, default, meaning, choices=None):
     if isinstance(one, bool) or key in ("small", "eval_first"):
         options = {"action": argparse.BooleanOptionalAction}
     elif isinstance(one, (int, float)) or key in ("chunk", "workers"):
-        kind, least, most = type(one or 0), LEAST.get(key, 0), MOST.get(key, 2 ** 31)
+        kind = int if one is None else type(one)
+        least, most = LEAST.get(key, 0), MOST.get(key, 2 ** 31)
 
         def number(text):
-            if not least <= kind(text) <= most:
+            value = kind(text)
+            if not least <= value <= most or value == 0 and key in ABOVE_ZERO:
                 raise ValueError
-            return kind(text)
+            return value
         number.__name__ = f"{kind.__name__} of {least} to {most}"
+        if key in ABOVE_ZERO:
+            number.__name__ = f"{kind.__name__} above {least}, to {most}"
         options["type"] = number
     if key in PATHS:
         options["type"] = os.path.expanduser
@@ -791,7 +965,87 @@ def add_flag(group, key, default, meaning, choices=None):
         options["nargs"] = "*"
     if key == "resume":
         options.update(nargs="?", const="auto")
-    group.add_argument(typed(key, ()), help=meaning.replace("%", "%%"), **options)
+    return group.add_argument(typed(key, ()), help=meaning.replace("%", "%%"), **options)
+
+
+def flag_kinds(recipe, rows):
+    """What argparse knows of each flag, {name: its action}."""
+    parser = Parser()
+    kinds = {"variant": add_flag(parser, "variant", None, "", rows)}
+    for key, (default, *_) in recipe.items():
+        kinds[key] = add_flag(parser, key, default, "", *recipe[key][3:])
+    for key, (default, _, *choices) in FLAGS.items():
+        kinds[key] = add_flag(parser, key, default, "", *choices)
+    return kinds
+
+
+def is_taken(flag, value):
+    """Whether a value is one that this flag, an action of argparse, gives for some text."""
+    if isinstance(flag, argparse.BooleanOptionalAction):
+        return isinstance(value, bool)
+    values = [value]
+    if flag.nargs == "*":
+        if not isinstance(value, (tuple, list)):
+            return False
+        values = value
+    kind = flag.type or str
+    for one in values:
+        try:
+            if type(one) is not type(kind(str(one))) or kind(str(one)) != one:
+                return False
+            os.fsencode(str(one))
+        except ValueError:  # no number within its limits, or no text that a file name can have
+            return False
+        if one == "" or "\0" in str(one):
+            return False
+        if flag.choices is not None and one not in flag.choices:
+            return False
+    return True
+
+
+# What only a training takes from a recipe: a test or a picture has no use for it. Losses are named
+# here as the recipes name them.
+OF_A_TRAINING = {"epoch", "erase", "epochs", "lr", "lr_step", "momentum", "weight_decay", "margin",
+                 "lambda1", "temperature", "loss", "divergence", "stages"}
+NEEDS = {  # flag: what a command must do so that the flag has an effect in it, see below
+    **dict.fromkeys(("beside", "figure_tracklets", "figure_format"), "draws"),
+    **dict.fromkeys((*sorted(OF_A_TRAINING), "chunk", "eval_every", "checkpoint_every",
+                     "eval_first", "tensorboard"), "trains"),
+    **dict.fromkeys(("evaluate", "export", "compile"), "trains or tests"),
+    **dict.fromkeys(("init", "weights"), "starts"),
+    "seed": "draws numbers",
+    "resume": "goes on",
+}
+
+
+def refuse_without_effect(chosen, evaluate, saved, resumed):
+    """UserError for a flag that has no effect in what the command does. A flag that repeats what
+    the checkpoint says, or that says what it does not, is not refused.
+
+    chosen: the flags that the user has given; evaluate: whether nothing is trained; saved: the
+    settings in the checkpoint of --resume; resumed: whether there is one.
+    """
+    draws = chosen.get("figure") is not None
+    named = chosen.get("resume") not in (None, "auto")  # not what the same command has begun
+    only = "--figure" if draws else "--evaluate" if "evaluate" in chosen else "--export"
+    holds = {  # what is needed: (whether it is there, what the line says otherwise)
+        "draws": (draws, "has no effect without --figure"),
+        "trains": (not evaluate, f"is for a training, and with {only} nothing is trained"),
+        "trains or tests": (not draws, "has no effect with --figure, which only draws"),
+        "starts": (not resumed or not evaluate and not named,
+                   "has no effect with --resume, because the network is that of the checkpoint"),
+        "draws numbers": (not resumed or not evaluate,
+                          f"has no effect with {only} and --resume: nothing is random there"),
+        "goes on": (not named or chosen.get("split") != "all",
+                    "a file has no effect with --split all, where every split has one of its own"),
+    }
+    for key, needed in NEEDS.items():
+        if key not in chosen or chosen[key] is False or key in saved and saved[key] == chosen[key]:
+            continue
+        there, says = holds[needed]
+        fills_in = resumed and key in OF_A_TRAINING and key not in saved
+        if not there and not fills_in:
+            raise UserError(f"{typed(key, ())}: {says}")
 
 
 def describe(rows):
@@ -829,10 +1083,20 @@ def parse_args(recipe, rows, text, script, release=None):
         add_flag(group, key, default, meaning + f" ({default})" * known, *choices)
     chosen = {key: tuple(value) if isinstance(value, list) else value
               for key, value in vars(parser.parse_args()).items()}
+    for key, value in chosen.items():
+        if value == "" or isinstance(value, tuple) and "" in value:
+            raise UserError(f"{typed(key, ())}: no such file or name: the value is empty")
+    if chosen.get("complexity") and len(chosen) > 1:
+        other = next(key for key in chosen if key != "complexity")
+        raise UserError(f"{typed(other, ())}: has no effect with --complexity, which prints one "
+                        "table of all rows")
     default = {key: value for key, (value, *_) in FLAGS.items()}
     run = argparse.Namespace(**{**default, **chosen})
     evaluate = chosen.get("evaluate", run.export is not None) or run.figure is not None
-    needed = release_settings(run.init, release, chosen) if run.init and release else {}
+    needed = {}
+    # a run that goes on does not read --init's file again: it may be gone
+    if run.init and release and (run.resume is None or os.path.exists(run.init)):
+        needed = release_settings(run.init, release, chosen)
     data, resume = run.data, run.resume
     variant = needed.get("variant", chosen.get("variant", first))
     folder = f"runs/{script.stem}-{data}" + f"-{variant}" * (variant != first)
@@ -846,13 +1110,15 @@ def parse_args(recipe, rows, text, script, release=None):
         resume += "/last.pt"
     if resume is not None and run.split != "all":
         but = EVALUATED if evaluate else GOING_ON | {"init", "weights", "amp", "rerank"}
-        checkpoint = load_checkpoint(resume, script.name, rows, chosen, but, not evaluate, release)
-        saved = {k: v for k, v in checkpoint["args"].items() if k not in HERE}
+        checkpoint = load_checkpoint(resume, script.name, rows, chosen, but, not evaluate, release,
+                                     recipe=recipe, given=chosen)
+        saved = checkpoint["args"]
         output = run.output or str(Path(resume).parent)
         data, variant = chosen.get("data", saved["data"]), saved["variant"]
         if data == "synthetic" and "root" not in chosen and saved["root"] != default["root"]:
             # a folder that a file names is not made
             load_dataset(data, saved["root"], training=False, images=False)
+    refuse_without_effect(chosen, evaluate, saved, checkpoint is not None)
     if "split" in chosen and data not in SPLIT_SETS:
         raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
     if run.split == "all" and evaluate:
@@ -869,7 +1135,7 @@ def parse_args(recipe, rows, text, script, release=None):
         **default, "chunk": CHUNK.get(f"{script.stem} {data}", CHUNK.get(data, 0)), "small": small,
         "eval_first": data == "synthetic", **row, **saved, **chosen, "resume": resume,
         "evaluate": evaluate, "output": output, "chosen": [*chosen], "script": script.name,
-        "checkpoint": checkpoint, "released": release,
+        "checkpoint": checkpoint, "released": release, "recipe": recipe,
         "printed": row_of(rows, variant).figures.get(data)})
 
 
@@ -896,20 +1162,32 @@ def part_of(args, rows, folder, variant=None, **changes):
     vars(part).update(changes, export=args.export and f"{args.export}/{folder}")
     last = f"{part.output}/last.pt"
     if os.path.exists(last):
-        part.checkpoint = load_checkpoint(last, args.script, rows, vars(part), GOING_ON)
+        part.checkpoint = load_checkpoint(last, args.script, rows, vars(part), GOING_ON,
+                                          recipe=args.recipe, given=args.chosen)
         part.resume, epochs = last, len(part.checkpoint["history"])
         if epochs > part.epochs:
             raise UserError(f"{last}: has {epochs} epochs, --epochs says {part.epochs}")
     return part
 
 
-def part_of_network(path, checkpoint, prefix):
-    """The weights in a checkpoint whose names start with prefix, without it."""
-    saved = checkpoint.get("model")
-    model = saved if isinstance(saved, dict) else {}
-    state = {k.removeprefix(prefix): model[k] for k in model if k.startswith(prefix)}
+def part_of_network(path, checkpoint, prefix, names=()):
+    """The weights in a checkpoint whose names start with prefix, without it. names: some that a
+    network has, by which a prefix of the whole is known, see `without_prefix`."""
+    model = state_dict_in(checkpoint)
+
+    def fits(part):
+        if names:
+            return not part.keys().isdisjoint(names)
+        return any(str(name).startswith(prefix) for name in part)
+    part = without_prefix(model, fits) or {}
+    state = {k.removeprefix(prefix): part[k] for k in part if str(k).startswith(prefix)}
     if not state:
-        raise UserError(f"{path}: holds no {prefix.rstrip('.') or 'network'} of a run")
+        says = f"holds no {prefix.rstrip('.') or 'network'} of a run"
+        if names and any(map(torch.is_tensor, model.values())):
+            says = f"holds nothing of this network: {difference(model, names)}"
+        elif model:
+            says += f" (its first entry is {next(iter(model))!r})"
+        raise UserError(f"{path}: {says}")
     return state
 
 
@@ -943,10 +1221,23 @@ def run_script(train, build, *, recipe, rows, release, text, script):
     args = parse_args(recipe, rows, text, script, release)
     if args.complexity:
         complexity_table(rows, recipe, build)
-    elif args.split == "all" and not args.plan:
+        return
+    without_memory(build, args, 2)  # refuses settings that do not go together, before data are read
+    if args.split == "all" and not args.plan:
         all_splits(train, args, rows)
     else:
         train(args)
+
+
+def without_memory(build, args, num_classes):
+    """A script's network for these settings without memory for its weights, and without those of
+    files; UserError when the settings do not go together."""
+    changes = {"weights": "none", "init_2d": None, "join": (), "evaluate": False}
+    try:
+        with torch.device("meta"):
+            return build(argparse.Namespace(**{**vars(args), **changes}), num_classes)
+    except ValueError as error:
+        raise UserError(f"{error}; see --frames, --height, --width and the recipe") from None
 
 
 def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
@@ -958,10 +1249,7 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
     dataset = load_dataset(args.data, args.root, 0 if splits else int(args.split), args.chunk,
                            training=not args.evaluate and args.data != "synthetic",  # draws none
                            images=False)
-    with torch.device("meta"):
-        changes = {"weights": "none", "init_2d": None, "join": ()}
-        model = build(argparse.Namespace(**{**vars(args), **changes, "evaluate": False}),
-                      dataset.num_identities or 1)
+    model = without_memory(build, args, dataset.num_identities or 1)
     parameters, macs = complexity(model, args.frames, args.height, args.width)
     print(f"{Path(args.script).stem} {args.variant} on {args.data}: {parameters:,} parameters, "
           f"{macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of "
@@ -1048,6 +1336,7 @@ class Run:
         self.printed = vars(args).pop("printed", None)
         self.checkpoint = vars(args).pop("checkpoint", None)
         self.release = vars(args).pop("released", None)
+        vars(args).pop("recipe", None)
         self.args, self.device = args, pick_device(args.gpu)
         self.cuda = self.device.type == "cuda"
         if args.amp and self.cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -1073,19 +1362,25 @@ class Run:
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if world() > 1 and not first:
             dist.barrier()
-        if not self.args.resume and weights != "none" and (weights != "imagenet" or file.exists()):
+        if not self.args.resume and weights == "imagenet" and file.exists():
             load_file(file)  # for its checksums
+        elif not self.args.resume and weights not in ("imagenet", "none"):
+            self.args.weights = backbone_weights(file)  # which `resnet50` takes, too
         try:
             with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports the download there
                 yield
         except ValueError as error:
             raise UserError(f"{error}; see --frames, --height, --width and the recipe") from None
         except (OSError, RuntimeError) as error:
-            if self.args.resume or weights == "none":
+            # those of torch.hub: no connection, no room, another checksum
+            of_the_file = isinstance(error, OSError) or "hash" in str(error)
+            if self.args.resume or weights != "imagenet" or not of_the_file:
                 raise
             raise UserError(f"--weights {weights}: torchvision's ResNet-50 cannot be had "
                             f"({first_line(error)}): put {IMAGENET} into {hub}, name it, or use "
                             "--weights none (a run's checkpoint goes to --resume)") from None
+        finally:
+            self.args.weights = weights
         if world() > 1 and first:
             dist.barrier()
 
@@ -1114,7 +1409,7 @@ class Run:
             restore(args.resume, self.checkpoint, model=model)
             self.origin = trained_for(self.checkpoint)
         elif args.init:
-            start_from(args.init, model, self.release)
+            start_from(args.init, model, self.release, args)
             self.origin = f"from {printable(args.init)}"
         else:
             self.origin = printable(getattr(model, "origin", self.origin))
@@ -1218,7 +1513,11 @@ class Run:
             says = "  ".join(f"{k} {v:.3g}" for k, v in row.items())
             line = (f"epoch {epoch}/{self.args.epochs}: {says}  ({time.time() - start:.0f} s, "
                     f"{speed:.3g} clips/s)")
-            self.history.append({"epoch": epoch, **row, "mAP": "", "rank-1": ""})
+            row = {"epoch": epoch, **row, "mAP": "", "rank-1": ""}
+            if self.history and [*row] != [*self.history[0]]:
+                raise UserError(f"{self.args.resume}: its log has other columns than this training"
+                                f": {', '.join(self.history[0])}, not {', '.join(row)}")
+            self.history.append(row)
             self.steps, self.totals = 0, {}
         asked = stop_asked()
         kept = (asked or epoch == self.args.epochs or self.test_is_due(epoch)

@@ -118,6 +118,16 @@ class ProgressLines:
         """What tqdm's bar shows beside it, the loss, stands in the line of each epoch."""
 
 
+def last_line(error):
+    """The last line of what an exception says, where torch tells the reason behind pages of advice,
+    without the codes that colour a terminal."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[-1].startswith("Check the documentation"):
+        lines.pop()
+    return first_line(lines[-1] if lines else type(error).__name__)
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A file to write, which takes the place of `path` when it is whole and on disk."""
@@ -188,6 +198,10 @@ def load_file(path):
     of a zip file are compared, which torch.load alone does not do.
     """
     try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+        if not start.startswith((b"PK", b"\x80")):  # a zip file, or a pickle as torch wrote before
+            raise ValueError(f"torch.save writes no file that begins with {start!r}")
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
         state = {}
         if not damaged:
@@ -196,7 +210,7 @@ def load_file(path):
     except FileNotFoundError:
         raise UserError(f"{path or '(an empty name)'}: no such file") from None
     except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({last_line(error)})") from None
     if damaged:
         raise UserError(f"{path}: is damaged, the checksum of its entry {damaged} does not fit")
     return state if isinstance(state, dict) else {}

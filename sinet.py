@@ -92,7 +92,8 @@ from data import PKSampler, load_dataset, normalize, sample_segments, split_segm
 class ChannelAttentionLayer(nn.Module):
     """CAL, Eq. 1-2: keeps the channels that look at the centre, weighed by squeeze-and-excitation.
 
-    X (B, T, C, H, W), H, W >= 3 (ValueError) -> w_ctr w_se (B, 1, C, 1, 1).
+    X (B, T, C, H, W), H, W >= 3 -> w_ctr w_se (B, 1, C, 1, 1). Raises ValueError for smaller maps
+    and for an impossible reduction.
 
     Args:
         channels: C.
@@ -102,6 +103,8 @@ class ChannelAttentionLayer(nn.Module):
 
     def __init__(self, channels, *, reduction=4, release=False):
         super().__init__()
+        if not 1 <= reduction <= channels:
+            raise ValueError(f"CAL takes a reduction of 1 to {channels}, not {reduction}")
         self.squeeze = nn.Linear(channels, channels // reduction, bias=release)
         self.excite = nn.Linear(channels // reduction, channels, bias=release)
 
@@ -122,11 +125,14 @@ class ChannelAttentionLayer(nn.Module):
 class KernelGenerationModule(nn.Module):
     """KGM: gathers the salient features of the former frames into a k x k kernel, K = P A_p^T.
 
-    P (B, s, C, H, W) -> K (B, k*k, C), the taps in row-major order. kernel_size: k, odd.
+    P (B, s, C, H, W) -> K (B, k*k, C), the taps in row-major order. kernel_size: k, odd and at
+    least 1 (ValueError).
     """
 
     def __init__(self, channels, kernel_size=3):
         super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"KGM takes an odd kernel size of at least 1, not {kernel_size}")
         taps = kernel_size ** 2
         self.attention = nn.Sequential(
             nn.Conv2d(channels, taps, 1, bias=False), nn.BatchNorm2d(taps), nn.ReLU())
@@ -158,7 +164,7 @@ class SuppressOperation(nn.Module):
     """SO, Eq. 3-4: damps the later frames where they respond to the kernel of the former ones.
 
     Q (B, L, C, H, W), K (B, k*k, C) -> S (B, L, 1, H, W) in (0, 1].
-    Copied with conv_by_matmul. Raises ValueError for another scale.
+    Copied with conv_by_matmul. Raises ValueError for another beta or scale.
 
     Args:
         beta: strength of the suppression, above 0.
@@ -170,6 +176,8 @@ class SuppressOperation(nn.Module):
 
     def __init__(self, *, beta=5.0, scale="window"):
         super().__init__()
+        if not 0 < beta < math.inf:
+            raise ValueError(f"SO takes a beta above 0, not {beta}")
         if scale not in ("none", "window", "window+channels"):
             raise ValueError(f"SO takes a scale of none, window or window+channels, not {scale}")
         self.beta = beta
@@ -230,8 +238,8 @@ class SalientToBroadModule(nn.Module):
     """SBM, Fig. 2: the frames after the first s attend to broader regions than the first s do.
 
     X (B, T, C, H, W) -> Z (B, T, C, H, W), T > split, H and W at least 3 (any size without CAL).
-    Copied with the four classes above and conv_by_matmul. Raises ValueError for an impossible split
-    or kernel_size.
+    Copied with the four classes above and conv_by_matmul. Raises ValueError for an impossible
+    split, kernel_size, beta or reduction.
 
     Args:
         channels: C.
@@ -239,7 +247,7 @@ class SalientToBroadModule(nn.Module):
         kernel_size: k, odd.
         beta: strength of the suppression, above 0.
         alpha: degree of the propagation.
-        reduction: of CAL's squeeze-and-excitation.
+        reduction: of CAL's squeeze-and-excitation, 1 to C.
         cal: False leaves CAL out.
         cpm: False leaves CPM out.
         scale: of the response in Eq. 3, see SuppressOperation.
@@ -249,7 +257,7 @@ class SalientToBroadModule(nn.Module):
     def __init__(self, channels, split, *, kernel_size=3, beta=5.0, alpha=0.1, reduction=4,
                  cal=True, cpm=True, scale="window", release=False):
         super().__init__()
-        if split < 1 or kernel_size % 2 == 0:
+        if split < 1 or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"SBM needs split >= 1 and an odd k, not {split} and {kernel_size}")
         self.channels = channels
         self.split = split
@@ -285,7 +293,7 @@ class IntegrationDistributionModule(nn.Module):
     Args:
         channels: C.
         frames, height, width: T, H, W.
-        reduction: c / c' and m / m'.
+        reduction: c / c' and m / m', 1 to the smaller one of C and m = T*H*W (ValueError).
         release: True takes the form of the authors' release, y = BN(G^I F),
             F' = ReLU(G^D (L^D BN(L^I y) + y) + F), with biases where no BatchNorm follows.
     """
@@ -293,6 +301,9 @@ class IntegrationDistributionModule(nn.Module):
     def __init__(self, channels, frames, height, width, *, reduction=4, release=False):
         super().__init__()
         m = frames * height * width
+        if not 1 <= reduction <= min(channels, m):
+            raise ValueError(f"IDM takes a reduction of 1 to {min(channels, m)}, for {channels} "
+                             f"channels and {m} positions, not {reduction}")
         inner, inner_m = channels // reduction, m // reduction
         self.g_i = nn.Conv2d(channels, inner, 1, bias=False)
         self.l_i = nn.Linear(m, inner_m, bias=False)
@@ -358,11 +369,13 @@ class NonLocalBlock(nn.Module):
 class GlobalContextBlock(nn.Module):
     """GC block (Cao et al., ICCVW 2019) over all positions of a clip.
 
-    X (B, T, C, H, W) -> (B, T, C, H, W). Starts as identity.
+    X (B, T, C, H, W) -> (B, T, C, H, W). Starts as identity. reduction: 1 to C (ValueError).
     """
 
     def __init__(self, channels, reduction=16):
         super().__init__()
+        if not 1 <= reduction <= channels:
+            raise ValueError(f"a GC block takes a reduction of 1 to {channels}, not {reduction}")
         inner = channels // reduction
         self.mask = nn.Conv2d(channels, 1, 1)
         self.transform = nn.Sequential(nn.Linear(channels, inner), nn.LayerNorm(inner), nn.ReLU(),
@@ -383,16 +396,17 @@ class GlobalContextBlock(nn.Module):
 def resnet50(weights="none", last_stride=1):  # same in every script
     """torchvision's ResNet-50 without its classifier, by default with the last stride removed.
 
-    weights: "imagenet" (torchvision's V1 weights), "none", or a file with a state_dict of
-    torchvision's resnet50. Raises OSError when they cannot be had, RuntimeError when others are
-    in the file.
+    weights: "imagenet" (torchvision's V1 weights), "none", a state_dict of torchvision's resnet50,
+    or a file with one. Raises OSError when they cannot be had, RuntimeError when others are there.
     """
     v1 = "IMAGENET1K_V1" if weights == "imagenet" else None
     # zero_init_residual: from random weights a deep network starts to learn much sooner
     net = torchvision.models.resnet50(weights=v1, zero_init_residual=True)
     net.fc = nn.Identity()
     if weights not in ("imagenet", "none"):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = weights
+        if not isinstance(weights, dict):
+            state = torch.load(weights, map_location="cpu", weights_only=True)
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     for layer in (net.layer4[0].conv2, net.layer4[0].downsample[0]):
         layer.stride = (last_stride, last_stride)
@@ -758,9 +772,11 @@ def train(args):  # same in every script
     return run.finish()
 
 
-def load(file):  # same in every script
-    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
-    return load_network(file, build, recipe=RECIPE, rows=ROWS, release=RELEASE, script=__file__)
+def load(file, **settings):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings. settings:
+    those of the recipe that a file of an earlier version lacks."""
+    return load_network(file, build, settings, recipe=RECIPE, rows=ROWS, release=RELEASE,
+                        script=__file__)
 
 
 def main():  # same in every script

@@ -322,16 +322,17 @@ class TemporalConv(nn.Module):
 def resnet50(weights="none", last_stride=1):  # same in every script
     """torchvision's ResNet-50 without its classifier, by default with the last stride removed.
 
-    weights: "imagenet" (torchvision's V1 weights), "none", or a file with a state_dict of
-    torchvision's resnet50. Raises OSError when they cannot be had, RuntimeError when others are
-    in the file.
+    weights: "imagenet" (torchvision's V1 weights), "none", a state_dict of torchvision's resnet50,
+    or a file with one. Raises OSError when they cannot be had, RuntimeError when others are there.
     """
     v1 = "IMAGENET1K_V1" if weights == "imagenet" else None
     # zero_init_residual: from random weights a deep network starts to learn much sooner
     net = torchvision.models.resnet50(weights=v1, zero_init_residual=True)
     net.fc = nn.Identity()
     if weights not in ("imagenet", "none"):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = weights
+        if not isinstance(weights, dict):
+            state = torch.load(weights, map_location="cpu", weights_only=True)
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     for layer in (net.layer4[0].conv2, net.layer4[0].downsample[0]):
         layer.stride = (last_stride, last_stride)
@@ -585,9 +586,11 @@ def train(args):  # same in every script
     return run.finish()
 
 
-def load(file):  # same in every script
-    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings."""
-    return load_network(file, build, recipe=RECIPE, rows=ROWS, release=RELEASE, script=__file__)
+def load(file, **settings):  # same in every script
+    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings. settings:
+    those of the recipe that a file of an earlier version lacks."""
+    return load_network(file, build, settings, recipe=RECIPE, rows=ROWS, release=RELEASE,
+                        script=__file__)
 
 
 def main():  # same in every script

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: real processes on real files."""
 
+import argparse
 import importlib
 import inspect
 import json
@@ -25,6 +26,7 @@ from data import (
     DATA_SETS,
     PKSampler,
     TrackletSampler,
+    UserError,
     split_consecutive,
     split_segments,
     split_whole,
@@ -493,12 +495,114 @@ def test_backbone_weights_from_a_file(run, small_root, tmp_path):
     torch.save(state, tmp_path / "resnet50.pth")
     done = run("sinet.py", "--evaluate", "--root", small_root, *TINY, "--weights", "resnet50.pth")
     assert done.returncode == 0 and "untrained, all frames" in done.stdout, done.stderr
-    state["conv1.weight"] = state["conv1.weight"][:, :1]
-    torch.save(state, tmp_path / "odd.pth")
-    fails(
-        run("sinet.py", "--evaluate", "--root", small_root, *TINY, "--weights", "odd.pth"),
-        "odd.pth: torchvision's ResNet-50 cannot be had",
-    )
+
+
+def thin(state):
+    """Tensors of the same shapes that take next to no room in a file."""
+    return {name: torch.ones(()).expand(value.shape) for name, value in state.items()}
+
+
+@pytest.fixture
+def resnet_file(tmp_path, backbone):
+    """resnet_file(change) -> a file with what change makes of the weights of ResNet-50."""
+
+    def write(change=dict):
+        path = tmp_path / "weights.pth"
+        torch.save(change(thin(backbone.state_dict())), path)
+        return path
+
+    return write
+
+
+def prefixed(prefix):
+    return lambda state: {prefix + name: value for name, value in state.items()}
+
+
+def in_a_classifier(state):
+    """As repositories of classifiers and of re-identification save them."""
+    head = {"head.fc.weight": torch.ones(5, 2048)}
+    return {"meta": {"epoch": 3}, "state_dict": {**prefixed("backbone.")(state), **head}}
+
+
+def without_counters(state):
+    """As torch saved a BatchNorm before 0.4.1; with the classifier of a re-identification."""
+    kept = {k: v for k, v in state.items() if not k.endswith("tracked") and k[:3] != "fc."}
+    return {**kept, "classifier.weight": torch.ones(5, 2048)}
+
+
+WRAPPED = {
+    "plain": dict,
+    "module": prefixed("module."),
+    "backbone": prefixed("backbone."),
+    "three prefixes": prefixed("module.model.encoder."),
+    **{name: (lambda state, name=name: {name: state, "epoch": 3, "optimizer": {"state": {}}})
+       for name in ("state_dict", "model", "net", "network", "model_state_dict")},
+    "wrapper and prefix": lambda state: {"model": prefixed("module.")(state), "ema": {}},
+    "two wrappers": lambda state: {"model": {"state_dict": state}},
+    "with a head": in_a_classifier,
+    "older": without_counters,
+}
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_backbone_weights_in_wrappers(form, resnet_file, backbone, monkeypatch, capsys):
+    path = resnet_file(WRAPPED[form])
+    run = object.__new__(common.Run)
+    run.args = argparse.Namespace(weights=str(path), resume=None)
+    with run.setting_up():
+        net = sinet.resnet50(run.args.weights)
+    assert run.args.weights == str(path)  # what last.pt says
+    assert net.state_dict().keys() == {n for n in backbone.state_dict() if n[:3] != "fc."}
+    assert all(bool((p == 1).all()) for p in net.parameters())
+    out = capsys.readouterr().out
+    others = {"with a head": "head", "older": "classifier"}.get(form)
+    assert f"not taken from it: {others}\n" in out if others else "not taken" not in out
+
+
+def renamed(state):
+    return {name.replace("layer4", "stage4"): value for name, value in state.items()}
+
+
+def deeper(state):
+    """Of a ResNet-101."""
+    return {**state, "layer3.6.conv1.weight": torch.ones(256, 1024, 1, 1)}
+
+
+def one_channel(state):
+    return {**state, "conv1.weight": state["conv1.weight"][:, :1]}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda state: {"cls_token": torch.ones(3)}, ["lacks 'conv1.weight'", "'cls_token'"]),
+        (lambda state: {"model": {"a.b": 3}}, ["lacks 'conv1.weight'", "'a.b'"]),
+        (renamed, ["lacks 'layer4.0.conv1.weight'"]),
+        (deeper, ["it has 'layer3.6.conv1.weight', which the network has not"]),
+        (one_channel, ["'conv1.weight' has the shape [64, 1, 7, 7], that of the network [64, 3"]),
+        (lambda state: {**state, "bn1.weight": 3}, ["'bn1.weight' has no shape"]),
+        (lambda state: [state], ["lacks 'conv1.weight'"]),
+        (lambda state: {}, ["lacks 'conv1.weight'"]),
+    ],
+)
+def test_other_weights_than_those_of_the_backbone(change, says, resnet_file, refuses, small_root):
+    path = resnet_file(change)
+    refuses(("--evaluate", "--root", small_root, "--weights", path),
+            f"--weights {path}: does not fit torchvision's ResNet-50: ", *says)
+
+
+def test_a_file_that_torch_did_not_write(refuses, tmp_path):
+    """Its kind is named; torch's own reason is its last line, without the codes of a terminal."""
+    (tmp_path / "log.csv").write_text("epoch,lr,loss\n1,0.1,2.3\n")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"args": argparse.Namespace()}, tmp_path / "code.pt")
+    for flag in ("--resume", "--init", "--weights"):
+        for file, says in (
+            ("log.csv", "torch.save writes no file that begins with b'epoch,lr"),
+            ("empty.pt", "torch.save writes no file that begins with b''"),
+            ("code.pt", "(WeightsUnpickler error: Unsupported global: GLOBAL argparse.Namespace"),
+        ):
+            refuses((flag, file), f"{file}: not a readable checkpoint", says)
 
 
 def fails(done, *says):
@@ -557,6 +661,12 @@ def test_errors_are_one_line(run, small_root, tmp_path, arguments, says):
         (("--data", "marz"), ["--data", "'marz'"]),
         (("--weights", "nothing.pth"), ["nothing.pth: no such file"]),
         (("--resume", "nothing.pt"), ["nothing.pt: no such file"]),
+        (("--beta", "0"), ["--beta", "float above 0"]),
+        (("--temperature", "0"), ["--temperature", "float above 0"]),
+        (("--reduction", "0"), ["reduction of 1 to ", ", not 0; see --frames"]),
+        (("--se-reduction", "2000"), ["reduction of 1 to 1024, not 2000"]),
+        (("--init", ""), ["--init: no such file"]),
+        (("--figure", ""), ["--figure: no such file"]),
     ],
 )
 def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
@@ -625,6 +735,155 @@ def test_wrong_flags_of_every_script(refuses, small_root, tmp_path, script, argu
         *says,
         script=script,
     )
+
+
+def numbers_of(recipe):
+    """The settings of a recipe that are numbers: (name, how many there are of it)."""
+    for key, (paper, *_) in recipe.items():
+        values = paper if isinstance(paper, tuple) else (paper,)
+        if values and isinstance(values[0], (int, float)) and not isinstance(values[0], bool):
+            yield key, len(values)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_of_a_recipe_is_tried(script, monkeypatch, tmp_path, one_backbone):
+    """One line or a run, before any data are read: there are none here."""
+    module = importlib.import_module(Path(script).stem)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "describe", lambda rows: ())  # which --help prints
+    started = []
+    monkeypatch.setattr(module, "train", started.append)
+    monkeypatch.setattr(module, "train_in_stages", started.append, raising=False)
+    outcomes = {}
+    for key, count in numbers_of(module.RECIPE):
+        for value in ("0", "-1", "1e9", "1000000000", "999999999", "nan", "inf", ""):
+            started.clear()
+            monkeypatch.setattr(sys, "argv", [script, common.typed(key, ()), *[value] * count])
+            try:
+                module.main()
+            except UserError as error:
+                outcomes[key, value] = str(error)
+                assert "\n" not in str(error) and not started
+                continue
+            outcomes[key, value] = "ran"
+            (args,) = started
+            if key not in common.OF_A_TRAINING and value != "999999999":  # what a clip goes through
+                model = common.without_memory(module.build, args, 3)
+                common.complexity(model, args.frames, args.height, args.width)
+    assert not any(tmp_path.iterdir())
+    for key, count in numbers_of(module.RECIPE):
+        for value in ("-1", "nan", "inf", ""):
+            assert typed_flag(key) in outcomes[key, value], (key, value)
+    if script == "sinet.py":
+        for key in ("beta", "k", "reduction", "se_reduction", "splits", "frames"):
+            assert outcomes[key, "0"] != "ran" and outcomes[key, "0"], key
+    assert {outcomes[key, "0"] for key in ("lr", "erase", "weight_decay")} == {"ran"}
+
+
+def typed_flag(key):
+    return common.typed(key, ())
+
+
+def test_a_number_is_of_the_kind_of_its_default(monkeypatch):
+    """0.0 is a number with decimals as 0.5 is."""
+    for script in SCRIPTS:
+        module = importlib.import_module(Path(script).stem)
+        monkeypatch.setattr(sys, "argv", [script, "--erase", "0.25", "--weight-decay", "0"])
+        args = common.parse_args(module.RECIPE, module.ROWS, module.__doc__, script)
+        assert args.erase == 0.25 and type(args.weight_decay) is float
+
+
+def test_modules_name_the_sizes_they_take():
+    for make, says in (
+        (lambda: sinet.ChannelAttentionLayer(64, reduction=0), "a reduction of 1 to 64, not 0"),
+        (lambda: sinet.ChannelAttentionLayer(64, reduction=65), "a reduction of 1 to 64, not 65"),
+        (lambda: sinet.GlobalContextBlock(64, reduction=65), "a reduction of 1 to 64, not 65"),
+        (lambda: sinet.KernelGenerationModule(64, 2), "odd kernel size of at least 1, not 2"),
+        (lambda: sinet.KernelGenerationModule(64, -1), "odd kernel size of at least 1, not -1"),
+        (lambda: sinet.SuppressOperation(beta=0.0), "beta above 0, not 0.0"),
+        (lambda: sinet.SuppressOperation(beta=math.nan), "beta above 0, not nan"),
+        (lambda: sinet.SuppressOperation(beta=math.inf), "beta above 0, not inf"),
+        (lambda: sinet.IntegrationDistributionModule(64, 1, 4, 2, reduction=9), "of 1 to 8, for"),
+        (lambda: sinet.IntegrationDistributionModule(4, 4, 4, 2, reduction=5), "of 1 to 4, for"),
+        (lambda: sinet.IntegrationDistributionModule(64, 4, 4, 2, reduction=0), "not 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            make()
+    sinet.IntegrationDistributionModule(64, 1, 4, 2, reduction=8)
+    sinet.ChannelAttentionLayer(64, reduction=64)
+
+
+TRAINED = ("--resume", "LAST")  # LAST: last.pt of the short training of sinet.py, base
+
+
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        ("sinet.py", ("--beside", "a.pt"), "--beside: has no effect without --figure"),
+        ("m3d.py", ("--figure-tracklets", 2), "--figure-tracklets: has no effect without --figure"),
+        ("strf.py", ("--evaluate", "--figure-format", "pdf"), "--figure-format: has no effect w"),
+        *(
+            ("sinet.py", (*mode, *flag), f"{flag[0]}: is for a training, and with {mode[0]} noth")
+            for mode in (("--evaluate",), ("--figure", "f"), ("--export", "e"))
+            for flag in (("--eval-every", 2), ("--checkpoint-every", 2), ("--eval-first",),
+                         ("--tensorboard",), ("--chunk", 9), ("--lr", 1), ("--epochs", 3),
+                         ("--margin", 1))
+        ),
+        ("m3d.py", ("--evaluate", "--stages"), "--stages: is for a training"),
+        ("m3d.py", ("--evaluate", "--momentum", 0.5), "--momentum: is for a training"),
+        ("tclnet.py", ("--evaluate", "--loss", "xent"), "--loss: is for a training"),
+        ("bicnet_tks.py", ("--evaluate", "--divergence", 1), "--divergence: is for a training"),
+        ("sinet.py", ("--evaluate", "--plan", "--lr", 1), "--lr: is for a training"),
+        ("sinet.py", ("--figure", "f", "--export", "e"), "--export: has no effect with --figure"),
+        ("sinet.py", ("--figure", "f", "--compile"), "--compile: has no effect with --figure"),
+        ("sinet.py", ("--figure", "f", "--evaluate"), "--evaluate: has no effect with --figure"),
+        ("sinet.py", ("--evaluate", *TRAINED, "--seed", 3), "--seed: has no effect with --evalu"),
+        ("sinet.py", ("--evaluate", *TRAINED, "--weights", "imagenet"), "--weights: has no effec"),
+        ("sinet.py", ("--evaluate", *TRAINED, "--init", "a.pt"), "--init: has no effect with --re"),
+        ("sinet.py", (*TRAINED, "--init", "a.pt"), "--init: has no effect with --resume"),
+        ("sinet.py", (*TRAINED, "--weights", "imagenet"), "--weights: has no effect with --resum"),
+        ("sinet.py", ("--split", "all", "--data", "prid", *TRAINED), "--resume: a file has no eff"),
+        ("sinet.py", ("--complexity", "--variant", "base"), "--variant: has no effect with --comp"),
+        ("strf.py", ("--gpu", "cpu", "--complexity"), "--gpu: has no effect with --complexity"),
+    ],
+)
+def test_flags_without_effect(refuses, trained, script, flags, says):
+    last = trained[0] / "last.pt"
+    refuses([last if flag == "LAST" else flag for flag in flags], says, script=script)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--evaluate", "--ids", 3, "--clips", 2, "--seed", 3, "--amp", "--rerank", "--compile"),
+        ("--evaluate", "--frames", 8, "--height", 64, "--weights", "a.pth", "--output", "x"),
+        ("--figure", "f", "--beside", "a.pt", "--figure-tracklets", 2, "--rerank", "--amp"),
+        ("--export", "e", "--no-evaluate", "--eval-every", 2, "--tensorboard", "--lr", 1),
+        ("--export", "e", "--evaluate", "--no-tensorboard", "--no-eval-first"),
+        ("--plan", "--gpu", "cpu", "--workers", 2, "--amp", "--output", "x", "--epochs", 3),
+        ("--resume", "--init", "gone.pt", "--weights", "none", "--lr", 1, "--eval-first"),
+        ("--data", "prid", "--split", "all", "--resume", "--init", "gone.pt"),
+        # what the checkpoint says, too, as when a flag is added to the command of the training
+        ("--evaluate", *TRAINED, "--epochs", 2, "--lr", 5e-4, "--seed", 0, "--weights", "none"),
+        ("--evaluate", *TRAINED, "--epoch", "tracklets", "--checkpoint-every", 1),
+        (*TRAINED, "--weights", "none", "--epochs", 5),
+    ],
+)
+def test_flags_with_an_effect(flags, trained, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    last = trained[0] / "last.pt"
+    flags = [str(last if flag == "LAST" else flag) for flag in flags]
+    monkeypatch.setattr(sys, "argv", ["sinet.py", *flags])
+    common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py", sinet.RELEASE)
+
+
+def test_what_only_a_training_takes_is_what_no_network_takes():
+    """The other settings of a recipe reach the network or the clips of the test."""
+    for script in SCRIPTS:
+        module = importlib.import_module(Path(script).stem)
+        training = module.RECIPE.keys() & {*TRAINING, *LOSSES, "stages"} - {"ids", "clips"}
+        assert module.RECIPE.keys() & common.OF_A_TRAINING == training, script
+    assert common.NEEDS.keys() <= {*common.FLAGS, *common.OF_A_TRAINING, "weights"}
 
 
 def test_damaged_data_is_one_line(run, small_root, tmp_path):

@@ -539,7 +539,8 @@ def test_in_the_test_the_2d_stream_sees_every_frame(small_root):
 def test_stages(run, small_root, tmp_path):
     """The 2D stream, the M3D stream that starts from it, and both in one test; what was trained
     before is left alone, and each stage can be run and evaluated by itself."""
-    small = ("--root", small_root, *TINY, "--ids", 6, "--epochs", 1, "--frames", 2)
+    test = ("--root", small_root, *TINY, "--ids", 6, "--frames", 2)
+    small = (*test, "--epochs", 1)
     done = run("m3d.py", *small, "--stages", "--output", "x")
     assert done.returncode == 0, done.stderr
     folders = [tmp_path / "x/2d", tmp_path / "x/temporal"]
@@ -569,7 +570,7 @@ def test_stages(run, small_root, tmp_path):
     ]
     assert both.startswith(f"two-stream on synthetic, {results[-1].split(', ')[1]}: mAP ")
     assert both.endswith("; the paper prints no figure")
-    alone = run("m3d.py", *small, "--evaluate", "--join", *joined)
+    alone = run("m3d.py", *test, "--evaluate", "--join", *joined)
     assert alone.returncode == 0, alone.stderr
     assert alone.stdout.splitlines()[-1] == both
 

@@ -241,6 +241,17 @@ def test_older_files_and_other_contents(released, refuses, small_root, tmp_path)
     refuses(evaluate, str(file), "the names of the authors' release, but another form")
 
 
+def test_a_released_network_in_other_wrappers(released):
+    """With the prefix of several GPUs, or in another dictionary, as people save it again."""
+    state = made("sinet", "idnet")
+    (plain,) = [sinet.RELEASE.checkpoint({"state_dict": state}, "sinet.py")]
+    parallel = {f"module.{name}": value for name, value in state.items()}
+    for file in (state, parallel, {"state_dict": parallel}, {"model": {"net": parallel}}):
+        found = sinet.RELEASE.checkpoint(file, "sinet.py")
+        assert found["args"] == plain["args"] and found["model"].keys() == plain["model"].keys()
+    assert sinet.RELEASE.checkpoint({"state_dict": {"a.b": torch.zeros(3)}}, "sinet.py") is None
+
+
 def test_nothing_in_a_file_is_executed(refuses, tmp_path):
     class Harm:
         def __reduce__(self):

@@ -307,6 +307,198 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
     assert "going on after epoch 1 of a/last.pt" in small("--epochs", 2, "--resume", "a")
 
 
+def resumed(path, monkeypatch, *flags):
+    """The settings of a run that goes on with a checkpoint."""
+    monkeypatch.setattr(sys, "argv", ["sinet.py", "--resume", str(path), *map(str, flags)])
+    return common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py", sinet.RELEASE)
+
+
+def test_the_settings_in_a_checkpoint_are_checked_as_the_flags_are(
+    small, monkeypatch, tmp_path, capsys
+):
+    """A forged value ends in one line, or is a value that the flag takes."""
+    small("--epochs", 1, "--output", "a")
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    state["model"] = {"classifier.weight": torch.zeros(6, 3)}
+    torch.save(state, tmp_path / "whole.pt")
+    assert resumed("whole.pt", monkeypatch).frames == 4
+    values = (None, True, "4", "a", "", "\0", "\ud800", "all", "--help", 0, -1, 10**12, 4.5, -0.5,
+              float("nan"), float("inf"), [], [3], (None,), ("s", []), {}, torch.zeros(2), b"4")
+    kinds = common.flag_kinds(sinet.RECIPE, sinet.ROWS)
+    read = [key for key in kinds if key not in common.HERE]
+    assert {"frames", "beta", "ids", "seed", "amp", "split", "root", "chunk", "variant"} < {*read}
+    taken = 0
+    for key in read:
+        right = state["args"][key]
+        for value in values:
+            torch.save({**state, "args": {**state["args"], key: value}}, tmp_path / "odd.pt")
+            try:
+                args = resumed("odd.pt", monkeypatch)
+            except UserError as error:
+                assert str(error).startswith(("odd.pt: ", f"{value}/synthetic")), error
+                continue
+            taken += 1
+            if value is None:
+                assert key == "init"
+            else:
+                assert type(value) is type(right) or key in ("init", "positions", "splits"), (
+                    key, value)
+                assert common.is_taken(kinds[key], getattr(args, key)), (key, value)
+    assert taken > 20
+    # what is not a setting, or not read from a file, is left alone
+    args = {**state["args"], "output": 3, "resume": [], "chosen": {}, "old": 7, 3: 4}
+    torch.save({**state, "args": args}, tmp_path / "odd.pt")
+    assert vars(resumed("odd.pt", monkeypatch)).keys() == vars(resumed("whole.pt", monkeypatch)
+                                                               ).keys()
+
+
+def test_forged_settings_are_one_line(small, refuses, tmp_path):
+    small("--epochs", 1, "--output", "a")
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    for key, value, flag in (
+        ("frames", "4", "--frames"), ("frames", None, "--frames"), ("frames", -1, "--frames"),
+        ("frames", float("nan"), "--frames"), ("ids", 0, "--ids"), ("seed", "a", "--seed"),
+        ("amp", [], "--amp"), ("split", "all", "--split"), ("chunk", "x", "--chunk"),
+        ("lr", "fast", "--lr"), ("positions", 3, "--positions"), ("weights", None, "--weights"),
+        ("epochs", 0, "--epochs"), ("beta", 0.0, "--beta"), ("small", 1, "--small"),
+        ("rerank", "no", "--rerank"), ("checkpoint_every", 0, "--checkpoint-every"),
+        ("eval_every", None, "--eval-every"), ("root", "", "--root"),
+    ):
+        torch.save({**state, "args": {**state["args"], key: value}}, tmp_path / "odd.pt")
+        for flags in (("--epochs", 2), ("--evaluate",)):
+            refuses(("--resume", "odd.pt", *flags), f"odd.pt: its setting {key} is {value!r}, which"
+                    f" {flag} does not take")
+        with pytest.raises(UserError, match=f"^odd.pt: its setting {key} is"):
+            sinet.load("odd.pt")
+
+
+@pytest.fixture(scope="module")
+def forged_state(trained):
+    """What the short training of sinet.py wrote, but for its optimiser."""
+    return torch.load(trained[0] / "last.pt", weights_only=True)
+
+
+def test_settings_that_do_not_go_together_in_a_checkpoint(refuses, forged_state, tmp_path):
+    """They are one line also where the network is built from Python, or for --beside."""
+    args = {**forged_state["args"], "sbm": True, "frames": 2}
+    torch.save({**forged_state, "args": args}, tmp_path / "odd.pt")
+    refuses(("--resume", "odd.pt", "--evaluate"), "need at least 4 frames, not 2")
+    with pytest.raises(UserError, match="odd.pt: its settings do not go together .*not 2"):
+        sinet.load(tmp_path / "odd.pt")
+
+
+def test_a_checkpoint_of_an_earlier_version_lacks_settings(
+    small, refuses, trained, monkeypatch, tmp_path
+):
+    """They are named, and given as flags or from Python; no default is taken in silence."""
+    state = torch.load(trained[0] / "last.pt", weights_only=True)
+    for key in ("scale", "epoch"):
+        del state["args"][key]
+    state["args"]["scaled"] = True  # the earlier name
+    torch.save(state, tmp_path / "old.pt")
+    says = "old.pt: lacks settings that an earlier version did not have: give them as flags, "
+    evaluate = ("--evaluate", "--resume", "old.pt")
+    draw = ("--figure", "f", "--resume", "old.pt")
+    for flags in (evaluate, draw, ("--resume", "old.pt", "--epochs", 3)):
+        refuses(flags, says + "--epoch --scale, with the values of that run")
+    refuses((*evaluate, "--scale", "none"), says + "--epoch, with")
+    given = ("--scale", "none", "--epoch", "tracklets")
+    args = resumed("old.pt", monkeypatch, "--evaluate", *given)
+    assert (args.scale, args.epoch, args.beta) == ("none", "tracklets", 5.0)
+    args = resumed("old.pt", monkeypatch, "--epochs", 3, *given)
+    assert (args.scale, args.epoch) == ("none", "tracklets") and not hasattr(args, "scaled")
+    with pytest.raises(UserError, match="old.pt: lacks .* --epoch --scale, .* arguments of load"):
+        sinet.load("old.pt")
+    model = sinet.load("old.pt", scale="none", epoch="tracklets")
+    assert (model.args.scale, model.args.epoch) == ("none", "tracklets")
+    with pytest.raises(UserError, match="was trained with --beta 5.0, not --beta 1.0"):
+        sinet.load("old.pt", scale="none", epoch="tracklets", beta=1.0)
+    with pytest.raises(TypeError, match="settings of the recipe, not scaled"):
+        sinet.load("old.pt", scaled=True)
+
+
+def test_a_part_of_a_run_of_an_earlier_version(small, tmp_path):
+    """--split all goes on in the folders of the splits, and takes no default there, either."""
+    test_sets.write_ilids(tmp_path)
+    flags = ("--data", "ilids", "--root", tmp_path, "--weights", "none", "--epochs", 1)
+    small(*flags, "--split", 0)
+    last = tmp_path / "runs/sinet-ilids/split-0/last.pt"
+    state = torch.load(last, weights_only=True)
+    del state["args"]["scale"]
+    torch.save(state, last)
+    with pytest.raises(UserError, match="split-0/last.pt: lacks settings .* --scale, "):
+        small(*flags, "--split", "all")
+
+
+def test_the_columns_of_the_log_in_a_checkpoint_are_checked(small, refuses, tmp_path):
+    small("--epochs", 2, "--output", "a")
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    first, second = state["history"]
+
+    def without(row, *keys):
+        return {key: value for key, value in row.items() if key not in keys}
+
+    turned = {"epoch": 2, **dict(reversed(without(second, "epoch").items()))}
+    for rows in (
+        *([without(first, key), without(second, key)] for key in ("lr", "loss", "mAP", "rank-1")),
+        [first, without(second, "xent")],
+        [without(first, "xent"), second],
+        [first, {**second, "other": 1.0}],
+        [first, turned],
+        [{**first, 3: 1.0}, {**second, 3: 1.0}],
+    ):
+        torch.save({**state, "history": rows}, tmp_path / "odd.pt")
+        for flags in (("--epochs", 3, "--output", "new"), ("--evaluate",)):
+            refuses(("--resume", "odd.pt", *flags), "odd.pt: not a checkpoint of sinet.py")
+    torch.save({**state, "progress": (1, {"loss": 1.0, "other": 2.0})}, tmp_path / "odd.pt")
+    refuses(("--resume", "odd.pt", "--epochs", 3), "odd.pt: not a checkpoint of sinet.py")
+    # columns that only the training itself shows to be others
+    rows = [{**without(row, "mAP", "rank-1"), "more": 1.0, "mAP": 50.0, "rank-1": 50.0}
+            for row in state["history"]]
+    torch.save({**state, "history": rows}, tmp_path / "a/last.pt")
+    with pytest.raises(UserError, match="^a/last.pt: its log has other columns than this train"):
+        small("--epochs", 3, "--output", "a", "--resume")
+
+
+def test_a_checkpoint_in_wrappers(small, refuses, tmp_path):
+    """--resume and --init take weights with a prefix, and in the usual dictionaries; what does not
+    fit is named."""
+    small("--epochs", 1, "--output", "a")
+    result = small("--evaluate", "--resume", "a").splitlines()[-1].split("(")[0]
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    model = state["model"]
+    wrapped = {f"module.{name}": value for name, value in model.items()}
+    for form in (wrapped, {"state_dict": model}, {"network": wrapped}):
+        torch.save({**state, "model": form}, tmp_path / "b.pt")
+        again = small("--evaluate", "--resume", "b.pt").splitlines()[-1].split("(")[0]
+        assert again == result
+    for form in (model, wrapped, {"net": wrapped}, {"model": wrapped}, {"state_dict": model},
+                 {"backbone": model, "epoch": 3}):
+        torch.save(form, tmp_path / "b.pt")
+        out = small("--evaluate", "--init", "b.pt")
+        assert result.split(":")[1] in out and "as initialised: classifier\n" in out
+        assert "left out, because the file does not say on which data set it was trained" in out
+    refuses(("--resume", "b.pt"), "b.pt: not a checkpoint of sinet.py, as a run writes it "
+            "(its first entry is 'neck.weight'); weights without settings go to --init")
+    torch.save({**state, "model": {**model, "other": model["neck.bias"]}}, tmp_path / "b.pt")
+    refuses(("--resume", "b.pt", "--epochs", 2, "--output", "x"),
+            "b.pt: its model does not fit (it has 'other', which the network has not)")
+    del model["neck.bias"]
+    torch.save({**state, "model": model}, tmp_path / "b.pt")
+    refuses(("--resume", "b.pt", "--epochs", 2, "--output", "x"),
+            "b.pt: its model does not fit (it lacks 'neck.bias')")
+    with pytest.raises(UserError, match="b.pt: holds no streams.spatial.net of a run .its first"):
+        common.load_part(tmp_path / "b.pt", "streams.spatial.net.")
+    prefix = "module.streams.spatial.net."
+    torch.save({"model": {f"{prefix}x": torch.ones(2)}}, tmp_path / "b.pt")
+    assert [*common.load_part(tmp_path / "b.pt", "streams.spatial.net.")] == ["x"]
+    circle = {}
+    circle["model"] = circle
+    torch.save(circle, tmp_path / "b.pt")
+    for flag in ("--resume", "--init", "--weights"):
+        refuses((flag, "b.pt"), "b.pt: ")
+
+
 HOLD = """
 import fcntl, os, sys
 file = open(sys.argv[1], "a")
@@ -561,6 +753,8 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     assert files["other"]["args"]["weights"] == "none"  # that of mars ... is not downloaded
     assert "starting from a/last.pt\n" in out["same"] and "not taken" not in out["same"]
     assert "\n  as initialised: classifier\n  not taken from it: classifier\n" in out["other"]
+    assert "the classifier is kept, because the file was also trained on synth" in out["same"]
+    assert "the classifier is left out, because the file was trained on synth" in out["other"]
     for name, flags in (("same", ()), ("other", others)):
         (first,) = re.findall("^sinet, from a/last.pt, all frames: (.*) .*s\\)$", out[name], re.M)
         alone = small("--evaluate", *flags, "--init", "a/last.pt", "--output", "none")
@@ -570,12 +764,13 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     for flags in ((), ("--init", "gone.pt")):
         out = small(*again, *flags)
         assert "after epoch 2" in out and "starting" not in out
-    torch.save(model, tmp_path / "bare.pt")
+    torch.save({}, tmp_path / "empty.pt")
     torch.save({"model": {"neck.weight": torch.zeros(4), "x": 3}}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("text")
     for file, says in (
-        ("bare.pt", "holds no network of a run"),
-        ("other.pt", "holds nothing of this network"),
+        ("empty.pt", "holds no network of a run"),
+        ("other.pt", "holds nothing of this network: it has 'x', which the network has not, and it "
+                     "lacks 'neck.bias'$"),
         ("text.pt", "not a readable checkpoint"),
         ("gone.pt", "no such file"),
     ):
@@ -687,6 +882,59 @@ def test_at_a_terminal_long_work_has_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(data, "monotonic", itertools.count(0, 60).__next__)
     assert [*data.progress([1, 2], "work", unit=" pieces", mininterval=0)] == [1, 2]
     assert "work: 100%|" in sys.stderr.getvalue() and not capsys.readouterr().out
+
+
+SYNTHETIC, FOLDER = (dict(data=data, split="0", root="here") for data in ("synthetic", "folder"))
+MARS, PRID = dict(data="mars", split="0", root="here"), dict(data="prid", split="3", root="here")
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, why",
+    [
+        (SYNTHETIC, SYNTHETIC, None),
+        (SYNTHETIC, {**SYNTHETIC, "root": os.path.abspath("here")}, None),
+        (SYNTHETIC, {**SYNTHETIC, "root": "there"}, "the file was trained on synthetic in /"),
+        (SYNTHETIC, FOLDER, "the file was trained on synthetic in /"),
+        (FOLDER, {**FOLDER, "root": "there"}, "the file was trained on folder in /"),
+        (MARS, {**MARS, "root": "there", "chunk": 5}, None),
+        (MARS, {**MARS, "data": "duke"}, "the file was trained on mars, and this run is on duke"),
+        (PRID, {**PRID, "root": "there"}, None),
+        (PRID, {**PRID, "split": "4"}, "the file was trained on prid, split 3, and this run is on "
+                                       "prid, split 4"),
+        (None, MARS, "the file does not say on which data set it was trained"),
+        ({"data": [3], "root": "\0"}, MARS, "the file was trained on [3], and"),
+    ],
+)
+def test_whose_classifier_is_kept(theirs, ours, why, tmp_path, capsys):
+    """Only one of the same identities, although the number of identities is the same."""
+    file, model = Colours(6), Colours(6)
+    content = {"model": file.state_dict(), "args": theirs}
+    torch.save(content if theirs else content["model"], tmp_path / "a.pt")
+    common.start_from(tmp_path / "a.pt", model, None, argparse.Namespace(**ours))
+    assert torch.equal(model.neck.running_mean, file.neck.running_mean)
+    assert torch.equal(model.classifier.weight, file.classifier.weight) == (why is None)
+    out = capsys.readouterr().out
+    if why is None:
+        assert "  the classifier is kept, because the file was also trained on" in out
+        assert "as initialised" not in out
+    else:
+        assert f"  the classifier is left out, because {why}" in out
+        assert "  as initialised: classifier\n" in out
+
+
+def test_a_run_tells_the_identities_of_another_split_apart(small, tmp_path):
+    """Two splits have as many identities."""
+    test_sets.write_ilids(tmp_path)
+    flags = ("--data", "ilids", "--root", tmp_path, "--weights", "none", "--epochs", 1, "--lr", 0)
+    small(*flags, "--split", 1, "--output", "a")
+    first = torch.load(tmp_path / "a/last.pt", weights_only=True)["model"]
+    for split, kept in ((1, True), (2, False)):
+        out = small(*flags, "--split", split, "--init", "a/last.pt", "--output", f"b{split}",
+                    "--seed", 7)
+        assert (f"the classifier is {'kept' if kept else 'left out'}, because" in out)
+        model = torch.load(tmp_path / f"b{split}/last.pt", weights_only=True)["model"]
+        assert torch.equal(model["neck.weight"], first["neck.weight"])
+        assert torch.equal(model["classifier.weight"], first["classifier.weight"]) == kept
 
 
 def test_export_with_an_evaluation_and_at_the_end_of_a_training(small, refuses, tmp_path):
