@@ -543,7 +543,9 @@ def test_load(name, monkeypatch, tmp_path, one_backbone):
     file = {"script": f"{name}.py", "args": saved, "num_classes": 5, "history": [],
             "model": model.state_dict()}
     torch.save(file, tmp_path / "last.pt")
-    loaded = script.load(tmp_path / "last.pt")
+    with pytest.raises(UserError, match="last.pt: lacks settings .*: give them as flags, --pool, w"):
+        script.load(tmp_path / "last.pt")
+    loaded = script.load(tmp_path / "last.pt", pool=args.pool)
     assert not loaded.training and loaded.args.width == 64 and loaded.args.variant == variant
     assert loaded.args.pool == args.pool and next(loaded.parameters()).device.type == "cpu"
     clips = torch.randn(2, 4, 3, 64, 64)
@@ -557,7 +559,7 @@ def test_load(name, monkeypatch, tmp_path, one_backbone):
     torch.save({**file, "model": few}, tmp_path / "short.pt")
     for path, says in wrong.items():
         with pytest.raises(UserError, match=says):
-            script.load(tmp_path / path)
+            script.load(tmp_path / path, pool=args.pool)
 
 
 def test_load_of_a_run(trained, small_root):
