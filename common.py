@@ -1602,7 +1602,7 @@ class Run:
             self.save()
             if asked := stop_asked():
                 raise Stop(asked)
-        elif self.args.evaluate and not self.origin.startswith("untrained"):
+        elif result and self.args.evaluate and not self.origin.startswith("untrained"):
             self.beside_the_paper(result)
         return result
 
