@@ -3,75 +3,125 @@
 Hou, Chang, Ma, Shan, Chen. ECCV 2020. https://arxiv.org/abs/2007.09357
 The authors' release: https://github.com/blue-blue272/VideoReID-TCLNet
 
-The frames of a clip are much alike, and a network sees the same salient part in each. TSE erases
-from a frame what the learners of the frames before have seen, so that its own learner finds another
-part. TSB first gives every frame what the others show of its salient part, to make up for what
-erasing removes.
+The frames of a clip are much alike, and a network finds the same salient part in each of them.
+Temporal saliency erasing (TSE) has one learner for each frame of a short segment. It erases from a
+frame the regions that the learners of the previous frames attended to, so that the frame's own
+learner finds another part. Temporal saliency boosting (TSB) comes before TSE and adds to each frame
+what the other frames show of its salient part, to make up for what erasing removes.
 
     python tclnet.py                          # a small run on synthetic data, on any machine
-    python tclnet.py --data mars --gpu 0      # the paper's recipe
-    python tclnet.py --data mars --plan       # what that would train and test, without doing it
-    python tclnet.py --data mars --gpu 0 --variant base+tse --h-e 6     # a row, changed
+    python tclnet.py --data mars --gpu 0      # the paper's recipe on MARS
+    python tclnet.py --data mars --plan       # print what that command would train and test
+    python tclnet.py --data mars --gpu 0 --variant base+tse --h-e 6     # a variant and one change
+    python tclnet.py --data ilids --gpu 0 --split all      # the ten splits of iLIDS-VID, their mean
 
-Sec. 3.1, Eq. 3            CorrelationLayer
-Sec. 3.1, Fig. 2 (b)       BlockBinarization
-Sec. 3.1, Eq. 4-5          SaliencyErasingOperation (SEO)
-Sec. 3.1, Eq. 1-2, Fig. 2  TemporalSaliencyErasing (TSE)
-Sec. 3.2, Eq. 6, Fig. 3    probability_map, TemporalSaliencyBoosting (TSB)
-Sec. 4.4, Table 4          NonLocalBlock, TemporalConv
-Sec. 3.3, Eq. 7, Fig. 4    TCLNet; losses
-Sec. 4.1                   RECIPE, then SAMPLER, SAMPLE, SPLIT, METRIC; Tables 1 to 4: ROWS
-Sec. 4.3                   --variant base+tse --frames 1: one image for all learners (Market-1501,
-                           printed: 85.3 mAP, base 80.3; there is no loader for it)
-A class is copied alone, or with what its docstring names under "copied with".
+Where the paper's parts are:
+  Eq. 1-2   Sec. 3.1, Fig. 2 (a)  TemporalSaliencyErasing (TSE): learners and their vectors f_n
+  Eq. 3     Sec. 3.1, Fig. 2 (b)  CorrelationLayer: R_nk
+            Sec. 3.1, Fig. 2 (b)  BlockBinarization: B_nk, the block that is erased
+  Eq. 4-5   Sec. 3.1, Fig. 2 (b)  SaliencyErasingOperation (SEO): B_n, G_n and the erased map
+  Eq. 6     Sec. 3.2, Fig. 3      probability_map: A; TemporalSaliencyBoosting (TSB): o and E
+  Eq. 7     Sec. 3.3, Fig. 4      TemporalSaliencyErasing: the segments C_k and their c_k
+            Sec. 3.3, Fig. 4      TCLNet: backbone and v_1 ... v_N; TCLNet.finish: v of the test
+            Sec. 3.3              loss_weights, losses: the objective function
+            Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE, SPLIT, METRIC
+            Tables 1-4            ROWS: the variants; --complexity prints their cost in our count
+            Sec. 4.3              single-shot re-ID: --variant base+tse --frames 1 gives one image
+                                  to all learners. The paper has 85.3 mAP (baseline: 80.3) on
+                                  Market-1501, for which there is no loader here.
+            Sec. 4.4, Table 4     NonLocalBlock, TemporalConv (3D); DropBlock is in TCLNet; random
+                                  erasing (RE) of input frames is --erase
+            Fig. 2, 3 (b), 5, 6   --figure FOLDER: picture; a PCA in the place of Fig. 6's t-SNE
 
-Deviations from the paper (its sentence, what we do, the flag for the paper's form):
-  Eq. 3         "F^T (w^T f)": divided by sqrt(D) (release), because on the plain products the
-                softmax of Eq. 5 saturates. --no-scaled
-  f_k           gets no gradient from Eq. 3 (release). --no-stop-gradient
-  E = BN(o) + Q o is duplicated along the positions after the BN, not "before entering" it: the
-                same but for the running variance's factor n / (n - 1). No flag.
-  test          "an input of entire video": in clips of T frames, so that TSB's memory is that of a
-                clip, as in training; --frames T makes it longer.
-  "four frames" cannot be cut into segments of 3: row base+tse-n3 takes 3 (the paper's cost is
-                theirs times 4/3). --frames 6: two segments.
+The shapes of one clip through the network, for T = 4 frames of 256x128 and N = 2 learners:
+  clip              4 x    3 x 256 x 128
+  stem              4 x   64 x  64 x  32
+  stage 1           4 x  256 x  64 x  32
+  stage 2           4 x  512 x  32 x  16
+    TSB             4 x  512 x  32 x  16   For each frame: q has 512 numbers, the memory M has
+                                           3 x 32 x 16 = 1,536 positions.
+  stage 3           4 x 1024 x  16 x   8   F_1 ... F_4, cut into segments C_1 = F_1, F_2 and
+                                           C_2 = F_3, F_4. Frames 1 and 3 go to learner 1, frames
+                                           2 and 4 to learner 2.
+    SEO             4 x 1024 x  16 x   8   In frames 2 and 4 a block of 3 x 8 positions is erased.
+                                           Nothing is erased in the first frame of a segment.
+  stage 4           4 x 2048 x  16 x   8   L_1 and L_2: the first two blocks are shared.
+    GAP             4 x 2048               f_1 ... f_4
+  mean over C_k     2 x 2048               v_1, the mean of f_1 and f_3, and v_2, of f_2 and f_4
+  training          Each v_i has its own BatchNorm, classifier and losses.
+  test              1 x 4096               Both BatchNorms' outputs one after the other. They are
+                                           averaged over all clips of a tracklet. Then `finish`
+                                           L2-normalises each half of 2048 by itself, which gives
+                                           v = [v_1 / |v_1|, v_2 / |v_2|]. Tracklets are compared
+                                           by the cosine of their v.
 
-Unspecified in the paper; our choice (the authors' release is named where the choice follows it):
-  erased map    F * B, plus at all positions BN(sum of G * F), which starts at zero: lets gradients
-                reach w, and needs only the BN's 2,048 parameters more
-  first frame   B = 1, and G = softmax(1): uniform, the product of no correlation maps being 1
-  SEO           one BN for all frames of a segment, also the first; it and the shared blocks take
-                frame n of all segments at a time (release); f_k is an average with --pool max, too
-  block         the first of equal maxima; h_e and w_e scale with the map from 16x8, strides do not
-  TSB           tau = 5, BN starting at zero
-  backbone      the last stride of ResNet-50 is removed, which the paper's GFLOPs confirm
-  neck          a BatchNorm on each v_i; classifier, triplet loss and test take its output
-  losses        summed over the learners; triplet with cosine distance, margin 0.4
-  batch of 32   8 identities x 4 clips; weight decay 5e-4
-  an epoch      shows all tracklets, in groups of K of one identity (release): 235 steps on MARS;
-                --epoch identities: every identity once, 79 steps
-  frames        8 apart in training; a tracklet of fewer than 32 frames gives 4 different ones at
-                random, in order, one of fewer than 4 some of them twice or more (release);
-                adjacent in test, the last clip filled by cycling the tracklet (10: 3 clips of 4)
+To copy a class into another project, copy with it what its docstring lists under "Copied with".
+
+Deviations from the paper (what the paper has, what we do, and the flag for the paper's form):
+  Eq. 3         The paper has F^T (w^T f). We divide it by sqrt(D), as the release does, because
+                otherwise the softmax of Eq. 5 saturates. --no-scaled
+  f_k           In the paper's Eq. 3 a learner's loss also reaches the previous learners, through
+                their f_k. We stop this gradient, as the release does. --no-stop-gradient
+  TSB's BN      The paper duplicates o over all positions "before entering the BN layer", we do so
+                after it. Only the running variance differs, by its factor n / (n - 1). No flag.
+  test          The paper takes "an input of entire video". We cut it into clips of T frames, so
+                that TSB's memory is that of a clip, as in training. A larger --frames makes the
+                clips longer, in the test and in training.
+  Table 3a      "Four frames" cannot be cut into segments of N = 3 frames: the variant base+tse-n3
+                takes clips of 3. (The paper's GFLOPs are those of 3 frames times 4/3.) With
+                --frames 6 a clip has two segments.
+
+Unspecified in the paper; our choice ("release": the authors' release does the same):
+  erased map    F * B + BN(sum over all positions of G * F), where the second term is added at every
+                position. It lets gradients reach w, and costs only the 2,048 parameters of the BN,
+                whose weight starts at zero.
+  first frame   Nothing is erased: B = 1. G is uniform, because it is the softmax of a product of
+                no correlation maps, which is 1. The second term of the erased map is added, too.
+  SEO           All frames of a segment, also the first, share one BN. The BN and the shared blocks
+                take frame n of all segments as one batch (release). f_k is an average with
+                --pool max, too (release).
+  block         Of blocks with equal sums the first is erased. h_e and w_e are those of a 16x8 map
+                and are scaled to the size of the map; the strides are not.
+  TSB           tau = 5; the weight of the BN starts at zero.
+  backbone      The last stride of ResNet-50 is removed, which the paper's GFLOPs confirm.
+  neck          Each v_i goes through its own BatchNorm (neck). Classifier, triplet loss and test
+                take its output.
+  losses        They are summed over the learners. The triplet loss has the cosine distance and a
+                margin of 0.4.
+  batch         32 clips are 8 identities with 4 clips each.
+  weight decay  5e-4
+  epoch         An epoch shows all tracklets, in groups of K of one identity (release): 235 steps on
+                MARS. With --epoch identities it shows every identity once: 79 steps.
+  frames        In training the frames of a clip are 8 apart. A tracklet of fewer than 32 frames
+                gives 4 different frames at random, in order; a tracklet of fewer than 4 frames
+                gives some of them twice or more (release). In the test the frames of a clip are
+                consecutive, and the last clip is filled by starting the tracklet again: 10 frames
+                are 3 clips of 4.
   resizing      bicubic (release)
-  pieces        training tracklets of Duke and LS-VID are cut (release); --chunk 0: not at all
-  parameters    the paper has 29.9 million for N = 2 with SEO and without Non-local; the modules
-                have 30.07, which the rows with N = 3 and 4 confirm
-  Table 4       Non-local after stage 3, half the channels, biases as in SINet (parameters fit with
-                and without, GFLOPs four times its cost); RE with p = 0.5; DropBlock after stages 3
-                and 4, p = 0.1, 7x7 or the largest odd block that fits; 3D: first convolutions of
-                all blocks 3x1x1 (as the paper's GFLOPs; 32.2 million parameters, not 33.7)
+  pieces        Long training tracklets of Duke and LS-VID are cut into pieces (release). With
+                --chunk 0 they are not.
+  parameters    For N = 2 learners with SEO and without Non-local the paper has 29.9 million. The
+                modules have 30.07 million, which the paper's values for N = 3 and 4 confirm.
+  Table 4, NL   One Non-local block comes after stage 3. It has half the channels inside and the
+                same biases as SINet's. (The paper's parameters fit with and without biases; its
+                GFLOPs are four times the cost of the block.)
+  Table 4, RE   Random erasing has the probability 0.5.
+  Table 4,      DropBlock comes after stages 3 and 4, with probability 0.1 and blocks of 7x7, or
+  DropBlock     the largest odd size that fits into the map.
+  Table 4, 3D   The first convolution of every residual block becomes 3x1x1. This gives the paper's
+                GFLOPs, but 32.2 million parameters, not 33.7.
 
-The authors' release departs from the paper's equations here; we follow the equations:
-  TSB           keys are means of 2x2 positions before they are compared, and a 1x1 convolution with
-                a bias stands before its BatchNorm; Eq. 6 has neither
-  SEO           a 1x1 convolution with a bias stands before its BatchNorm; the softmax is over the
-                kept positions alone, where Eq. 5 has softmax times B
-  block         rows are means over the width, and the block of three rows is searched with its
-                middle on every row, so that at the border only two are erased
-  pooling       the maximum over the last map for the vectors, the average for f_k; the paper: GAP.
-                --pool max
-  batches       of 8 groups, of which about 7 % hold one identity twice
+The authors' release departs from the paper's equations in these points; we follow the equations:
+  TSB           The release averages the memory over 2x2 positions before it is compared with q,
+                and has a 1x1 convolution with a bias before the BatchNorm. The paper has neither.
+  SEO           The release has a 1x1 convolution with a bias before the BatchNorm. Its softmax is
+                over the kept positions alone; Eq. 5 multiplies the softmax over all by B.
+  block         The release averages the correlation map over its width, and searches the block of
+                three rows with its middle on every row. At the border it erases only two rows.
+  pooling       The release takes the maximum over the last map for the vectors, and the average
+                for f_k. The paper has GAP. --pool max gives the release's form.
+  batches       The release's batches are 8 groups, each of one identity. About 7 % of the batches
+                have two groups of the same identity; ours have none.
 """
 import copy
 import functools
@@ -90,190 +140,305 @@ from data import PKSampler, load_dataset, normalize, sample_strided, split_conse
 # -------------------------------------------------------------- Sec. 3.1: temporal saliency erasing
 
 class CorrelationLayer(nn.Module):
-    """Eq. 3: how much each position of a frame resembles what former learners have seen.
+    """Eq. 3: correlates every position of a frame with the vectors of the previous frames.
 
-    F_n (B, D, H, W), f (B, K, D1), the vectors of K former frames -> R (B, K, H, W), at least
-    float32.
-    channels: D; features: D1; scaled: by 1 / sqrt(D), stop_gradient: at f (False: as printed).
+    Takes the map F_n of a frame, (B, D, H, W), and the vectors f_1 ... f_K of K previous frames,
+    (B, K, D1). Returns the correlation maps R_n1 ... R_nK, (B, K, H, W), in float32 (in float64 for
+    float64 maps).
+
+    Args:
+        channels: number of channels D of the map.
+        feature_size: length D1 of a frame's vector.
+        scaled: whether to divide by sqrt(D). False is the paper's form.
+        stop_gradient: whether to keep gradients from the vectors. False is the paper's form.
+
+    Raises ValueError on maps and vectors of other sizes.
     """
 
-    def __init__(self, channels, features, scaled=True, stop_gradient=True):
+    def __init__(self, channels: int, feature_size: int, *, scaled: bool = True,
+                 stop_gradient: bool = True):
         super().__init__()
-        self.w = nn.Linear(features, channels, bias=False)                # f -> w^T f
-        self.scaled, self.stop_gradient = scaled, stop_gradient
+        self.w = nn.Linear(feature_size, channels, bias=False)            # f -> w^T f
+        self.scaled = scaled
+        self.stop_gradient = stop_gradient
 
-    def forward(self, x, f):
+    def forward(self, x, previous):
+        D, H, W = x.shape[1:]
+        if D != self.w.out_features or previous.shape[2] != self.w.in_features:
+            raise ValueError(f"SEO was built for maps with {self.w.out_features} channels and "
+                             f"vectors of length {self.w.in_features}, not {D} and "
+                             f"{previous.shape[2]}")
         if self.stop_gradient:
-            f = f.detach()
-        if (f.shape[2], x.shape[1]) != (self.w.in_features, self.w.out_features):
-            raise ValueError(f"SEO was built for maps of {self.w.out_features} channels and "
-                             f"vectors of {self.w.in_features}, not {x.shape[1]} and {f.shape[2]}")
-        scale = math.sqrt(x.shape[1])
-        r = (self.w(f) / scale) @ x.flatten(2)          # F^T (w^T f), in sums that float16 can hold
+            previous = previous.detach()
+        # R = F^T (w^T f). The vectors are divided first, because float16 cannot hold larger sums.
+        projected = self.w(previous) / math.sqrt(D)
+        r = projected @ x.flatten(2)                                      # Eq. 3, over sqrt(D)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
         if not self.scaled:
-            r = r * scale                                                 # Eq. 3
-        return r.unflatten(2, x.shape[2:])
+            r = r * math.sqrt(D)                                          # Eq. 3 as in the paper
+        return r.unflatten(2, (H, W))
 
 
 class BlockBinarization(nn.Module):
-    """Block binarization layer: 0 in the block of the highest correlation, 1 elsewhere.
+    """Block binarization layer: a mask that is 0 in the block of the highest correlation, else 1.
 
-    R (..., H, W) -> B (..., H, W), always with exactly h_e w_e zeros; no gradient.
-    block: (h_e, w_e), at most (H, W); stride: (s_h, s_w); all at least 1 (ValueError).
+    Takes correlation maps R, (..., H, W). Returns masks B, (..., H, W), each of which has exactly
+    h_e * w_e zeros. No gradient goes through.
+
+    Args:
+        erased_block: height and width (h_e, w_e) of the block that is erased, in positions of the
+            map; at least 1x1, at most the map.
+        block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
+
+    Raises ValueError on other blocks and strides, and on maps that are smaller than the block.
     """
 
-    def __init__(self, block, stride=(1, 1)):
+    def __init__(self, erased_block: tuple[int, int], *, block_stride: tuple[int, int] = (1, 1)):
         super().__init__()
-        if min(*block, *stride) < 1:
-            raise ValueError(f"SEO takes blocks and strides of at least 1x1, not {block[0]}x"
-                             f"{block[1]} and {stride[0]}x{stride[1]}")
-        self.block, self.stride = tuple(block), tuple(stride)
+        if min(*erased_block, *block_stride) < 1:
+            raise ValueError("SEO takes blocks and strides of at least 1x1, not "
+                             f"{erased_block[0]}x{erased_block[1]} and "
+                             f"{block_stride[0]}x{block_stride[1]}")
+        self.erased_block = tuple(erased_block)
+        self.block_stride = tuple(block_stride)
 
     @torch.no_grad()
     def forward(self, r):
         H, W = r.shape[-2:]
-        h_e, w_e = self.block
-        s_h, s_w = self.stride
+        h_e, w_e = self.erased_block
+        s_h, s_w = self.block_stride
         if h_e > H or w_e > W:
             raise ValueError(f"a block of {h_e}x{w_e} does not fit into maps of {H}x{W}")
-        # the block with the highest sum has the highest mean: one of N_pos, rows x columns
-        means = F.avg_pool2d(r.reshape(-1, 1, H, W), self.block, self.stride)
-        best = means.flatten(1).argmax(1)[:, None, None]
-        columns = means.shape[-1]
-        top, left = best // columns * s_h, best % columns * s_w
-        y = torch.arange(H, device=r.device)[:, None]
-        x = torch.arange(W, device=r.device)
-        inside = (y >= top) & (y < top + h_e) & (x >= left) & (x < left + w_e)
-        return (~inside).to(r.dtype).view_as(r)
+        # All blocks have the same size, so that the highest mean belongs to the highest sum. The
+        # means are a map of the N_pos positions of the sliding block.
+        means = F.avg_pool2d(r.reshape(-1, 1, H, W), self.erased_block, self.block_stride)
+        best = means.flatten(1).argmax(1).view(-1, 1, 1)
+        positions_in_a_row = means.shape[-1]
+        top = best // positions_in_a_row * s_h
+        left = best % positions_in_a_row * s_w
+        row = torch.arange(H, device=r.device).view(H, 1)
+        column = torch.arange(W, device=r.device)
+        in_rows = (row >= top) & (row < top + h_e)                        # (maps, H, 1)
+        in_columns = (column >= left) & (column < left + w_e)             # (maps, 1, W)
+        kept = ~(in_rows & in_columns)
+        return kept.to(r.dtype).view_as(r)
 
 
 class SaliencyErasingOperation(nn.Module):
-    """SEO, Fig. 2 (b): erases from a frame what the learners of the former frames have seen.
+    """SEO, Eq. 3-5, Fig. 2 (b): erases from a frame what the previous frames' learners attended to.
 
-    F_n (B, D, H, W), f (B, n - 1, D1), the vectors of the former frames -> (B, D, H, W).
-    Arguments: see CorrelationLayer and BlockBinarization; copied with both.
+    Takes the map F_n of a frame, (B, D, H, W), and the vectors f_1 ... f_(n-1) of the previous
+    frames, (B, n - 1, D1). Returns the erased map, (B, D, H, W). For the first frame the vectors
+    are an empty tensor (B, 0, D1), and nothing is erased.
+
+    Args:
+        channels: number of channels D of the map.
+        feature_size: length D1 of a frame's vector.
+        erased_block: height and width (h_e, w_e) of the block that is erased, in positions of the
+            map; the default is the paper's, for maps of 16x8.
+        block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
+        scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
+        stop_gradient: whether to keep gradients from the vectors. False is the paper's form.
+
+    Raises ValueError on invalid blocks and strides, and on maps and vectors of other sizes. Copied
+    with CorrelationLayer and BlockBinarization.
     """
 
-    def __init__(self, channels, features, block, stride=(1, 1), scaled=True, stop_gradient=True):
+    def __init__(self, channels: int, feature_size: int, *,
+                 erased_block: tuple[int, int] = (3, 8), block_stride: tuple[int, int] = (1, 1),
+                 scaled: bool = True, stop_gradient: bool = True):
         super().__init__()
-        self.correlation = CorrelationLayer(channels, features, scaled, stop_gradient)
-        self.binarization = BlockBinarization(block, stride)
+        self.correlation = CorrelationLayer(channels, feature_size, scaled=scaled,
+                                            stop_gradient=stop_gradient)
+        self.binarization = BlockBinarization(erased_block, block_stride=block_stride)
         self.bn = nn.BatchNorm1d(channels)
         nn.init.zeros_(self.bn.weight)
 
-    def forward(self, x, f):
-        # products over the former frames k; of none of them they are 1: without empty maps, with
-        # which ONNX cannot go on
-        r = b = x.new_ones(x[:, 0].shape, dtype=torch.promote_types(x.dtype, torch.float32))
-        if f.shape[1]:
-            r_k = self.correlation(x, f)
-            r, b = r_k.prod(1), self.binarization(r_k).prod(1)            # B_n, Eq. 4
-        g = r.flatten(1).softmax(1) * b.flatten(1)                        # G_n, Eq. 5
-        gated = x.flatten(2) @ g.to(x.dtype)[:, :, None]                  # sum of G_n * F_n
-        gated = self.bn(gated[:, :, 0]).to(x.dtype)
-        return x * b[:, None].to(x.dtype) + gated[:, :, None, None]
+    def forward(self, x, previous):
+        B, D, H, W = x.shape
+        if previous.shape[1] == 0:
+            # The first frame: a product of no maps is 1. ONNX cannot export it from empty maps.
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            r = x.new_ones(B, H, W, dtype=dtype)
+            b = x.new_ones(B, H, W, dtype=dtype)                          # B_1 = 1
+        else:
+            r_k = self.correlation(x, previous)                           # R_n1, R_n2 ..., Eq. 3
+            r = r_k.prod(1)                                               # R_n1 * R_n2 * ...
+            b = self.binarization(r_k).prod(1)                            # B_n, Eq. 4
+        g = r.flatten(1).softmax(1) * b.flatten(1)                        # G_n, Eq. 5; (B, H*W)
+        # the erased map: F_n * B_n + BN(sum over all positions of G_n * F_n)
+        attended = x.flatten(2) @ g.to(x.dtype).unsqueeze(2)              # (B, D, 1)
+        attended = self.bn(attended.squeeze(2)).to(x.dtype)
+        return x * b.unsqueeze(1).to(x.dtype) + attended.view(B, D, 1, 1)
+
+
+def unbind_frames(x):
+    """Takes maps (B, T, C, H, W) and returns a list of T maps (B, C, H, W), in channels_last.
+
+    The channels are moved to the end before `unbind`, because the gradient of `unbind` is a new
+    tensor in the order of the dimensions: in this order it is in channels_last, too. In any other
+    layout it would cost the layers before a copy of every map.
+    """
+    frames = [frame.movedim(3, 1) for frame in x.movedim(2, 4).unbind(1)]
+    return [frame.contiguous(memory_format=torch.channels_last) for frame in frames]
 
 
 class TemporalSaliencyErasing(nn.Module):
-    """TSE, Fig. 2 (a): N ordered learners for N frames, each for what those before it missed.
+    """TSE, Eq. 1-2 and 7, Fig. 2 (a): N ordered learners, one for each frame of a segment. Each
+    learner gets its frame without the regions that the learners before it attended to.
 
-    Eq. 1-2, 7: F (B, T, D, H, W) -> c (B, T/N, N, D1), the vectors of the frames by segments. T
-    divisible by N (ValueError), or 1: then the frame is repeated for all learners.
-    shared: the layers that all learners share; learners: N modules, L_n without the shared ones;
-    seo: False leaves SEO out; pool: "avg" or "max" of the vectors returned (SEO takes averages);
-    the other arguments are those of SEO. Copied with the three classes above.
+    Takes the maps F of a clip, (B, T, D, H, W). Returns the vectors c of its frames, grouped by
+    segments, (B, T / N, N, D1). T must be a multiple of N, or 1: then all learners get the same
+    frame.
+
+    Args:
+        shared: the layers that all learners share, applied before each of them.
+        learners: a list of N modules. The paper's learner L_n is `shared`, then `learners[n - 1]`.
+        channels: number of channels D of the maps.
+        feature_size: number of channels D1 of the learners' outputs, the length of a vector.
+        erased_block: height and width (h_e, w_e) of the block that is erased, in positions of the
+            map; the default is the paper's, for maps of 16x8.
+        block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
+        seo: whether to erase. False is the paper's "TSE-wo-SEO".
+        scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
+        stop_gradient: whether to keep the gradients of Eq. 3 from the vectors of previous frames.
+            False is the paper's form.
+        pool: "avg" (GAP, as in the paper) or "max", how an output becomes the returned vector. The
+            vectors f_k that SEO takes are averages in both cases.
+
+    Raises ValueError on invalid blocks and strides, on other numbers of frames or channels, and on
+    learners whose outputs do not have D1 channels. Copied with CorrelationLayer, BlockBinarization,
+    SaliencyErasingOperation and unbind_frames.
     """
 
-    def __init__(self, shared, learners, channels, features, block, stride=(1, 1), scaled=True,
-                 seo=True, pool="avg", stop_gradient=True):
+    def __init__(self, shared: nn.Module, learners: list[nn.Module], channels: int,
+                 feature_size: int, *, erased_block: tuple[int, int] = (3, 8),
+                 block_stride: tuple[int, int] = (1, 1), seo: bool = True, scaled: bool = True,
+                 stop_gradient: bool = True, pool: str = "avg"):
         super().__init__()
-        self.shared, self.learners = shared, nn.ModuleList(learners)
-        self.channels, self.features, self.pool = channels, features, pool
+        self.shared = shared
+        self.learners = nn.ModuleList(learners)
+        self.channels = channels
+        self.feature_size = feature_size
+        self.pool = pool
         self.seo = None
         if seo and len(learners) > 1:
-            self.seo = SaliencyErasingOperation(channels, features, block, stride, scaled,
-                                                stop_gradient)
+            self.seo = SaliencyErasingOperation(
+                channels, feature_size, erased_block=erased_block, block_stride=block_stride,
+                scaled=scaled, stop_gradient=stop_gradient)
 
     def forward(self, x):
-        B, T, *size = x.shape
+        B, T, D, H, W = x.shape
         N = len(self.learners)
-        if size[0] != self.channels:
-            raise ValueError(f"TSE was built for {self.channels} channels, not {size[0]}")
-        if T == 1:
-            x, T = x.expand(-1, N, -1, -1, -1), N
-        if T % N:
+        if D != self.channels:
+            raise ValueError(f"TSE was built for maps with {self.channels} channels, not {D}")
+        if T == 1:                                                        # Sec. 4.3: one image
+            x = x.expand(-1, N, -1, -1, -1)
+            T = N
+        if T % N != 0:
             raise ValueError(f"TSE with {N} learners needs a multiple of {N} frames, not {T}")
-        x = x.reshape(B * T // N, N, *size)                               # all segments C_k at once
-        f, c = x.new_empty(x.shape[0], 0, self.features), []                  # f_1 ... f_(n-1)
-        for learner, frame in zip(self.learners, x.movedim(2, 4).unbind(1)):
-            frame = frame.movedim(3, 1).contiguous(memory_format=torch.channels_last)
-            if self.seo:
-                frame = self.seo(frame, f)                                # SEO(F_n; f_1 ...), Eq. 2
-            y = learner(self.shared(frame))
-            if y.shape[1] != self.features:
-                raise ValueError(f"TSE was built for learners that give {self.features} channels, "
-                                 f"not {y.shape[1]}")
-            f_n = y.mean((2, 3))                                          # GAP(L_n(F_n)), Eq. 1-2
-            f = torch.cat([f, f_n[:, None]], 1)
-            c.append(f_n if self.pool == "avg" else y.amax((2, 3)))
-        return torch.stack(c, 1).view(B, T // N, N, -1)                   # Eq. 7
+        segments = x.reshape(B * T // N, N, D, H, W)                      # C_k, all in one batch
+        previous = x.new_empty(B * T // N, 0, self.feature_size)          # f_1 ... f_(n-1)
+        vectors = []
+        for learner, frame in zip(self.learners, unbind_frames(segments)):
+            if self.seo is not None:
+                frame = self.seo(frame, previous)                         # the erased map, Eq. 2
+            y = learner(self.shared(frame))                               # L_n
+            if y.shape[1] != self.feature_size:
+                raise ValueError("TSE was built for learners whose outputs have "
+                                 f"{self.feature_size} channels, not {y.shape[1]}")
+            f_n = y.mean((2, 3))                                          # GAP(L_n), Eq. 1-2
+            previous = torch.cat([previous, f_n.unsqueeze(1)], dim=1)
+            if self.pool == "max":
+                vectors.append(y.amax((2, 3)))
+            else:
+                vectors.append(f_n)
+        return torch.stack(vectors, 1).view(B, T // N, N, -1)             # c_1 ... c_L, Eq. 7
 
 
 # ------------------------------------------------------------- Sec. 3.2: temporal saliency boosting
 
-def probability_map(q, m, tau=5.0):
-    """A of Eq. 6: how well the positions of the other frames, its memory, match a query frame.
+def query_and_memory(x):
+    """Sec. 3.2: takes maps (B, T, D, H, W) and returns q, (B, T, D), the average of every frame
+    over its positions, and M, (B, T*H*W, D), the local descriptors of all frames."""
+    memory = x.movedim(2, 4).flatten(1, 3)
+    dtype = torch.promote_types(x.dtype, torch.float32)       # float16 cannot hold the sum of a map
+    query = memory.unflatten(1, (x.shape[1], -1)).mean(2, dtype=dtype)    # GAP
+    return query, memory
 
-    q (B, T, D), GAP of every frame, M (B, T*H*W, D), the local descriptors of all frames -> A
-    (B, T, T*H*W), for each query: sums up to 1 over the memory, and is 0 in the query itself.
+
+def probability_map(query, memory, *, tau: float = 5.0):
+    """Eq. 6: for each frame as the query, how well every position of the other frames matches it.
+
+    Returns A, (B, T, T*H*W), in float32 (in float64 for a float64 memory). The T*H*W numbers of a
+    query sum up to 1, and are 0 at the positions of the query itself, because its memory is the
+    other frames.
+
+    Args:
+        query: q, (B, T, D), the average of every frame over its positions.
+        memory: M, (B, T*H*W, D), the local descriptors of all frames, frame after frame.
+        tau: the temperature: the larger it is, the more A prefers the best matches.
     """
-    T = q.shape[1]
-    dtype = torch.promote_types(m.dtype, torch.float32)
-    q = F.normalize(q.to(dtype), dim=2).to(m.dtype)
-    length = torch.linalg.vector_norm(m, dim=2, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
-    # A_i = exp(tau q^T m_i / |m_i|) / sum_j exp(tau q^T m_j / |m_j|)            # Eq. 6
-    # for all queries at once, from all frames without the query's own
-    a = tau * (m @ q.transpose(1, 2) / length[:, :, None]).transpose(1, 2)
-    own = torch.eye(T, dtype=torch.bool, device=m.device).repeat_interleave(m.shape[1] // T, 1)
-    return a.masked_fill(own, -math.inf).softmax(2)
+    T = query.shape[1]
+    positions = memory.shape[1] // T
+    dtype = torch.promote_types(memory.dtype, torch.float32)
+    q = F.normalize(query.to(dtype), dim=2)
+    m = F.normalize(memory.to(dtype), dim=2)
+    # A_i = exp(tau q^T m_i) / sum over j of exp(tau q^T m_j)            # Eq. 6
+    exponents = tau * q @ m.transpose(1, 2)                               # (B, T, T*H*W)
+    same_frame = torch.eye(T, dtype=torch.bool, device=memory.device)
+    query_itself = same_frame.repeat_interleave(positions, dim=1)         # (T, T*H*W)
+    return exponents.masked_fill(query_itself, -math.inf).softmax(2)
 
 
 class TemporalSaliencyBoosting(nn.Module):
-    """TSB, Fig. 3: every frame gets what the other frames show of its own salient part.
+    """TSB, Eq. 6, Fig. 3: adds to each frame what the other frames show of its salient part.
 
-    Q (B, T, D, H, W) -> E (B, T, D, H, W), T >= 2 (ValueError). Starts as identity. tau: of Eq. 6.
-    Copied with probability_map.
+    Takes maps Q, (B, T, D, H, W), with T of at least 2. Returns maps E of the same shape. The
+    module starts as the identity, because the weight of its BatchNorm starts at zero.
+
+    Args:
+        channels: number of channels D of the maps.
+        tau: temperature of Eq. 6: the larger it is, the more the best matches count.
+
+    Raises ValueError on a single frame and on maps with other channels. Copied with
+    query_and_memory and probability_map.
     """
 
-    def __init__(self, channels, tau=5.0):
+    def __init__(self, channels: int, *, tau: float = 5.0):
         super().__init__()
         self.tau = tau
         self.bn = nn.BatchNorm1d(channels)
         nn.init.zeros_(self.bn.weight)
 
     def forward(self, x):
-        B, T, D, H, W = x.shape
+        B, T, D = x.shape[:3]
         if T < 2:
-            raise ValueError(f"TSB needs a frame and its memory: at least 2 frames, not {T}")
+            raise ValueError(f"TSB needs at least 2 frames, not {T}: a query and its memory")
         if D != self.bn.num_features:
-            raise ValueError(f"TSB was built for {self.bn.num_features} channels, not {D}")
-        m = x.movedim(2, 4).flatten(1, 3)                                 # (B, T*H*W, D)
-        dtype = torch.promote_types(m.dtype, torch.float32)       # float16 cannot hold the sum
-        q = m.unflatten(1, (T, -1)).sum(2, dtype=dtype) / (H * W)         # GAP
-        o = probability_map(q, m, self.tau).to(x.dtype) @ m               # o = M^T A
-        return self.bn(o.flatten(0, 1)).to(x.dtype).view(B, T, D, 1, 1) + x  # E = BN(o) + Q
+            raise ValueError(f"TSB was built for maps with {self.bn.num_features} channels, "
+                             f"not {D}")
+        q, m = query_and_memory(x)
+        a = probability_map(q, m, tau=self.tau).to(x.dtype)
+        o = a @ m                                                         # o = M^T A; (B, T, D)
+        residual = self.bn(o.flatten(0, 1)).to(x.dtype)
+        return residual.view(B, T, D, 1, 1) + x                           # E = BN(o) + Q
 
 
-# ---------------------------------------------- Sec. 4.4, Table 4: what the modules are compared to
+# ------------------------------ Sec. 4.4, Table 4: the modules that TSE and TSB are compared with
 
 class NonLocalBlock(nn.Module):
-    """Non-local block (Wang et al., CVPR 2018), embedded Gaussian, over all positions of a clip.
+    """Non-local block (Wang et al., CVPR 2018) in its embedded Gaussian form, over all positions of
+    all frames of a clip.
 
-    X (B, T, C, H, W) -> (B, T, C, H, W). Starts as identity.
+    Takes maps X, (B, T, C, H, W), and returns maps of the same shape. It starts as the identity,
+    because the weight of its BatchNorm starts at zero.
+
+    Args:
+        channels: number of channels C of the maps.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.theta = nn.Conv2d(channels, channels // 2, 1)
         self.phi = nn.Conv2d(channels, channels // 2, 1)
@@ -281,36 +446,48 @@ class NonLocalBlock(nn.Module):
         self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1), nn.BatchNorm2d(channels))
         nn.init.zeros_(self.out[1].weight)
 
+    def embed(self, layer, x):
+        """Applies a 1x1 convolution to X and lists all positions: (B, 1, T*H*W, C / 2)."""
+        B, T, C, H, W = x.shape
+        y = layer(x.flatten(0, 1)).view(B, T, -1, H, W)
+        return y.movedim(2, 4).reshape(B, 1, T * H * W, -1)
+
     def forward(self, x):
         B, T, C, H, W = x.shape
-
-        def positions(layer):                                             # (B, 1, m, C/2)
-            y = layer(x.flatten(0, 1)).view(B, T, -1, H, W)
-            return y.movedim(2, 4).reshape(B, 1, T * H * W, -1)
-        y = F.scaled_dot_product_attention(positions(self.theta), positions(self.phi),
-                                           positions(self.g), scale=1.0)
+        theta = self.embed(self.theta, x)
+        phi = self.embed(self.phi, x)
+        g = self.embed(self.g, x)
+        y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)      # softmax(theta^T phi) g
         y = y.reshape(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + x
 
 
 class TemporalConv(nn.Module):
-    """A 3x1x1 convolution, equal to the 1x1 convolution `conv` at the start.
+    """A 3x1x1 convolution that starts with the same outputs as a given 1x1 convolution.
 
-    (B*T, C, H, W) -> (B*T, C', H, W), because it replaces `conv` in a bottleneck. conv: without
-    bias, groups, stride and padding (ValueError); frames: T.
+    Takes the frames of clips as a batch, (B*T, C, H, W), and returns (B*T, C', H, W), so that it
+    can replace the 1x1 convolution of a residual block.
+
+    Args:
+        conv: the 1x1 convolution to start from, without bias, groups, stride and padding.
+        frames: number of frames T of a clip.
+
+    Raises ValueError on other convolutions.
     """
 
-    def __init__(self, conv, frames):
+    def __init__(self, conv: nn.Conv2d, frames: int):
         super().__init__()
-        plain = conv.bias is None and conv.groups == 1 and conv.padding in ((0, 0), "valid", "same")
-        if not plain or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
+        is_1x1 = conv.kernel_size == (1, 1) and conv.stride == (1, 1)
+        has_no_padding = conv.padding in ((0, 0), "valid", "same")
+        if not is_1x1 or not has_no_padding or conv.bias is not None or conv.groups != 1:
             raise ValueError("TemporalConv takes 1x1 convolutions without bias, groups, stride and "
                              f"padding, not {conv}")
         self.frames = frames
         self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, 1, 1), padding=(1, 0, 0),
                               bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
         with torch.no_grad():
-            self.conv.weight.zero_()[:, :, 1].copy_(conv.weight)
+            self.conv.weight.zero_()
+            self.conv.weight[:, :, 1] = conv.weight     # the middle one of the three frames
 
     def forward(self, x):
         clips = x.unflatten(0, (-1, self.frames)).transpose(1, 2)         # (B, C, T, H, W)
@@ -339,65 +516,118 @@ def resnet50(weights="none", last_stride=1):  # same in every script
     return net
 
 
+def scale_block(erased_block: tuple[int, int], height: int, width: int):
+    """The size (h_e, w_e) of the erased block on a map of height x width positions, from its size
+    `erased_block` on the paper's map of 16x8: rounded (halves up), and at least 1x1."""
+    h_e = math.floor(erased_block[0] * height / 16 + 0.5)
+    w_e = math.floor(erased_block[1] * width / 8 + 0.5)
+    return max(1, h_e), max(1, w_e)
+
+
 class TCLNet(nn.Module):
-    """TCLNet, Fig. 4: ResNet-50 with a TSB behind stage 2 and TSE made of stage 4, whose last block
-    each learner has for itself; a BN neck for each. Copied with all classes and functions above.
+    """TCLNet, Sec. 3.3, Fig. 4: ResNet-50 with a TSB after stage 2, and with TSE made of stage 4.
 
-    Clips (B, T, 3, H, W), normalised -> in train mode embeddings (B, N, 2048) and logits
-    (B, N, num_classes); in eval mode (B, N * 2048), whose average over clips goes to `finish`.
+    Takes clips (B, T, 3, H, W), normalised as for ImageNet. In train mode it returns the embeddings
+    of the N learners, (B, N, 2048), and their logits, (B, N, num_classes). In eval mode it returns
+    the embeddings one after the other, (B, N * 2048): average them over the clips of a tracklet and
+    give the result to `finish`.
 
-    frames, height, width: T, H, W; T a multiple of N, or 1; learners: N; seo: False is
-    "TSE-wo-SEO"; block: (h_e, w_e) of a 16x8 map, scaled to that of H x W, which N - 1 blocks must
-    not cover; stride: (s_h, s_w); tsb: stages with a TSB behind, of 1, 2, 3; tau: see TSB; scaled,
-    stop_gradient: see CorrelationLayer; extra: "none" or what Table 4 compares with, "nl",
-    "dropblock" or "3d"; pool: "avg" or "max" over the final map; weights: see resnet50. Raises
-    ValueError for what it cannot take.
+    Args:
+        num_classes: number of identities that the classifiers tell apart.
+        frames: number of frames T of a clip: a multiple of N, or 1 (without TSB).
+        height: height H of the frames in pixels.
+        width: width W of the frames in pixels.
+        learners: number N of learners of TSE; 1 is a network without erasing.
+        seo: whether TSE erases. False is the paper's "TSE-wo-SEO".
+        erased_block: height and width (h_e, w_e) of the block that is erased from a map of 16x8, at
+            most 16x8. It is scaled to the map of the given frames, which N - 1 blocks must not
+            cover.
+        block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
+        scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
+        stop_gradient: whether to keep the gradients of Eq. 3 from the vectors of previous frames.
+            False is the paper's form.
+        tsb: the stages of ResNet-50, out of 1, 2 and 3, that a TSB follows; () for none.
+        tau: temperature of TSB, Eq. 6: the larger it is, the more the best matches count.
+        extra: what Table 4 compares with: "nl" (a Non-local block after stage 3), "dropblock",
+            "3d" (temporal convolutions, with one learner only) or "none".
+        pool: "avg" (GAP, as in the paper) or "max", over the last map of a frame.
+        weights: initial weights of the backbone: "imagenet" (torchvision's), "none", or the name of
+            a file with a state_dict of torchvision's resnet50.
+
+    Raises ValueError on invalid arguments, and what resnet50 raises on weights that it cannot load.
+    Copied with all classes and functions above.
     """
 
-    def __init__(self, num_classes, frames=4, height=256, width=128, learners=2, seo=True,
-                 block=(3, 8), tsb=(2,), tau=5.0, scaled=True, extra="none", pool="avg",
-                 weights="none", stride=(1, 1), stop_gradient=True):
+    def __init__(self, num_classes: int, frames: int = 4, height: int = 256, width: int = 128, *,
+                 learners: int = 2, seo: bool = True, erased_block: tuple[int, int] = (3, 8),
+                 block_stride: tuple[int, int] = (1, 1), scaled: bool = True,
+                 stop_gradient: bool = True, tsb: tuple[int, ...] = (2,), tau: float = 5.0,
+                 extra: str = "none", pool: str = "avg", weights: str = "none"):
         super().__init__()
-        if learners < 1 or not set(tsb) <= {1, 2, 3}:
-            raise ValueError("TCLNet takes 1 learner or more and TSBs behind stages 1, 2, 3, not "
-                             f"{learners} and {tsb}")
-        if frames % learners and frames > 1:
+        if learners < 1:
+            raise ValueError(f"TCLNet takes 1 learner or more, not {learners}")
+        if not set(tsb) <= {1, 2, 3}:
+            raise ValueError(f"TCLNet takes TSBs after stages 1, 2 and 3, not {tsb}")
+        if frames > 1 and frames % learners != 0:
             raise ValueError(f"{learners} learners take clips of {learners}, {2 * learners}, "
                              f"{3 * learners} ... frames, not {frames}")
         if tsb and frames < 2:
-            raise ValueError(f"TSB needs a frame and its memory: at least 2 frames, not {frames}")
-        if extra == "3d" and learners > 1 or extra == "nl" and 3 in tsb:
-            raise ValueError('"3d" goes with one learner, "nl" stands where stage 3\'s TSB would')
-        if not (1 <= block[0] <= 16 and 1 <= block[1] <= 8):
-            raise ValueError(f"a block of {block[0]}x{block[1]} does not lie in a map of 16x8")
-        rows, columns = -(-height // 16), -(-width // 16)
-        h_e = max(1, int(block[0] * rows / 16 + 0.5))
-        w_e = max(1, int(block[1] * columns / 8 + 0.5))
-        if seo and math.ceil(rows / h_e) * math.ceil(columns / w_e) < learners:
+            raise ValueError(f"TSB needs at least 2 frames, not {frames}: a query and its memory")
+        if extra == "3d" and learners > 1:
+            raise ValueError(f'extra "3d" takes one learner, not {learners}')
+        if extra == "nl" and 3 in tsb:
+            raise ValueError('extra "nl" takes the place of the TSB after stage 3: tsb must be '
+                             f"without 3, not {tsb}")
+        if not (1 <= erased_block[0] <= 16 and 1 <= erased_block[1] <= 8):
+            raise ValueError("the erased block must have 1x1 to 16x8 positions of a 16x8 map, not "
+                             f"{erased_block[0]}x{erased_block[1]}")
+        map_height = math.ceil(height / 16)             # of the maps that TSE takes
+        map_width = math.ceil(width / 16)
+        h_e, w_e = scale_block(erased_block, map_height, map_width)
+        blocks_to_cover_the_map = math.ceil(map_height / h_e) * math.ceil(map_width / w_e)
+        if seo and learners - 1 >= blocks_to_cover_the_map:
             raise ValueError(f"{learners - 1} erased block(s) of {h_e}x{w_e} can cover the whole "
-                             f"{rows}x{columns} map of {height}x{width} frames")
+                             f"{map_height}x{map_width} map of {height}x{width} frames: take a "
+                             "smaller block, larger frames or fewer learners")
         net = resnet50(weights)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layer1, self.layer2, self.layer3 = net.layer1, net.layer2, net.layer3
-        self.after = nn.ModuleDict()                    # stage: the module behind it
+        self.layer1 = net.layer1                        # the paper's stage 1
+        self.layer2 = net.layer2
+        self.layer3 = net.layer3
+        self.after = nn.ModuleDict()                    # stage: the TSB or Non-local block after it
+        channels = {1: 256, 2: 512, 3: 1024}
         for stage in tsb:
-            self.after[f"layer{stage}"] = TemporalSaliencyBoosting(128 * 2 ** stage, tau)
-        *shared, last = net.layer4                      # the first two blocks are shared
+            self.after[f"layer{stage}"] = TemporalSaliencyBoosting(channels[stage], tau=tau)
         if extra == "nl":
-            self.after["layer3"] = NonLocalBlock(1024)
-        if extra == "dropblock":
-            side = min(7, rows - 1 + rows % 2, columns - 1 + columns % 2)  # odd, inside the map
-            drop = torchvision.ops.DropBlock2d(0.1, side)
-            shared, last = [drop, *shared], nn.Sequential(last, drop)
+            self.after["layer3"] = NonLocalBlock(channels[3])
         if extra == "3d":
             for bottleneck in (*net.layer1, *net.layer2, *net.layer3, *net.layer4):
                 bottleneck.conv1 = TemporalConv(bottleneck.conv1, frames)
+        # Stage 4: the learners share the first two blocks, and each has its own copy of the last.
+        *shared, last = net.layer4
+        if extra == "dropblock":
+            size = min(7, map_height, map_width)
+            if size % 2 == 0:                           # DropBlock takes odd sizes
+                size = size - 1
+            drop = torchvision.ops.DropBlock2d(0.1, size)
+            shared = [drop, *shared]                    # after stage 3
+            last = nn.Sequential(last, drop)            # after stage 4
         self.tse = TemporalSaliencyErasing(
-            nn.Sequential(*shared), [copy.deepcopy(last) for _ in range(learners)], 1024, 2048,
-            (h_e, w_e), stride, scaled, seo, pool, stop_gradient)
+            nn.Sequential(*shared),
+            [copy.deepcopy(last) for _ in range(learners)],
+            channels=1024,
+            feature_size=2048,
+            erased_block=(h_e, w_e),
+            block_stride=block_stride,
+            seo=seo,
+            scaled=scaled,
+            stop_gradient=stop_gradient,
+            pool=pool,
+        )
+        # of each learner its own
         self.neck = nn.ModuleList(nn.BatchNorm1d(2048) for _ in range(learners))
-        self.classifier = nn.ModuleList(nn.Linear(2048, num_classes, bias=False)
-                                        for _ in range(learners))
+        self.classifier = nn.ModuleList(
+            nn.Linear(2048, num_classes, bias=False) for _ in range(learners))
         for layer in self.classifier:
             nn.init.normal_(layer.weight, std=0.001)
 
@@ -409,80 +639,116 @@ class TCLNet(nn.Module):
             if name in self.after:
                 x = self.after[name](x.unflatten(0, (B, T))).flatten(0, 1)
         c = self.tse(x.unflatten(0, (B, T)))                              # Eq. 7: (B, L, N, 2048)
-        v = c.mean(1).to(self.neck[0].weight.dtype)                       # TAP: v_1 ... v_N
+        v = c.mean(1)                                                     # TAP: v_1 ... v_N
+        v = v.to(self.neck[0].weight.dtype)             # from autocast's bfloat16 to float32
         embeddings = [neck(v[:, n]) for n, neck in enumerate(self.neck)]
-        if not self.training:                           # BN, affine here, commutes with averages
+        if not self.training:
+            # In eval mode a BatchNorm is affine: the mean of its outputs over the clips of a
+            # tracklet is its output for the mean, the v_n of the tracklet. `finish` does the rest.
             return torch.cat(embeddings, 1)
         logits = [layer(e) for layer, e in zip(self.classifier, embeddings)]
         return torch.stack(embeddings, 1), torch.stack(logits, 1)
 
-    def finish(self, features):
-        """Sec. 3.3: v = [v_1 / |v_1|, ..., v_N / |v_N|], (B, N * 2048), from the means of clips'
-        outputs in eval mode, of the same shape."""
-        v = features.unflatten(1, (len(self.neck), -1))
-        return F.normalize(v.to(torch.promote_types(v.dtype, torch.float32)), dim=2).flatten(1)
+    def finish(self, embeddings):
+        """Sec. 3.3: the video representation v = [v_1 / |v_1|, ..., v_N / |v_N|] of the test.
+
+        Takes the outputs of eval mode, averaged over the clips of each tracklet, (B, N * 2048).
+        Returns v of the same shape, in which the part of each learner has the length 1.
+        """
+        v = embeddings.unflatten(1, (len(self.neck), -1))
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        return F.normalize(v, dim=2).flatten(1)
 
 
 # ----------------------------------------------------------------------------- Sec. 3.3: the losses
 
 def loss_weights(args):
-    """The weights of the losses of a learner, {name: weight}: L_xent, with xent+tri + L_triplet."""
-    return {"xent": 1.0, "triplet": 1.0 if args.loss == "xent+tri" else 0.0}
+    """The weights of a learner's losses, {name: weight}: the cross entropy, and the triplet loss
+    with --loss xent+tri."""
+    if args.loss == "xent+tri":
+        return {"xent": 1.0, "triplet": 1.0}
+    return {"xent": 1.0, "triplet": 0.0}
 
 
 def losses(outputs, pids, args):
-    """Sec. 3.3: cross entropy, and with --loss xent+tri the batch triplet loss, of the video vector
-    of every learner, summed over the learners, as {name: scalar}; their sum is minimised."""
+    """Sec. 3.3: the losses of the learners' video vectors, summed over the learners.
+
+    Takes the network's outputs in train mode, embeddings (B, N, 2048) and logits
+    (B, N, num_classes), and the identities of the clips, (B,). Returns {name: weighted scalar},
+    without losses of the weight 0; training minimises their sum.
+    """
     embeddings, logits = outputs
-    parts = {"xent": sum(F.cross_entropy(x, pids) for x in at_least_float32(logits).unbind(1))}
-    if args.loss == "xent+tri":
-        parts["triplet"] = sum(batch_hard_triplet(x, pids, args.margin)
-                               for x in embeddings.unbind(1))
     weights = loss_weights(args)
-    return {name: weights[name] * loss for name, loss in parts.items()}
+    logits = at_least_float32(logits)
+    parts = {"xent": weights["xent"] * sum(F.cross_entropy(x, pids) for x in logits.unbind(1))}
+    if weights["triplet"] > 0:
+        triplet = sum(batch_hard_triplet(x, pids, args.margin) for x in embeddings.unbind(1))
+        parts["triplet"] = weights["triplet"] * triplet
+    return parts
 
 
 # ----------------------------------------------------------------------------- Sec. 4.1: the recipe
 
-RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, choices])
-    "frames": (4, 4, "T, frames a clip, a multiple of N (Sec. 4.1)"),
-    "height": (256, 128, "of the resized frames (Sec. 4.1)"),
-    "width": (128, 64, "of the resized frames (Sec. 4.1)"),
-    "ids": (8, 4, "P, identities a batch (32 clips: Sec. 4.1)"),
-    "clips": (4, 2, "K, clips of each of them (32 clips: Sec. 4.1)"),
-    "epoch": ("tracklets", "identities", "shows all of these (open; the authors' release)",
+RECIPE = {  # flag: (the paper's value, or ours; the small run's; meaning and source[, choices])
+    "frames": (4, 4, "number of frames in a clip, T, a multiple of the learners (Sec. 4.1)"),
+    "height": (256, 128, "height of the resized frames in pixels (Sec. 4.1)"),
+    "width": (128, 64, "width of the resized frames in pixels (Sec. 4.1)"),
+    "ids": (8, 4, "identities in a batch, P (Sec. 4.1: batches of 32 clips; P is our choice)"),
+    "clips": (4, 2, "clips of each identity in a batch, K (Sec. 4.1: batches of 32 clips; K is our "
+              "choice)"),
+    "epoch": ("tracklets", "identities", "what an epoch shows: all training tracklets, or every "
+              "identity once (our choice, as in the authors' release)",
               ("tracklets", "identities")),
-    "erase": (0.0, 0.0, "probability of random erasing (Sec. 4.1, Table 4a)"),
-    "epochs": (150, 8, "(Sec. 4.1)"),
+    "erase": (0.0, 0.0, "probability of random erasing, in the input frames (Sec. 4.1, Table 4a)"),
+    "epochs": (150, 8, "number of training epochs (Sec. 4.1)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
-    "lr_step": (40, 7, "lr is divided by 10 every so many epochs (Sec. 4.1)"),
-    "weight_decay": (5e-4, 5e-4, "of Adam (our choice)"),
-    "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
-    "pool": ("avg", "max", "over the final map (GAP: Eq. 1-2)", ("avg", "max")),
-    "learners": (2, 2, "N, learners of TSE, 1: no erasing (Sec. 4.1, Table 3a)"),
-    "seo": (True, True, "with SEO in TSE (Table 2)"),
-    "h_e": (3, 3, "height of the erased block, of 16 rows (Sec. 4.1, Table 3b)"),
-    "w_e": (8, 8, "its width, of 8 columns (Sec. 4.1)"),
-    "s_h": (1, 1, "vertical stride of the sliding block (Sec. 4.1)"),
-    "s_w": (1, 1, "horizontal stride of the sliding block (Sec. 4.1)"),
-    "scaled": (True, True, "divide the products of Eq. 3 by sqrt(D) (changed; no: printed)"),
-    "stop_gradient": (True, True, "none into f_k in Eq. 3 (changed; no: printed)"),
-    "tsb": ((2,), (2,), "stages with a TSB behind, of 1, 2, 3 (Sec. 4.1, Table 2)"),
-    "tau": (5.0, 5.0, "temperature of TSB (Eq. 6; our choice)"),
-    "extra": ("none", "none", "Table 4: nl, dropblock, 3d", ("none", "nl", "dropblock", "3d")),
-    "loss": ("xent+tri", "xent+tri", "xent or xent+tri (Sec. 3.3)", ("xent", "xent+tri")),
-    "margin": (0.4, 0.4, "of the triplet loss, cosine distance (our choice)"),
+    "lr_step": (40, 7, "number of epochs after which the learning rate is divided by 10 "
+                "(Sec. 4.1)"),
+    "weight_decay": (5e-4, 5e-4, "weight decay of Adam (our choice)"),
+    "weights": ("imagenet", "none", "initial weights of ResNet-50: imagenet, none, or a file with "
+                "torchvision's resnet50 (Sec. 3.3)"),
+    "pool": ("avg", "max", "pooling of a frame's last map: average (GAP, Eq. 1-2) or maximum",
+             ("avg", "max")),
+    "learners": (2, 2, "number of learners in TSE, N, the frames of a segment; 1 for a network "
+                 "without erasing (Sec. 4.1, Table 3a)"),
+    "seo": (True, True, "erase what the previous learners attended to; --no-seo keeps the "
+            "learners and erases nothing (Table 2: TSE-wo-SEO)"),
+    "h_e": (3, 3, "height of the block that SEO erases, in rows of a map with 16 rows; it is "
+            "scaled to other maps (Sec. 4.1, Table 3b)"),
+    "w_e": (8, 8, "width of the block that SEO erases, in columns of a map with 8 columns; it is "
+            "scaled to other maps (Sec. 4.1)"),
+    "s_h": (1, 1, "rows from one position of SEO's sliding block to the next, its vertical stride "
+            "(Sec. 4.1)"),
+    "s_w": (1, 1, "columns from one position of SEO's sliding block to the next, its horizontal "
+            "stride (Sec. 4.1)"),
+    "scaled": (True, True, "divide the correlation maps of Eq. 3 by sqrt(D), so that the softmax "
+               "of Eq. 5 does not saturate; --no-scaled is the paper's form (our choice, as in the "
+               "authors' release)"),
+    "stop_gradient": (True, True, "keep the gradient of Eq. 3 from the previous frames' vectors "
+                      "f_k; --no-stop-gradient is the paper's form (our choice, as in the "
+                      "authors' release)"),
+    "tsb": ((2,), (2,), "stages of ResNet-50, out of 1, 2 and 3, that a TSB follows (Sec. 4.1, "
+            "Table 2)"),
+    "tau": (5.0, 5.0, "temperature of TSB (Eq. 6; the value is our choice)"),
+    "extra": ("none", "none", "what Table 4 compares with TSE and TSB: nl (a Non-local block after "
+              "stage 3), dropblock (after stages 3 and 4), 3d (3x1x1 convolutions in all residual "
+              "blocks) or none", ("none", "nl", "dropblock", "3d")),
+    "loss": ("xent+tri", "xent+tri", "objective: cross entropy, alone (xent) or with the triplet "
+             "loss (xent+tri) (Sec. 3.3)", ("xent", "xent+tri")),
+    "margin": (0.4, 0.4, "margin of the triplet loss, whose distance is the cosine distance (our "
+               "choice)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
 SAMPLE = functools.partial(sample_strided, stride=8)  # a training clip: T frames, 8 apart
-SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive ones
-METRIC = "cosine"              # distance of the test, of TCLNet.finish(mean of the clips' outputs)
+SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive frames
+METRIC = "cosine"              # the test: distance between the vectors v that TCLNet.finish gives
 
-ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, rank-1) as printed
+ROWS = {  # name: Row(place in the paper, the settings that it changes, (mAP, rank-1) in the paper,
+    # cost in the paper), or Row(place, name of the variant with the same settings)
     "tclnet": Row("Table 1: TCLNet-tri, with triplet loss", learners=2, seo=True, tsb=(2,),
                   loss="xent+tri", mars=(85.1, 89.8), duke=(96.2, 96.9), ilids=(None, 86.6),
                   gflops_of_4_frames=16.259, million_parameters=29.9),
-    # From here on the cross entropy alone (Sec. 4.3)
+    # The variants from here on are trained with the cross entropy alone (Sec. 4.3).
     "tclnet-xent": Row("Tables 1, 2, 4b: TCLNet (TSE+TSB)", learners=2, seo=True, tsb=(2,),
                        loss="xent", mars=(83.0, 88.8), duke=(95.2, 96.3), ilids=(None, 84.3),
                        gflops_of_4_frames=16.259, million_parameters=29.9),
@@ -535,15 +801,33 @@ RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
-    """The network of a row; a checkpoint brings its own weights."""
-    return TCLNet(num_classes, args.frames, args.height, args.width, args.learners, args.seo,
-                  (args.h_e, args.w_e), args.tsb, args.tau, args.scaled, args.extra, args.pool,
-                  "none" if args.resume else args.weights, (args.s_h, args.s_w),
-                  args.stop_gradient)
+    """The network for these settings; one that resumes takes its weights from the checkpoint."""
+    weights = args.weights
+    if args.resume:
+        weights = "none"
+    return TCLNet(
+        num_classes,
+        frames=args.frames,
+        height=args.height,
+        width=args.width,
+        learners=args.learners,
+        seo=args.seo,
+        erased_block=(args.h_e, args.w_e),
+        block_stride=(args.s_h, args.s_w),
+        scaled=args.scaled,
+        stop_gradient=args.stop_gradient,
+        tsb=args.tsb,
+        tau=args.tau,
+        extra=args.extra,
+        pool=args.pool,
+        weights=weights,
+    )
 
 
 def make_optimizer(model, args):
-    return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    """Sec. 4.1: Adam; its weight decay is our choice."""
+    return torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                            fused=True)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -601,30 +885,53 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Figures 5, 2 and 3 (b): of each frame its learner's map, R and the erased
-    block, which the first learner has none of, and A of each TSB for the first frame."""
-    tse, N = model.tse, len(model.tse.learners)
+    """For --figure: maps of the modules over the frames of a clip, after Figures 2, 3 (b) and 5.
 
-    def by_frame(maps):                                 # of the learners, (segments, h, w) each
-        return [m for segment in zip(*maps) for m in segment]
-    seen = by_frame([maps for (_, maps), in watch(model, clips, *tse.learners)])
-    frames = frames.expand(len(seen), -1, -1, -1)       # of a single frame, one for each learner
-    heads = [f"learner {n % N + 1}" for n in range(len(seen))]
-    rows = {"map of its learner, over the mean": overlays(frames, energy(torch.stack(seen)), heads)}
-    if tse.seo:
-        correlations, masks = watch(model, clips, tse.seo.correlation, tse.seo.binarization)
-        none = [None] * (len(seen) // N)
-        rows["R: like what the former learners saw"] = overlays(
-            frames, by_frame([none, *(r.mean(1) for _, r in correlations)]))
-        rows["erased, as B is 0"] = overlays(
-            frames, by_frame([none, *(1 - b.prod(1) for _, b in masks)]))
+    Each frame has the map of its learner. Frames of the second and later learners also have the
+    correlation R and the erased block. Each TSB has A for the first frame as the query.
+
+    Takes the network, a clip (1, T, 3, H, W), normalised, and its frames (T, 3, H, W), uint8.
+    Returns a title and {label: row of the picture}.
+    """
+    learners = model.tse.learners
+    N = len(learners)
+
+    def in_order_of_frames(maps):
+        """N tensors (segments, h, w), one for each learner -> a list with the map of each frame."""
+        return [maps[n][segment] for segment in range(len(maps[0])) for n in range(N)]
+
+    learner_maps = []
+    for calls in watch(model, clips, *learners):
+        _, output = calls[0]                            # (segments, 2048, h, w)
+        learner_maps.append(output)
+    maps = torch.stack(in_order_of_frames(learner_maps))
+    if len(frames) == 1:                                # the image, once for each learner
+        frames = frames.expand(N, -1, -1, -1)
+    heads = [f"learner {n % N + 1}" for n in range(len(maps))]
+    label = "map of the frame's learner, divided by its mean"
+    rows = {label: overlays(frames, energy(maps), heads)}
+    if model.tse.seo is not None:
+        no_maps = [None] * (len(maps) // N)             # of the first learner, in all segments
+        correlations = [no_maps]
+        erased = [no_maps]
+        seo = model.tse.seo
+        r_calls, b_calls = watch(model, clips, seo.correlation, seo.binarization)
+        for (_, r), (_, b) in zip(r_calls, b_calls):
+            correlations.append(r.mean(1))              # over the previous frames
+            erased.append(1 - b.prod(1))                # 1 - B_n
+        rows["R: similarity to what the previous learners attended to"] = overlays(
+            frames, in_order_of_frames(correlations))
+        rows["erased block, where B is 0"] = overlays(frames, in_order_of_frames(erased))
     for stage, tsb in model.after.items():
-        if isinstance(tsb, TemporalSaliencyBoosting):
-            (((x,), _),), = watch(model, clips, tsb)
-            a = probability_map(x.mean((3, 4)), x.movedim(2, 4).flatten(1, 3), tsb.tau)
-            a = a[0, 0].view(x.shape[1], *x.shape[3:])
-            rows[f"A of the TSB behind {stage}: like the first frame, the query"] = overlays(
-                frames, [None, *a[1:]])                 # the query is not in its own memory
+        if not isinstance(tsb, TemporalSaliencyBoosting):
+            continue
+        calls = watch(model, clips, tsb)[0]
+        (x,), _ = calls[0]                              # the maps that TSB was given
+        T, _, h, w = x.shape[1:]
+        a = probability_map(*query_and_memory(x), tau=tsb.tau)
+        first = a[0, 0].view(T, h, w)                   # the first frame is the query
+        rows[f"A of the TSB after {stage}: similarity to the first frame, the query"] = overlays(
+            frames, [None, *first[1:]])                 # the query is not in its own memory
     return "TCLNet: what the learners see", rows
 
 

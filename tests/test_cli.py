@@ -103,7 +103,12 @@ def test_recipes_and_rows_are_whole(script):
         assert all(len(figures) == 2 for figures in row.figures.values())
 
 
-BLOCK = {"h_e": "block", "w_e": "block", "s_h": "stride", "s_w": "stride"}
+BLOCK = {
+    "h_e": "erased_block",
+    "w_e": "erased_block",
+    "s_h": "block_stride",
+    "s_w": "block_stride",
+}
 NETWORKS = {  # their classes; settings that are arguments of another name, or of none
     "sinet.py": ("SINet", {"k": "kernel_size", "lambda2": "project"}),
     "tclnet.py": ("TCLNet", BLOCK),

@@ -54,11 +54,11 @@ def test_networks_in_float16(name, one_backbone):
 
 
 class Correlation(nn.Module):
-    """TCLNet's CorrelationLayer with the vectors of maps in the place of former learners'."""
+    """TCLNet's CorrelationLayer with the vectors of maps in the place of the previous learners'."""
 
     def __init__(self, scaled):
         super().__init__()
-        self.layer = tclnet.CorrelationLayer(1024, 1024, scaled)
+        self.layer = tclnet.CorrelationLayer(1024, 1024, scaled=scaled)
 
     def forward(self, x):
         return self.layer(x[:, 0], x[:, 1:].mean((3, 4)))
@@ -78,8 +78,7 @@ class Cross(sinet.CrossPropagationModule):
 
 class ProbabilityMap(nn.Module):
     def forward(self, x):
-        m = x.movedim(2, 4).flatten(1, 3)
-        return tclnet.probability_map(m.unflatten(1, (x.shape[1], -1)).mean(2), m)
+        return tclnet.probability_map(*tclnet.query_and_memory(x))
 
 
 
@@ -257,7 +256,8 @@ def test_twins_are_alike():
 
 def tse(features=32, seo=True):
     learners = [nn.Conv2d(16, 32, 1), nn.Conv2d(16, 32, 1)]
-    return tclnet.TemporalSaliencyErasing(nn.ReLU(), learners, 16, features, (2, 2), seo=seo)
+    return tclnet.TemporalSaliencyErasing(nn.ReLU(), learners, channels=16, feature_size=features,
+                                          erased_block=(2, 2), seo=seo)
 
 
 # a module, built for 16 channels and four frames of 8x4; what it is given; what its error names
@@ -268,10 +268,10 @@ REFUSED = [
     (tse, [(2, 4, 8, 8, 4)], "16 channels, not 8"),
     (lambda: tse(seo=False), [(2, 4, 8, 8, 4)], "16 channels, not 8"),
     (lambda: tse(features=24), [(2, 4, 16, 8, 4)], "24 channels, not 32"),
-    (lambda: tclnet.SaliencyErasingOperation(16, 32, (2, 2)), [(2, 8, 8, 4), (2, 1, 32)],
-     "16 channels and vectors of 32, not 8 and 32"),
-    (lambda: tclnet.SaliencyErasingOperation(16, 32, (2, 2)), [(2, 16, 8, 4), (2, 1, 24)],
-     "16 channels and vectors of 32, not 16 and 24"),
+    (lambda: tclnet.SaliencyErasingOperation(16, 32, erased_block=(2, 2)),
+     [(2, 8, 8, 4), (2, 1, 32)], "16 channels and vectors of length 32, not 8 and 32"),
+    (lambda: tclnet.SaliencyErasingOperation(16, 32, erased_block=(2, 2)),
+     [(2, 16, 8, 4), (2, 1, 24)], "16 channels and vectors of length 32, not 16 and 24"),
     (lambda: tclnet.TemporalSaliencyBoosting(16), [(2, 4, 8, 8, 4)], "16 channels, not 8"),
     (lambda: bicnet_tks.CrossScalePath(16, 3), [(2, 1, 8, 8, 4), (2, 3, 8, 4, 2)],
      r"16 channels.*\(1, 8, 8, 4\)"),

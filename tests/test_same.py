@@ -151,7 +151,13 @@ POINT = nn.Conv2d(64, 32, 1, bias=False)
 
 
 def tse(c):
-    return c(nn.Identity(), [nn.Identity(), nn.Identity()], 64, 64, (2, 4))
+    return c(
+        nn.Identity(),
+        [nn.Identity(), nn.Identity()],
+        channels=64,
+        feature_size=64,
+        erased_block=(2, 4),
+    )
 
 
 COPIED = {
@@ -195,7 +201,7 @@ COPIED = {
         "CorrelationLayer": (lambda c: c(64, 32), [(2, 64, 8, 4), (2, 3, 32)]),
         "BlockBinarization": (lambda c: c((2, 4)), [(2, 3, 8, 4)]),
         "SaliencyErasingOperation": (
-            lambda c: c(64, 32, (2, 4)),
+            lambda c: c(64, 32, erased_block=(2, 4)),
             [(2, 64, 8, 4), (2, 3, 32)],
         ),
         "TemporalSaliencyErasing": (tse, [MAPS]),

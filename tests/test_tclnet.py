@@ -24,6 +24,7 @@ from tclnet import (
     TemporalSaliencyBoosting,
     TemporalSaliencyErasing,
     probability_map,
+    query_and_memory,
 )
 
 SIZES = pytest.mark.parametrize("D, H, W", [(8, 6, 4), (12, 8, 5)])
@@ -115,7 +116,7 @@ def slow_tsb(tsb, x, tau):  # Fig. 3; x (B, T, D, H, W)
 @SIZES
 @pytest.mark.parametrize("scaled", [True, False])
 def test_correlation(D, H, W, scaled):
-    layer, x = randomize(CorrelationLayer(D, 10, scaled)), maps(2, D, H, W)[:, 0]
+    layer, x = randomize(CorrelationLayer(D, 10, scaled=scaled)), maps(2, D, H, W)[:, 0]
     f = torch.randn(2, 3, 10, dtype=torch.float64)
     w = layer.w.weight.T
     expected = [
@@ -126,8 +127,9 @@ def test_correlation(D, H, W, scaled):
 
 
 @pytest.mark.parametrize("stop", [True, False])
-def test_gradient_of_former_features(stop):
-    """As printed, Eq. 3 passes it on; by default it stops there, and w still gets its own."""
+def test_gradient_of_the_previous_vectors(stop):
+    """In the paper's form Eq. 3 passes it on; by default it stops there, and w still gets its own.
+    """
     layer, x = randomize(CorrelationLayer(8, 10, stop_gradient=stop)), maps(1, 8, 3, 3)[:, 0]
     f = torch.randn(2, 1, 10, dtype=torch.float64, requires_grad=True)
     layer(x, f).square().sum().backward()
@@ -143,9 +145,14 @@ def test_gradient_of_former_features(stop):
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_the_stop_of_the_gradient_in_the_network(stop):
-    """What the second learner finds reaches the first learner through Eq. 3, or it does not."""
+    """The second learner's gradient reaches the first learner through Eq. 3, or it does not."""
     tse = TemporalSaliencyErasing(
-        nn.Identity(), [Learner(8, 10) for _ in range(2)], 8, 10, (2, 4), stop_gradient=stop
+        nn.Identity(),
+        [Learner(8, 10) for _ in range(2)],
+        channels=8,
+        feature_size=10,
+        erased_block=(2, 4),
+        stop_gradient=stop,
     )
     c = wake(tse)(torch.rand(3, 2, 8, 6, 4))
     c[:, :, 1].square().sum().backward()
@@ -162,7 +169,8 @@ def test_the_stop_of_the_gradient_in_the_network(stop):
     ],
 )
 def test_binarization(H, W, block, stride):
-    layer, r = BlockBinarization(block, stride), torch.randn(2, 3, H, W, dtype=torch.float64)
+    layer = BlockBinarization(block, block_stride=stride)
+    r = torch.randn(2, 3, H, W, dtype=torch.float64)
     mask = layer(r)
     expected = [
         torch.stack([slow_binarization(r[b, k], block, stride) for k in range(3)]) for b in range(2)
@@ -186,17 +194,17 @@ def test_binarization_at_edges_and_ties():
         layer(torch.zeros(1, 16, 7))
     for block, stride in (((0, 8), (1, 1)), ((3, 8), (1, 0))):
         with pytest.raises(ValueError, match="blocks and strides of at least 1x1, not"):
-            BlockBinarization(block, stride)
+            BlockBinarization(block, block_stride=stride)
 
 
 @SIZES
-@pytest.mark.parametrize("former", [0, 1, 3])
+@pytest.mark.parametrize("previous", [0, 1, 3])
 @pytest.mark.parametrize("scaled", [True, False])
-def test_seo(D, H, W, former, scaled):
+def test_seo(D, H, W, previous, scaled):
     block, stride = (2, W), (1, 1)
-    seo = randomize(SaliencyErasingOperation(D, 10, block, stride, scaled))
+    seo = randomize(SaliencyErasingOperation(D, 10, erased_block=block, scaled=scaled))
     x = maps(1, D, H, W, B=3)[:, 0]
-    f = torch.randn(3, former, 10, dtype=torch.float64) / 4
+    f = torch.randn(3, previous, 10, dtype=torch.float64) / 4
     close(seo(x, f), slow_seo(seo, x, f.unbind(1), block, stride, scaled))
 
 
@@ -215,6 +223,17 @@ class Learner(nn.Module):
         return self.conv(x).relu()
 
 
+def make_tse(learners, channels, *, shared=None, erased_block=(2, 4), **options):
+    return TemporalSaliencyErasing(
+        shared or nn.Identity(),
+        learners,
+        channels=channels,
+        feature_size=10,
+        erased_block=erased_block,
+        **options,
+    )
+
+
 @SIZES
 @pytest.mark.parametrize("pool", ["avg", "max"])
 @pytest.mark.parametrize("N, T", [(1, 2), (2, 4), (3, 3), (4, 8)])
@@ -222,7 +241,7 @@ def test_tse(D, H, W, N, T, pool):
     """Eq. 1-2 and 7, segment after segment and frame after frame; f_k is the average with either
     pooling. BN's statistics are of the batch, so that it is left out here."""
     learners = [Learner(D, 10) for _ in range(N)]
-    tse = randomize(TemporalSaliencyErasing(nn.Identity(), learners, D, 10, (2, W), pool=pool))
+    tse = randomize(make_tse(learners, D, erased_block=(2, W), pool=pool))
     if N > 1:
         nn.init.zeros_(tse.seo.bn.weight)
         nn.init.zeros_(tse.seo.bn.bias)
@@ -231,22 +250,22 @@ def test_tse(D, H, W, N, T, pool):
     expected = torch.zeros(2, T // N, N, 10, dtype=x.dtype)
     for b in range(2):
         for segment in range(T // N):
-            former = []
+            previous = []
             for n in range(N):
                 frame = erased = x[b, segment * N + n]
-                for f in former:
+                for f in previous:
                     r = slow_correlation(w, frame, f, True)
                     erased = erased * slow_binarization(r, (2, W), (1, 1))
                 y = tse.learners[n].conv(erased[None]).relu()[0]
-                former.append(y.mean((1, 2)))
-                expected[b, segment, n] = former[-1] if pool == "avg" else y.amax((1, 2))
+                previous.append(y.mean((1, 2)))
+                expected[b, segment, n] = previous[-1] if pool == "avg" else y.amax((1, 2))
     close(tse(x), expected)
 
 
 def test_a_learner_never_sees_what_was_erased():
     D, H, W = 8, 6, 4
     learners = [Learner(D, 10) for _ in range(3)]
-    tse = TemporalSaliencyErasing(nn.Identity(), learners, D, 10, (2, W)).double()
+    tse = make_tse(learners, D, erased_block=(2, W)).double()
     x = torch.rand(2, 3, D, H, W, dtype=torch.float64) + 0.1
     tse(x)
     places = [(learner.seen > 0).all(1).flatten(1).sum(1) for learner in tse.learners]
@@ -271,14 +290,14 @@ def test_a_learner_never_sees_what_was_erased():
 
 def test_tse_gradients_reach_w():
     learners = [Learner(8, 10) for _ in range(3)]
-    tse = wake(TemporalSaliencyErasing(nn.Conv2d(8, 8, 1), learners, 8, 10, (2, 4)))
+    tse = wake(make_tse(learners, 8, shared=nn.Conv2d(8, 8, 1)))
     check_gradients(tse, tse(torch.rand(3, 3, 8, 6, 4)).square().mean())
 
 
 def test_tse_on_single_images():
     """Sec. 4.3: one image, repeated over the learners."""
     learners = [Learner(8, 10) for _ in range(2)]
-    tse = TemporalSaliencyErasing(nn.Identity(), learners, 8, 10, (2, 4)).eval()
+    tse = make_tse(learners, 8).eval()
     image = torch.rand(3, 1, 8, 6, 4)
     features = tse(image)
     assert features.shape == (3, 1, 2, 10)
@@ -293,7 +312,7 @@ def test_tse_on_single_images():
 
 def test_tse_refuses():
     learners = [Learner(8, 10) for _ in range(2)]
-    tse = TemporalSaliencyErasing(nn.Identity(), learners, 8, 10, (2, 4))
+    tse = make_tse(learners, 8)
     with pytest.raises(ValueError, match="multiple of 2 frames, not 3"):
         tse(torch.rand(2, 3, 8, 6, 4))
 
@@ -303,15 +322,15 @@ def test_tse_refuses():
 
 def full_map(x, tau=5.0):  # (B, T, D, H, W) -> (B, T, T, H, W)
     B, T, D, H, W = x.shape
-    m = x.movedim(2, 4).reshape(B, T * H * W, D)
-    return probability_map(x.mean((3, 4)), m, tau).view(B, T, T, H, W)
+    query, memory = query_and_memory(x)
+    return probability_map(query, memory, tau=tau).view(B, T, T, H, W)
 
 
 @SIZES
 @pytest.mark.parametrize("T", [2, 3, 8])
 @pytest.mark.parametrize("tau", [5.0, 1.0])
 def test_tsb(D, H, W, T, tau):
-    tsb, x = randomize(TemporalSaliencyBoosting(D, tau)), maps(T, D, H, W)
+    tsb, x = randomize(TemporalSaliencyBoosting(D, tau=tau)), maps(T, D, H, W)
     expected = [torch.stack([slow_map(clip, t, tau) for t in range(T)]) for clip in x]
     close(full_map(x, tau), torch.stack(expected))
     close(tsb(x), slow_tsb(tsb, x, tau))
@@ -341,7 +360,7 @@ def test_constant_input_stays_finite(value, dtype):
     x = torch.full((2, 4, 8, 6, 4), value, dtype=dtype, requires_grad=True)
     tsb = wake(TemporalSaliencyBoosting(8)).to(dtype)
     learners = [Learner(8, 10) for _ in range(2)]
-    tse = wake(TemporalSaliencyErasing(nn.Identity(), learners, 8, 10, (2, 4))).to(dtype)
+    tse = wake(make_tse(learners, 8)).to(dtype)
     y = tse(tsb(x))
     y.float().sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all() and y.dtype == dtype
@@ -412,8 +431,8 @@ def meta(variant, **changes):
         return tclnet.build(settings(RECIPE, ROWS, variant, weights="none", **changes), 625)
 
 
-SEO_BN = 2 * 1024  # not in the printed figures: see "erased map" in the docstring of tclnet.py
-NL_MORE = 2_048 + 3 * 512 + 1024  # BatchNorm and biases, which the printed figures allow
+SEO_BN = 2 * 1024  # not in the paper's values: see "erased map" in the docstring of tclnet.py
+NL_MORE = 2_048 + 3 * 512 + 1024  # BatchNorm and biases, which the paper's values allow
 EXPECTED = {
     "base": 23_508_032,
     "base+tse-wo-seo": 27_970_624,
@@ -455,7 +474,7 @@ def test_multiply_adds():
         pairs = frames // N * (N * (N - 1) // 2)
         added = pairs * (2048 * 1024 + 1024 * 128) + frames * 1024 * 128
         assert macs(row) == macs("base") * frames // 4 + added
-    # all 4 frames against all 4, +0.008 as printed
+    # all 4 frames against all 4, the paper's +0.008
     assert macs("base+tsb") - macs("base") == 2 * 4 * 4 * 512 * 512
     assert macs("base+nl") - macs("base") == 1_342_177_280
     assert macs("base+3d") - macs("base") == 6_509_559_808
@@ -530,7 +549,7 @@ def test_the_average_over_a_tracklet_comes_before_the_l2_normalisation():
     assert torch.cosine_similarity(old, v, 0) < 0.99
 
 
-def test_where_the_modules_stand():
+def test_the_places_of_the_modules():
     assert list(meta("tclnet").after) == ["layer2"]
     assert list(meta("tclnet-tsb23").after) == ["layer2", "layer3"]
     assert isinstance(meta("base+nl").after["layer3"], NonLocalBlock)
@@ -542,7 +561,8 @@ def test_settings_reach_the_network():
     changes = dict(h_e=5, w_e=4, s_h=2, s_w=3, tau=2.0, scaled=False, stop_gradient=False)
     model = meta("tclnet", pool="max", **changes)
     seo = model.tse.seo
-    assert seo.binarization.block == (5, 4) and seo.binarization.stride == (2, 3)
+    assert seo.binarization.erased_block == (5, 4)
+    assert seo.binarization.block_stride == (2, 3)
     assert not seo.correlation.scaled and not seo.correlation.stop_gradient
     assert model.after["layer2"].tau == 2.0 and model.tse.pool == "max"
     assert meta("tclnet", seo=False).tse.seo is None
@@ -562,7 +582,7 @@ def test_settings_reach_the_network():
 )
 def test_the_erased_block_scales_with_the_map(height, width, block):
     with torch.device("meta"):
-        assert TCLNet(5, 4, height, width).tse.seo.binarization.block == block
+        assert TCLNet(5, 4, height, width).tse.seo.binarization.erased_block == block
 
 
 def test_learners_without_erasing_start_as_the_baseline():
@@ -584,17 +604,21 @@ def test_learners_without_erasing_start_as_the_baseline():
         ((3, 256, 128), {}, "2 learners take clips of 2, 4, 6 ... frames, not 3"),
         ((1, 256, 128), {}, "at least 2 frames, not 1"),
         ((4, 16, 128), {}, "can cover the whole 1x8 map of 16x128"),
-        ((4, 256, 128), dict(block=(16, 8)), "can cover the whole 16x8 map"),
-        ((4, 256, 128), dict(block=(17, 8)), "17x8 does not lie in a map of 16x8"),
-        ((4, 256, 128), dict(block=(3, 9)), "3x9 does not lie in a map of 16x8"),
-        ((4, 256, 128), dict(block=(0, 8)), "0x8 does not lie in a map of 16x8"),
-        ((4, 256, 128), dict(stride=(0, 1)), "strides of at least 1x1, not 3x8 and 0x1"),
+        ((4, 256, 128), dict(erased_block=(16, 8)), "can cover the whole 16x8 map"),
+        ((4, 256, 128), dict(erased_block=(17, 8)), "1x1 to 16x8 positions .* not 17x8"),
+        ((4, 256, 128), dict(erased_block=(3, 9)), "1x1 to 16x8 positions .* not 3x9"),
+        ((4, 256, 128), dict(erased_block=(0, 8)), "1x1 to 16x8 positions .* not 0x8"),
+        ((4, 256, 128), dict(block_stride=(0, 1)), "strides of at least 1x1, not 3x8 and 0x1"),
         ((6, 32, 16), dict(learners=3), "2 erased block.s. of 1x1 can cover the whole 2x1 map"),
-        ((6, 256, 128), dict(learners=3, block=(16, 4)), "2 erased block.s. of 16x4 can cover"),
-        ((4, 256, 128), dict(learners=0), "1 learner or more .* not 0"),
-        ((4, 256, 128), dict(tsb=(2, 4)), "behind stages 1, 2, 3, not 2 and .2, 4."),
+        (
+            (6, 256, 128),
+            dict(learners=3, erased_block=(16, 4)),
+            "2 erased block.s. of 16x4 can cover",
+        ),
+        ((4, 256, 128), dict(learners=0), "1 learner or more, not 0"),
+        ((4, 256, 128), dict(tsb=(2, 4)), "after stages 1, 2 and 3, not .2, 4."),
         ((4, 256, 128), dict(extra="3d"), "one learner"),
-        ((4, 256, 128), dict(extra="nl", tsb=(3,)), "stands where stage 3's TSB would"),
+        ((4, 256, 128), dict(extra="nl", tsb=(3,)), "takes the place of the TSB after stage 3"),
     ],
 )
 def test_network_refuses(arguments, options, says):
@@ -608,7 +632,7 @@ def test_network_refuses(arguments, options, says):
 
 
 def drawn(model, T):
-    """The rows of the picture, each with a panel for each map and the scale; and their maps."""
+    """The rows of the picture, each with a panel for each frame and the scale; and their maps."""
     frames = torch.randint(0, 256, (T, 3, 64, 48), dtype=torch.uint8)
     _, rows = tclnet.picture(model, frames[None] / 255, frames)
     assert all(len(panels(0, 1)) == max(T, 2) + 1 for *_, panels in rows.values())
@@ -620,7 +644,7 @@ def test_the_picture_shows_a_of_the_first_frame():
     model, inputs = TCLNet(3, 4, 64, 48), []
     model.after["layer2"].register_forward_hook(lambda m, args, out: inputs.append(args[0]))
     rows, (seen, r, erased, a) = drawn(model, 4)
-    assert list(rows)[3].startswith("A of the TSB behind layer2") and model.training
+    assert list(rows)[3].startswith("A of the TSB after layer2") and model.training
     assert [len(maps) for maps in (seen, r, erased, a)] == [4, 2, 2, 3]
     slow = slow_map(inputs[0][0].double(), 0, 5.0)[1:]
     # float32 against float64: exponents within 5, from dot products of 512 terms, each rounded by
