@@ -70,6 +70,7 @@ Deviations from the paper (what the paper has, what we do, and the flag for the 
   Table 3a      "Four frames" cannot be cut into segments of N = 3 frames: the variant base+tse-n3
                 takes clips of 3. (The paper's GFLOPs are those of 3 frames times 4/3.) With
                 --frames 6 a clip has two segments.
+Eq. 3 is as in the paper with both flags, --no-scaled --no-stop-gradient.
 
 Unspecified in the paper; our choice ("release": the authors' release does the same):
   erased map    F * B + BN(sum over all positions of G * F), where the second term is added at every
@@ -91,7 +92,7 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
   batch         32 clips are 8 identities with 4 clips each.
   weight decay  5e-4
   epoch         An epoch shows all tracklets, in groups of K of one identity (release): 235 steps on
-                MARS. With --epoch identities it shows every identity once: 79 steps.
+                MARS. With --epoch identities it shows every identity once instead: 79 steps.
   frames        In training the frames of a clip are 8 apart. A tracklet of fewer than 32 frames
                 gives 4 different frames at random, in order; a tracklet of fewer than 4 frames
                 gives some of them twice or more (release). In the test the frames of a clip are
@@ -150,7 +151,7 @@ class CorrelationLayer(nn.Module):
         channels: number of channels D of the map.
         feature_size: length D1 of a frame's vector.
         scaled: whether to divide by sqrt(D). False is the paper's form.
-        stop_gradient: whether to keep gradients from the vectors. False is the paper's form.
+        stop_gradient: whether the vectors get no gradient from Eq. 3. False is the paper's form.
 
     Raises ValueError on maps and vectors of other sizes.
     """
@@ -238,7 +239,7 @@ class SaliencyErasingOperation(nn.Module):
             map; the default is the paper's, for maps of 16x8.
         block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
-        stop_gradient: whether to keep gradients from the vectors. False is the paper's form.
+        stop_gradient: whether the vectors get no gradient from Eq. 3. False is the paper's form.
 
     Raises ValueError on invalid blocks and strides, and on maps and vectors of other sizes. Copied
     with CorrelationLayer and BlockBinarization.
@@ -301,8 +302,8 @@ class TemporalSaliencyErasing(nn.Module):
         block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
         seo: whether to erase. False is the paper's "TSE-wo-SEO".
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
-        stop_gradient: whether to keep the gradients of Eq. 3 from the vectors of previous frames.
-            False is the paper's form.
+        stop_gradient: whether the vectors of the previous frames get no gradient from Eq. 3. False
+            is the paper's form.
         pool: "avg" (GAP, as in the paper) or "max", how an output becomes the returned vector. The
             vectors f_k that SEO takes are averages in both cases.
 
@@ -544,8 +545,8 @@ class TCLNet(nn.Module):
             cover.
         block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
-        stop_gradient: whether to keep the gradients of Eq. 3 from the vectors of previous frames.
-            False is the paper's form.
+        stop_gradient: whether the vectors of the previous frames get no gradient from Eq. 3. False
+            is the paper's form.
         tsb: the stages of ResNet-50, out of 1, 2 and 3, that a TSB follows; () for none.
         tau: temperature of TSB, Eq. 6: the larger it is, the more the best matches count.
         extra: what Table 4 compares with: "nl" (a Non-local block after stage 3), "dropblock",
@@ -624,7 +625,7 @@ class TCLNet(nn.Module):
             stop_gradient=stop_gradient,
             pool=pool,
         )
-        # of each learner its own
+        # a neck and a classifier for each learner
         self.neck = nn.ModuleList(nn.BatchNorm1d(2048) for _ in range(learners))
         self.classifier = nn.ModuleList(
             nn.Linear(2048, num_classes, bias=False) for _ in range(learners))
@@ -709,27 +710,28 @@ RECIPE = {  # flag: (the paper's value, or ours; the small run's; meaning and so
                 "torchvision's resnet50 (Sec. 3.3)"),
     "pool": ("avg", "max", "pooling of a frame's last map: average (GAP, Eq. 1-2) or maximum",
              ("avg", "max")),
-    "learners": (2, 2, "number of learners in TSE, N, the frames of a segment; 1 for a network "
-                 "without erasing (Sec. 4.1, Table 3a)"),
-    "seo": (True, True, "erase what the previous learners attended to; --no-seo keeps the "
-            "learners and erases nothing (Table 2: TSE-wo-SEO)"),
-    "h_e": (3, 3, "height of the block that SEO erases, in rows of a map with 16 rows; it is "
-            "scaled to other maps (Sec. 4.1, Table 3b)"),
-    "w_e": (8, 8, "width of the block that SEO erases, in columns of a map with 8 columns; it is "
-            "scaled to other maps (Sec. 4.1)"),
-    "s_h": (1, 1, "rows from one position of SEO's sliding block to the next, its vertical stride "
-            "(Sec. 4.1)"),
-    "s_w": (1, 1, "columns from one position of SEO's sliding block to the next, its horizontal "
-            "stride (Sec. 4.1)"),
-    "scaled": (True, True, "divide the correlation maps of Eq. 3 by sqrt(D), so that the softmax "
-               "of Eq. 5 does not saturate; --no-scaled is the paper's form (our choice, as in the "
-               "authors' release)"),
-    "stop_gradient": (True, True, "keep the gradient of Eq. 3 from the previous frames' vectors "
-                      "f_k; --no-stop-gradient is the paper's form (our choice, as in the "
-                      "authors' release)"),
-    "tsb": ((2,), (2,), "stages of ResNet-50, out of 1, 2 and 3, that a TSB follows (Sec. 4.1, "
-            "Table 2)"),
-    "tau": (5.0, 5.0, "temperature of TSB (Eq. 6; the value is our choice)"),
+    "learners": (2, 2, "number of learners of temporal saliency erasing (TSE), and of frames in a "
+                 "segment, N; 1 for a network without erasing (Sec. 4.1, Table 3a)"),
+    "seo": (True, True, "erase from a frame what the previous frames' learners attended to; "
+            "--no-seo keeps the learners and erases nothing (Table 2: TSE-wo-SEO)"),
+    "h_e": (3, 3, "height of the block that is erased from a frame's feature map, in rows of a map "
+            "with 16 rows; it is scaled to maps of other heights (Sec. 4.1, Table 3b)"),
+    "w_e": (8, 8, "width of the block that is erased from a frame's feature map, in columns of a "
+            "map with 8 columns; it is scaled to maps of other widths (Sec. 4.1)"),
+    "s_h": (1, 1, "vertical stride of the search for the block to erase: it is tried at every "
+            "s_h-th row (Sec. 4.1)"),
+    "s_w": (1, 1, "horizontal stride of the search for the block to erase: it is tried at every "
+            "s_w-th column (Sec. 4.1)"),
+    "scaled": (True, True, "divide the correlation maps of Eq. 3 by sqrt(D), D the channels of a "
+               "frame's map, so that the softmax of Eq. 5 does not saturate; --no-scaled is the "
+               "paper's form (our choice, as in the authors' release)"),
+    "stop_gradient": (True, True, "let no gradient go from Eq. 3 into the vectors of the previous "
+                      "frames, f_k, and so into their learners; --no-stop-gradient is the paper's "
+                      "form (our choice, as in the authors' release)"),
+    "tsb": ((2,), (2,), "stages of ResNet-50, out of 1, 2 and 3, that a module for temporal "
+            "saliency boosting (TSB) follows (Sec. 4.1, Table 2)"),
+    "tau": (5.0, 5.0, "temperature of TSB's softmax: the larger it is, the more the best matches "
+            "count (Eq. 6; the value is our choice)"),
     "extra": ("none", "none", "what Table 4 compares with TSE and TSB: nl (a Non-local block after "
               "stage 3), dropblock (after stages 3 and 4), 3d (3x1x1 convolutions in all residual "
               "blocks) or none", ("none", "nl", "dropblock", "3d")),
@@ -907,9 +909,9 @@ def picture(model, clips, frames):
     maps = torch.stack(in_order_of_frames(learner_maps))
     if len(frames) == 1:                                # the image, once for each learner
         frames = frames.expand(N, -1, -1, -1)
-    heads = [f"learner {n % N + 1}" for n in range(len(maps))]
+    captions = [f"learner {n % N + 1}" for n in range(len(maps))]
     label = "map of the frame's learner, divided by its mean"
-    rows = {label: overlays(frames, energy(maps), heads)}
+    rows = {label: overlays(frames, energy(maps), captions)}
     if model.tse.seo is not None:
         no_maps = [None] * (len(maps) // N)             # of the first learner, in all segments
         correlations = [no_maps]

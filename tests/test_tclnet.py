@@ -239,7 +239,8 @@ def make_tse(learners, channels, *, shared=None, erased_block=(2, 4), **options)
 @pytest.mark.parametrize("N, T", [(1, 2), (2, 4), (3, 3), (4, 8)])
 def test_tse(D, H, W, N, T, pool):
     """Eq. 1-2 and 7, segment after segment and frame after frame; f_k is the average with either
-    pooling. BN's statistics are of the batch, so that it is left out here."""
+    pooling. BN's statistics are those of the whole batch, so that its output is set to zero here.
+    """
     learners = [Learner(D, 10) for _ in range(N)]
     tse = randomize(make_tse(learners, D, erased_block=(2, W), pool=pool))
     if N > 1:
@@ -631,7 +632,7 @@ def test_network_refuses(arguments, options, says):
 # ---------------------------------------------------------------------------------- the picture
 
 
-def drawn(model, T):
+def picture_rows(model, T):
     """The rows of the picture, each with a panel for each frame and the scale; and their maps."""
     frames = torch.randint(0, 256, (T, 3, 64, 48), dtype=torch.uint8)
     _, rows = tclnet.picture(model, frames[None] / 255, frames)
@@ -643,7 +644,7 @@ def test_the_picture_shows_a_of_the_first_frame():
     """Fig. 3 (b): A of Eq. 6 over the other frames; the first learner has no R."""
     model, inputs = TCLNet(3, 4, 64, 48), []
     model.after["layer2"].register_forward_hook(lambda m, args, out: inputs.append(args[0]))
-    rows, (seen, r, erased, a) = drawn(model, 4)
+    rows, (seen, r, erased, a) = picture_rows(model, 4)
     assert list(rows)[3].startswith("A of the TSB after layer2") and model.training
     assert [len(maps) for maps in (seen, r, erased, a)] == [4, 2, 2, 3]
     slow = slow_map(inputs[0][0].double(), 0, 5.0)[1:]
@@ -661,5 +662,5 @@ def test_the_picture_of_other_rows(one_backbone):
         (dict(tsb=(1, 3), learners=4), 4, 5),
         (dict(tsb=()), 1, 3),  # the image, once for each learner
     ):
-        rows, _ = drawn(TCLNet(3, T, 64, 48, **options), T)
+        rows, _ = picture_rows(TCLNet(3, T, 64, 48, **options), T)
         assert len(rows) == count
