@@ -3,74 +3,117 @@
 Hou, Chang, Ma, Huang, Shan. CVPR 2021. https://arxiv.org/abs/2104.14783
 The authors' release: https://github.com/blue-blue272/BiCnet-TKS
 
-A few frames of a clip are seen at full size, for details, the others at half of it, for context and
-at a quarter of the cost; one network does both. CSP tells the small frames what the big ones
-showed, DAO makes every frame attend to another region, and TKS mixes the frames over time by
-kernels of several lengths, selected for every clip and channel.
+The first frames of a clip are processed at full resolution, which keeps details. The other frames
+are processed at half the resolution, which gives more context at a quarter of the cost. Both
+branches share one network. Cross-scale paths (CSP) add features of the big frames to those of the
+small ones. The diverse attentions operation (DAO) makes the frames of a branch attend to different
+regions. Temporal kernel selection (TKS) applies temporal convolutions of several lengths, and
+weights them for each clip and channel.
 
-    python bicnet_tks.py                            # a small run on synthetic data, on any machine
-    python bicnet_tks.py --data mars --gpu 0        # the paper's recipe
-    python bicnet_tks.py --data mars --plan         # what that would train and test
-    python bicnet_tks.py --data mars --gpu 0 --variant tb+csp --shares 1 1  # a row, changed
+    python bicnet_tks.py                        # a small run on synthetic data, on any machine
+    python bicnet_tks.py --data mars --gpu 0    # the paper's recipe on MARS
+    python bicnet_tks.py --data mars --plan     # print what that recipe would train and test
+    python bicnet_tks.py --complexity           # parameters and GFLOPs, ours and the paper's
+    python bicnet_tks.py --data mars --gpu 0 --variant tb+csp --shares 1 1    # alpha = 1 in TB+CSP
 
-Sec. 3.1, Eq. 2, Fig. 3    CrossScalePath (CSP), behind stages 1 to 3
-Sec. 3.1, Eq. 3, Fig. 3    DiverseAttentionsOperation (DAO), behind stage 3
-Sec. 3.1, Eq. 4-5          divergence_loss
-Sec. 3.2, Eq. 6-8, Fig. 4  TemporalKernelSelection (TKS), behind stage 2
-Sec. 3.1, Eq. 1, Sec. 3.3  BiCnet
-Sec. 4.3.1                 losses
-Sec. 4.1                   RECIPE; Tables 1 to 6: ROWS
-To copy                    each class alone, BiCnet with resnet50 and the other classes
+Where the parts of the paper are:
+  Sec. 3.1, Eq. 1             BiCnet: split_frames makes I_B and I_S, forward makes f_d and f_c
+  Sec. 3.1, Eq. 2, Fig. 3a    CrossScalePath (CSP), after stages 1 to 3
+  Sec. 3.1, Eq. 3, Fig. 3b    DiverseAttentionsOperation (DAO), after stage 3
+  Sec. 3.1, Eq. 4-5           divergence_loss
+  Sec. 3.2, Eq. 6-8, Fig. 4   TemporalKernelSelection (TKS), after stage 2
+  Sec. 3.3, Fig. 3a           BiCnet
+  Sec. 4.3.1                  losses
+  Sec. 4.1                    RECIPE, then SAMPLER, SAMPLE, SPLIT and METRIC
+  Tables 1 to 6               ROWS
 
-Deviations from the paper (its sentence, what we do, the flag for the paper's form):
-  CSP           "after each stage": after stages 1 to 3, as the paper's 27.6 million parameters
-                exclude stage 4 (+12.6 million). --csp-stages 1 2 3 4
-  Eq. 7         "W_i" is C x C: ours is C -> C/16, shared, BatchNorm, ReLU, then C/16 -> C, as the
-                paper's parameters exclude C x C (61.2 million with TKS after stage 4, the paper has
-                53.5). --no-bottleneck
-  excite        "E_t = U(Z_t) + F_t": Z goes through a BatchNorm before, which starts at zero, so
-                that training starts from the backbone. --no-excite-bn
+Shapes of the maps for a clip of 8 frames of 256 x 128 pixels and alpha = 3, as frames x channels x
+height x width. Frames 1 and 2 are the big ones (Detail Branch), frames 3 to 8 the small ones
+(Context Branch). The paper's stage_1 to stage_4 are layer1 to layer4 of torchvision's ResNet-50.
+CSP comes before TKS and DAO of the same stage.
+                      big frames            small frames
+  input               2 x    3 x 256 x 128  6 x    3 x 128 x 64
+  stem                2 x   64 x  64 x  32  6 x   64 x  32 x 16
+  stage 1, CSP        2 x  256 x  64 x  32  6 x  256 x  32 x 16
+  stage 2, CSP, TKS   2 x  512 x  32 x  16  6 x  512 x  16 x  8   TKS: 8 frames of 4 x 2 regions
+  stage 3, CSP, DAO   2 x 1024 x  16 x   8  6 x 1024 x   8 x  4   DAO: a map A_k for each frame
+  stage 4             2 x 2048 x  16 x   8  6 x 2048 x   8 x  4   the last stride is removed
+  spatial pooling     2 x 2048              6 x 2048
+  mean over frames    f_d: 2048             f_c: 2048             then (f_d + f_c) / 2 and a BN neck
 
-Unspecified in the paper; our choice (the authors' release is named where the choice follows it):
-  small frames  frames are resized, as the text says, bilinear with antialiasing (the paper's
-                GFLOPs of two branches fit frames resized behind the first convolution)
-  CSP           big frame m feeds the small frames alpha m ... alpha m + alpha - 1; no bias; before
-                TKS and DAO of the same stage
-  DAO           k > 1: 1x1 convolution C -> 1, then H W -> H W, no bias; own modules of each branch
-  its residual  D_k + BN(sum over positions of A_k * D_k), BN starting at zero (release), as
-                D_k + A_k * D_k would change D_k by 1 / (H W) only
-  Eq. 5         mean of the two branches, 0 for a branch of one frame, weight 0.01; its gradient
-                goes on into the backbone, and for A_1, which has no parameters, only there
-  TKS           over all N frames in their order, big ones first; zeros before and after them
-  its grid      4 x 2 regions of a frame, as the text says, for frames of either size; the paper's
-                GFLOPs fit regions of 4 x 2 pixels (with TKS after stage 2: --grid 8 8)
-  one kernel    Eq. 7 gives g = 1, so that W_i is left out
-  shared        BatchNorm's weights, and the running averages, into which both branches' batches go
-                one by one. --own-statistics: a pair of averages
-  Tables 3, 4   clips of 9 for alpha = 2 and for three branches, 10 for alpha = 4 (8 do not divide)
-  pooling       the maximum over the last map of a frame, then the mean over frames (release)
-  triplet       on the embedding after a BN neck, cosine distance, margin 0.5
-  short         a tracklet of fewer than 32 frames gives 8 different ones at random, in order; one
-                of fewer than 8 some of them twice or more (release)
-  augmentation  a flip and one box to erase, each with probability 0.5, for all frames of a clip
-  resizing      bicubic (release)
-  pieces        training tracklets are cut into pieces of 32 frames on Duke, 64 on LS-VID (release):
-                --chunk 0
-  test clips    the last is filled by cycling the tracklet: of 10 frames 1-8, and 9, 10, 1-6
-  an epoch      shows all tracklets, in groups of K of one identity (release): 117 steps on MARS;
-                --epoch identities: every identity once, 40 steps
+Deviations from the paper. Each entry quotes the paper and says what we do instead, why, and which
+flag restores the paper's form; all three flags together give the network of the paper's text:
+  CSP stages      "after each stage". We add CSPs after stages 1 to 3, because a CSP after stage 4
+                  has 12.6 million parameters, which the paper's 27.6 million for TB+CSP exclude.
+                  --csp-stages 1 2 3 4
+  W_i of Eq. 7    "W_i" is C x C. We use a linear layer from C to C/16 channels, which all kernels
+                  share, BatchNorm, ReLU, and a linear layer from C/16 to C channels for each
+                  kernel. C x C matrices would give 61.2 million parameters with TKS after stage 4,
+                  where the paper has 53.5 million. --no-bottleneck
+  excite          "E_t = U(Z_t) + F_t". We apply a BatchNorm to Z before this sum. Its weight starts
+                  at zero, so that TKS is the identity at the start of training. --no-excite-bn
 
-The authors' release departs from the paper's text here; we follow the text:
-  big frames    are frames 1 and 5 of eight, each leading its four; the text: the first N/(1+alpha)
-  small frames  are halved by maximum pooling after the stem; the text: resized before the network
-  DAO           works on 8 stripes, means over the width: A_1 the softmax of the channels' mean, the
-                others a 1x1 convolution to one map, an 8x8 matrix with a bias, BatchNorm, softmax
-  Eq. 4-5       |P P^T - I| / 4 with square roots of P for each pair of the four small frames' maps,
-                of the small branch alone, A_1 without gradient
-  LS-VID        a contrastive loss in the triplet loss' place, with s the cosine: the mean over the
-                positives of -log(e^16s+ / (e^16s+ + sum over other identities of e^16s-)); so the
-                paper's 75.1 / 84.6 come from another loss than the one the paper names
-  batches       of 16 groups, of which about 7 % hold one identity twice
+Which choices rest on the paper's parameter counts: the stages of CSP (27.6 million, Table 2), and
+the bottleneck of W_i with its reduction of 16 (53.5 million with TKS after stage 4, Table 6; ours
+has 53.59 million without DAO and the BatchNorms of TKS, and the paper cuts its values). The counts
+do not tell whether CSP has a bias (5,376 parameters), nor how DAO is built (27,648 weights).
+
+Unspecified in the paper; our choice. "(release)" marks what we took from the authors' code:
+  small frames    They are resized at the input, as the text says, by bilinear interpolation with
+                  antialiasing. (The paper's GFLOPs of two branches would fit maps that are resized
+                  after the first convolution.)
+  CSP             Big frame m, counted from 0, is added to the small frames alpha * m to
+                  alpha * m + alpha - 1. The convolution has no bias.
+  CSP order       A CSP comes before TKS and DAO of the same stage.
+  DAO, k > 1      The attention module is a 1x1 convolution from C channels to one, then a linear
+                  layer over the H * W positions, both without bias. Each branch has modules of its
+                  own.
+  DAO, residual   D_k + BN(sum over positions of A_k * D_k), and the weight of BN starts at zero
+                  (release). The plain D_k + A_k * D_k would change D_k only by about 1 / (H * W).
+  Eq. 5           The loss is the mean over both branches, 0 for a branch of one frame, and has a
+                  weight of 0.01. Its gradient flows into the backbone, too; that of A_1, which has
+                  no parameters, flows only there.
+  TKS, time       TKS convolves all N frames of a clip together, in their order and so the big ones
+                  first, with zero padding at both ends.
+  TKS, grid       Each map, big or small, is divided into 4 x 2 regions, as the text says. The
+                  paper's GFLOPs would fit regions of 4 x 2 pixels of the big maps, which --grid 8 8
+                  gives for TKS after stage 2.
+  single kernel   With one kernel Eq. 7 always gives g = 1; TKS then has no W_i.
+  BatchNorm       The branches share its weights and its running statistics; the batch of each
+                  branch updates the statistics in turn. With --own-statistics each branch has
+                  running statistics of its own.
+  Tables 3, 4     Clips have 9 frames for alpha = 2 and for three branches, and 10 for alpha = 4,
+                  because 8 frames cannot be split in these ratios.
+  pooling         Maximum over the last map of each frame, then the mean over frames (release).
+  triplet loss    It takes the embedding after the BN neck and the cosine distance, margin 0.5.
+  short tracklets A tracklet of fewer than 32 frames gives 8 different frames, drawn at random, in
+                  their order. One of fewer than 8 frames gives some of them repeatedly (release).
+  augmentation    Flip and random erasing are applied with a probability of 0.5 each; all frames of
+                  a clip share the flip and the erased box.
+  resizing        The frames are resized to 256 x 128 by bicubic interpolation (release).
+  long tracklets  Training tracklets are cut into pieces of 32 frames on Duke and of 64 on LS-VID
+                  (release). --chunk 0 keeps them whole.
+  test clips      The last clip of a tracklet is filled by starting over: 10 frames give a clip of
+                  frames 1 to 8 and one of frames 9, 10 and 1 to 6.
+  epoch           An epoch visits every tracklet, in groups of K of one identity (release): 117
+                  steps on MARS. With --epoch identities it visits every identity once: 40 steps.
+
+Where the authors' release differs from the paper's text, we follow the text:
+  big frames      The release takes frames 1 and 5 of eight, each of which leads a group of four.
+                  The text takes the first N / (1 + alpha).
+  small frames    The release halves their maps after the stem by max pooling. The text resizes the
+                  input frames.
+  DAO             The release works on 8 stripes, the means of the maps over their width. A_1 is the
+                  softmax of the channels' mean. The other maps come from a 1x1 convolution to one
+                  channel, an 8 x 8 matrix with a bias, BatchNorm and softmax.
+  Eq. 4-5         The release takes |P P^T - I| / 4 for each of the three pairs among the small
+                  frames of a group. The rows of P are the square roots of the two attention maps.
+                  The big frames have no such loss, and A_1 gets no gradient.
+  LS-VID          The release replaces the triplet loss by a contrastive loss of the cosines s: the
+                  mean over the positives of -log(exp(16 s+) / (exp(16 s+) + sum over the clips of
+                  other identities of exp(16 s-))). The paper's 75.1 / 84.6 thus come from another
+                  loss than its text names.
+  batches         The release forms batches of 16 groups; about 7 % of them hold one identity twice.
 """
 import copy
 import math
@@ -88,148 +131,214 @@ from data import PKSampler, load_dataset, normalize, sample_strided, split_conse
 # ------------------------------------------------- Sec. 3.1: the bilateral complementary network
 
 class CrossScalePath(nn.Module):
-    """CSP, Eq. 2: adds what the big frames show to the small ones.
+    """CSP, Eq. 2: adds features of the big frames to those of the small ones.
 
-    F_D (B, M, C, H, W), H and W even, and F_C (B, alpha * M, C, H / 2, W / 2) -> as F_C.
-    alpha: small frames for each big one, an integer >= 1. Raises ValueError for other sizes.
+    Input: F_D (B, M, C, H, W) of the big frames, with even H and W, and F_C (B, alpha * M, C,
+    H / 2, W / 2) of the small ones. Output: the new F_C, of the same shape.
+
+    Args:
+        channels: number of channels C of the maps.
+        alpha: number of small frames for each big one, at least 1.
+
+    Raises ValueError on maps of other shapes. The class can be copied alone.
     """
 
-    def __init__(self, channels, alpha):
+    def __init__(self, channels: int, *, alpha: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, alpha * channels, 1, bias=False)          # W_c
+        self.channels = channels
+        self.alpha = alpha
+        self.conv = nn.Conv2d(channels, alpha * channels, 1, bias=False)  # W_c
 
     def forward(self, big, small):
-        M, C, H, W = big.shape[1:]
-        out, inputs = self.conv.weight.shape[:2]
-        fits = M * out // inputs, inputs, H // 2, W // 2
-        if C != inputs or H % 2 or W % 2 or small.shape[1:] != fits:
-            raise ValueError(f"CSP with alpha = {out // inputs} takes {inputs} channels, even H "
-                             f"and W and small frames of {fits} to big ones of {(M, C, H, W)}, not "
+        B, M, C, H, W = big.shape
+        expected_shape = (M * self.alpha, self.channels, H // 2, W // 2)
+        if C != self.channels or H % 2 or W % 2 or small.shape[1:] != expected_shape:
+            raise ValueError(f"CSP with alpha = {self.alpha} takes maps of {self.channels} "
+                             f"channels and even height and width. Big frames of {(M, C, H, W)} "
+                             f"need small frames of {expected_shape}, not "
                              f"{tuple(small.shape[1:])}")
-        # F_D' = R(W_c * P(F_D)), where R keeps the channels last, as in memory    # Eq. 2
-        x = self.conv(F.max_pool2d(big.flatten(0, 1), 2)).movedim(1, 3)   # (B M, H/2, W/2, alpha C)
-        x = x.unflatten(3, (-1, small.shape[2])).movedim(3, 1)           # (B M, alpha, H/2, W/2, C)
-        return small + x.reshape(small.movedim(2, 4).shape).movedim(4, 2)  # F_C + F_D'
+        # F_D' = R(W_c * P(F_D)), then F_C + F_D'                                 # Eq. 2
+        x = self.conv(F.max_pool2d(big.flatten(0, 1), 2))            # (B M, alpha C, H / 2, W / 2)
+        # R gives each small frame its C channels. Both maps are viewed as (B, M, alpha, C, H / 2,
+        # W / 2) to be added, because a reshape of x would not keep them channels_last.
+        x = x.view(B, M, self.alpha, C, H // 2, W // 2)
+        return (small.unflatten(1, (M, self.alpha)) + x).flatten(1, 2)
 
 
 class DiverseAttentionsOperation(nn.Module):
-    """DAO, Fig. 3 (b), Eq. 3: an attention module for each frame of a branch, which divergence_loss
-    drives apart.
+    """DAO, Fig. 3b, Eq. 3: makes each frame of a branch attend to a region by an attention module
+    of its own. `divergence_loss` drives the regions apart. At the start it is the identity.
 
-    D (B, M, C, H, W) -> the same shape, and the attention maps A (B, M, H, W), each with sum 1.
-    frames, height, width: M, H, W, no others (ValueError). Starts as identity.
+    Input: maps D (B, M, C, H, W) of a branch. Output: the new maps, of the same shape, and the
+    attention maps A (B, M, H, W), each of which sums to 1.
+
+    Args:
+        channels: number of channels C of the maps.
+        frames: number of frames M of the branch.
+        height: height H of the maps.
+        width: width W of the maps.
+
+    Raises ValueError on maps of other shapes. The class can be copied alone.
     """
 
-    def __init__(self, channels, frames, height, width):
+    def __init__(self, channels: int, frames: int, height: int, width: int):
         super().__init__()
-        self.size = frames, channels, height, width
+        self.expected_shape = (frames, channels, height, width)
         positions = height * width
-        self.attention = nn.ModuleList(                                   # of the frames k > 1
-            nn.Sequential(nn.Conv2d(channels, 1, 1, bias=False), nn.Flatten(),
-                          nn.Linear(positions, positions, bias=False))
-            for _ in range(frames - 1))
+        self.attention = nn.ModuleList()  # the modules of the frames k > 1
+        for _ in range(1, frames):
+            self.attention.append(nn.Sequential(
+                nn.Conv2d(channels, 1, 1, bias=False),
+                nn.Flatten(),
+                nn.Linear(positions, positions, bias=False),
+            ))
         self.bn = nn.BatchNorm1d(channels)
         nn.init.zeros_(self.bn.weight)
 
-    def forward(self, d):
-        if d.shape[1:] != self.size:
-            raise ValueError(f"DAO was built for (M, C, H, W) = {self.size}, not "
-                             f"{tuple(d.shape[1:])}")
-        scores = [d[:, 0].mean(1).flatten(1)]                             # (1 / C) sum_c (D_1)_c
-        for k, module in enumerate(self.attention, 1):
-            scores.append(module(d[:, k]))
-        a = torch.stack(scores, 1)
-        a = a.softmax(2, torch.promote_types(a.dtype, torch.float32))             # Eq. 3
-        attended = (d.flatten(3) @ a.to(d.dtype)[..., None])[..., 0]      # sum of A_k * D_k
-        attended = self.bn(attended.flatten(0, 1)).to(d.dtype)
-        return d + attended.view(*d.shape[:3], 1, 1), a.unflatten(2, d.shape[3:])
+    def forward(self, maps):
+        if maps.shape[1:] != self.expected_shape:
+            raise ValueError(f"DAO was built for (M, C, H, W) = {self.expected_shape}, not "
+                             f"{tuple(maps.shape[1:])}")
+        B, M, C, H, W = maps.shape
+        scores = [maps[:, 0].mean(1).flatten(1)]                     # 1 / C sum_c (D_1)_c
+        for k, attention_module in enumerate(self.attention, start=1):
+            scores.append(attention_module(maps[:, k]))
+        scores = torch.stack(scores, 1)                              # (B, M, H W)
+        float_type = torch.promote_types(scores.dtype, torch.float32)
+        attention = scores.softmax(2, dtype=float_type)                           # Eq. 3
+        # The residual operation: D_k + BN(sum over positions of A_k * D_k).
+        attended = torch.einsum("bmcp,bmp->bmc", maps.flatten(3), attention.to(maps.dtype))
+        attended = self.bn(attended.flatten(0, 1)).to(maps.dtype)    # (B M, C)
+        return maps + attended.view(B, M, C, 1, 1), attention.view(B, M, H, W)
 
 
-def divergence_loss(a):
-    """L of Eq. 4-5 for the attention maps (B, M, H, W) of a branch, mean over the batch: -1 for
-    disjoint maps, higher for similar ones; similarity is the dot product. 0 for M = 1."""
-    a = a.flatten(2)
-    l_div = 1 - a @ a.transpose(1, 2)                                             # Eq. 4
+def divergence_loss(attention):
+    """L of Eq. 4-5 for the attention maps (B, M, H, W) of a branch, averaged over the batch.
+
+    The similarity is the dot product. L is -1 for maps that do not overlap, higher for similar
+    maps, and 0 for a branch of one frame, which has no pairs.
+    """
+    M = attention.shape[1]
+    if M == 1:
+        return attention.new_zeros(())
+    attention = attention.flatten(2)
+    l_div = 1 - attention @ attention.transpose(1, 2)                             # Eq. 4
     # L = -1 / (M - 1) sum_{k >= 2} (1 / (k - 1) sum_{l < k} L_div(A_k | A_l))    # Eq. 5
-    means = [l_div[:, k, :k].mean(1) for k in range(1, a.shape[1])]
-    return -torch.stack(means).mean() if means else a.new_zeros(())
+    mean_divergence = []
+    for k in range(1, M):  # k counts from 0 here, and from 1 in the paper
+        mean_divergence.append(l_div[:, k, :k].mean(1))
+    return -torch.stack(mean_divergence).mean()
 
 
 # -------------------------------------------------------------- Sec. 3.2: temporal kernel selection
 
 class TemporalKernelSelection(nn.Module):
-    """TKS, Fig. 4, Eq. 6-8: temporal convolutions of several lengths, mixed by weights made for
-    every clip and channel.
+    """TKS, Fig. 4, Eq. 6-8: adds temporal convolutions of several lengths to the maps, weighted for
+    each clip and channel.
 
-    Maps F (B, T_i, C, H_i, W_i) of one or more branches, consecutive in time -> a list of maps E of
-    the same shapes; h, w divide all H_i, W_i (ValueError).
-    kernels: lengths in frames, odd, >= 3, of 3 taps, dilated; grid: h, w; select: False mixes by
-    the mean ("TK" of Table 2); bottleneck: W_i through C / reduction channels, reduction of 1 to C
-    (False: C x C, as printed); excite_bn: BatchNorm before the residual, with which TKS starts as
-    identity (False: none, as printed). Raises ValueError for what it cannot take.
+    Input: maps F (B, T_i, C, H_i, W_i) of one or more branches i, whose frames follow each other in
+    time; each branch is an argument. Output: a list of the maps E, of the same shapes.
+
+    Args:
+        channels: number of channels C of the maps.
+        kernels: lengths of the temporal convolutions in frames, odd and at least 3. Each has three
+            taps; a longer one is dilated.
+        grid: numbers h and w of the regions into which the height and width of a map are divided,
+            at least 1. They must divide every H_i and W_i.
+        select: whether the paths are weighted by Eq. 7. If False, their mean is taken ("TK" in
+            Table 2). A single path has a weight of 1 in either case.
+        bottleneck: whether W_i has a bottleneck of C / reduction channels. If False, it is a C x C
+            matrix as in the paper.
+        reduction: factor by which the bottleneck has fewer channels, from 1 to C.
+        excite_bn: whether Z passes through a BatchNorm whose weight starts at zero, so that TKS
+            starts as the identity. If False, there is none, as in the paper.
+
+    Raises ValueError on invalid arguments, and on maps that have other channels or that the grid
+    does not divide. The class can be copied alone.
     """
 
-    def __init__(self, channels, kernels=(3, 5), grid=(4, 2), reduction=16, select=True,
-                 bottleneck=True, excite_bn=True):
+    def __init__(self, channels: int, *, kernels: tuple[int, ...] = (3, 5),
+                 grid: tuple[int, int] = (4, 2), select: bool = True, bottleneck: bool = True,
+                 reduction: int = 16, excite_bn: bool = True):
         super().__init__()
-        if not kernels or any(k < 3 or k % 2 == 0 for k in kernels):
-            raise ValueError(f"TKS takes odd kernels of at least 3 frames, not {tuple(kernels)}")
-        if len(grid) != 2 or min(grid) < 1 or not 1 <= reduction <= channels:
-            raise ValueError("TKS takes a grid of h and w >= 1 and a reduction of 1 to "
-                             f"{channels}, not {tuple(grid)} and {reduction}")
+        if len(kernels) == 0 or any(k < 3 or k % 2 == 0 for k in kernels):
+            raise ValueError("TKS needs one or more kernels, which are odd and at least 3, not "
+                             f"{tuple(kernels)}")
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"grid must be h and w, both at least 1, not {tuple(grid)}")
+        if not 1 <= reduction <= channels:
+            raise ValueError(f"reduction must be from 1 to {channels}, not {reduction}")
+        self.channels = channels
+        self.kernels = tuple(kernels)
         self.grid = tuple(grid)
-        self.paths = nn.ModuleList(
-            nn.Conv1d(channels, channels, 3, dilation=k // 2, padding=k // 2, bias=False)
-            for k in kernels)
-        self.squeeze, self.w = nn.Identity(), None
+        self.paths = nn.ModuleList()
+        for k in kernels:
+            i = k // 2  # a path has 3 taps and dilation i in the place of 2 i + 1 taps
+            self.paths.append(
+                nn.Conv1d(channels, channels, 3, dilation=i, padding=i, bias=False))
+        self.squeeze = nn.Identity()
+        self.w = None  # W_1 ... W_K in one layer; None takes the mean of the paths
         if select and len(kernels) > 1:
-            inner = channels // reduction if bottleneck else channels
+            inner_channels = channels
             if bottleneck:
+                inner_channels = channels // reduction
                 self.squeeze = nn.Sequential(
-                    nn.Linear(channels, inner, bias=False), nn.BatchNorm1d(inner), nn.ReLU())
-            self.w = nn.Linear(inner, len(kernels) * channels, bias=False)        # W_1 ... W_K
-        self.bn = nn.BatchNorm1d(channels) if excite_bn else nn.Identity()
+                    nn.Linear(channels, inner_channels, bias=False),
+                    nn.BatchNorm1d(inner_channels),
+                    nn.ReLU(),
+                )
+            self.w = nn.Linear(inner_channels, len(kernels) * channels, bias=False)
+        self.bn = nn.Identity()
         if excite_bn:
+            self.bn = nn.BatchNorm1d(channels)
             nn.init.zeros_(self.bn.weight)
 
-    def partition(self, f):
-        """F (B, T, C, H, W) -> X (B, T, C, h, w), the mean of each region."""
+    def partition(self, maps):
+        """Partition: the means X (B, T, C, h, w) of the regions of the maps F (B, T, C, H, W)."""
+        B, T, C, H, W = maps.shape
         h, w = self.grid
-        if f.shape[3] % h or f.shape[4] % w:
-            raise ValueError(f"TKS divides maps into {h}x{w} equal regions, which "
-                             f"{f.shape[3]}x{f.shape[4]} does not allow")
-        region = f.shape[3] // h, f.shape[4] // w
-        return F.avg_pool2d(f.flatten(0, 1), region).unflatten(0, f.shape[:2])
+        if C != self.channels:
+            raise ValueError(f"TKS was built for maps of {self.channels} channels, not {C}")
+        if H % h or W % w:
+            raise ValueError(f"TKS cannot divide a map of {H}x{W} into {h}x{w} equal regions")
+        return F.avg_pool2d(maps.flatten(0, 1), (H // h, W // w)).unflatten(0, (B, T))
+
+    def softmax_over_paths(self, logits):
+        """Eq. 7: g (B, K, C), which sums to 1 over the K paths, from all W_i u, (B, K C)."""
+        logits = logits.unflatten(1, (len(self.kernels), self.channels))
+        float_type = torch.promote_types(logits.dtype, torch.float32)
+        # g_i = exp(W_i u) / sum_j exp(W_j u)                                     # Eq. 7
+        return logits.softmax(1, dtype=float_type)
 
     def selection_weights(self, y):
-        """Paths Y (B, K, C, P), P = h w T -> g (B, K, C), with sum 1 over the K paths."""
+        """Select: the weights g (B, K, C) of the paths' outputs Y (B, K, C, h * w * T)."""
         if self.w is None:
-            return y.new_full(y.shape[:3], 1 / y.shape[1])
+            return y.new_full(y.shape[:3], 1 / len(self.kernels))
         u = y.sum(1).mean(2)                                                      # Eq. 6
-        # g_i = exp(W_i u) / sum_j exp(W_j u)                                     # Eq. 7
-        w_u = self.w(self.squeeze(u)).unflatten(1, y.shape[1:3])
-        return w_u.softmax(1, torch.promote_types(w_u.dtype, torch.float32)).to(y.dtype)
+        return self.softmax_over_paths(self.w(self.squeeze(u))).to(y.dtype)
 
-    def forward(self, *maps):
+    def forward(self, *branch_maps):
         h, w = self.grid
-        channels = self.paths[0].in_channels
-        if any(f.shape[2] != channels for f in maps):
-            raise ValueError(f"TKS was built for {channels} channels, not "
-                             f"{[f.shape[2] for f in maps]}")
-        x = torch.cat([self.partition(f) for f in maps], 1)               # (B, T, C, h, w)
+        x = torch.cat([self.partition(maps) for maps in branch_maps], 1)  # (B, T, C, h, w)
         B, T, C = x.shape[:3]
-        x = x.permute(0, 3, 4, 2, 1).reshape(B * h * w, C, T)             # a sequence a region
-        y = [path(x).view(B, h * w, C, T).transpose(1, 2).flatten(2) for path in self.paths]
-        y = torch.stack(y, 1)                                             # (B, K, C, h w T)
+        x = x.permute(0, 3, 4, 2, 1).reshape(B * h * w, C, T)        # one sequence for each region
+        y = []
+        for path in self.paths:
+            y_i = path(x).view(B, h * w, C, T)
+            y.append(y_i.transpose(1, 2).flatten(2))                 # (B, C, h w T)
+        y = torch.stack(y, 1)                                        # (B, K, C, h w T)
         # Z = sum_i R(g_i) * Y_i                                                  # Eq. 8
         z = torch.einsum("bkc,bkcp->bcp", self.selection_weights(y), y)
-        z = self.bn(z).to(x.dtype).view(B, C, h, w, T).permute(0, 4, 1, 2, 3)
-        out = []
-        for f, z_i in zip(maps, z.split([f.shape[1] for f in maps], 1)):
-            z_i = z_i.repeat_interleave(f.shape[3] // h, 3)               # U: nearest neighbour
-            z_i = z_i.repeat_interleave(f.shape[4] // w, 4)
-            out.append(f + z_i)                                           # E = U(Z) + F
-        return out
+        z = self.bn(z).to(x.dtype)                                   # (B, C, h w T)
+        z = z.view(B, C, h, w, T).permute(0, 4, 1, 2, 3)             # (B, T, C, h, w)
+        # Excite: E = U(Z) + F, where U repeats a region's value (nearest neighbour)
+        outputs = []
+        frames_per_branch = [maps.shape[1] for maps in branch_maps]
+        for maps, branch_z in zip(branch_maps, z.split(frames_per_branch, 1)):
+            H, W = maps.shape[3:]
+            branch_z = branch_z.repeat_interleave(H // h, 3).repeat_interleave(W // w, 4)
+            outputs.append(maps + branch_z)
+        return outputs
 
 
 # ---------------------------------------------------------------------------- Sec. 3.3: the network
@@ -255,130 +364,214 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 class BranchBatchNorm(nn.Module):
-    """BatchNorm2d with weights that all branches share and running averages for each of them.
+    """BatchNorm2d with one weight and bias for all branches, and running statistics for each.
 
-    (B * M, C, H, W) -> the same shape, with frames as batch: it replaces a BatchNorm2d of the
-    backbone. bn: that one; branches: their number. `branch`: whose frames come next, from 0.
+    Input and output: maps (B * M, C, H, W) of the branch whose number, from 0, is in the attribute
+    `active_branch`. BiCnet sets it before each stage.
+
+    Args:
+        bn: the BatchNorm2d that this layer replaces; weight, bias and statistics are taken from it.
+        branches: number of branches, at least 1.
+
+    The class can be copied alone.
     """
 
-    def __init__(self, bn, branches):
+    def __init__(self, bn: nn.BatchNorm2d, branches: int):
         super().__init__()
-        self.of = nn.ModuleList(copy.deepcopy(bn) for _ in range(branches))
-        for own in self.of:
-            own.weight, own.bias = bn.weight, bn.bias
-        self.branch = 0
+        self.per_branch = nn.ModuleList(copy.deepcopy(bn) for _ in range(branches))
+        for branch_bn in self.per_branch:
+            branch_bn.weight = bn.weight
+            branch_bn.bias = bn.bias
+        self.active_branch = 0
 
     def forward(self, x):
-        return self.of[self.branch](x)
+        return self.per_branch[self.active_branch](x)
+
+
+def separate_statistics(net, branches):
+    """Replaces every BatchNorm2d in a network by a BranchBatchNorm, and returns a list of these."""
+    replaced = []
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                replaced.append(BranchBatchNorm(child, branches))
+                setattr(module, name, replaced[-1])
+    return replaced
+
+
+def check_sizes(frames, height, width, *, shares, csp_stages, tks, grid):
+    """Raises ValueError if the arguments of BiCnet with these names do not fit together."""
+    for flag, stages in (("tks", tks), ("csp_stages", csp_stages)):
+        if len(set(stages)) < len(stages) or any(stage not in (1, 2, 3, 4) for stage in stages):
+            raise ValueError(f"{flag} must be different stages from 1 to 4, not {stages}")
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid must be h and w, both at least 1, not {grid}")
+    total = sum(shares)
+    ratio = ":".join(str(share) for share in shares)
+    if total < 1:
+        raise ValueError(f"shares must give frames to at least one branch, not {shares}")
+    if csp_stages and (len(shares) != 2 or min(shares) < 1 or shares[1] % shares[0]):
+        raise ValueError("CSP needs shares of two branches with a whole number of small frames for "
+                         f"each big one, not {ratio}")
+    if frames % total:
+        raise ValueError(f"frames must be a multiple of {total} to be shared out {ratio}, not "
+                         f"{frames}")
+
+    output_stride = {1: 4, 2: 8, 3: 16, 4: 16}  # of each stage
+    max_downscale = 2 ** (len(shares) - 1)      # of the branch with the smallest frames
+
+    def multiple(regions):
+        factors = [max_downscale]
+        for stage in csp_stages:  # the maps of the big frames are halved
+            factors.append(2 * output_stride[stage])
+        for stage in tks:         # the smallest maps are divided into regions
+            factors.append(max_downscale * output_stride[stage] * regions)
+        return math.lcm(*factors)
+
+    height_multiple = multiple(grid[0])
+    width_multiple = multiple(grid[1])
+    if height % height_multiple or width % width_multiple:
+        raise ValueError(f"height must be a multiple of {height_multiple} and width a multiple of "
+                         f"{width_multiple} for these branches, CSPs and TKSs, not "
+                         f"{height}x{width}")
 
 
 class BiCnet(nn.Module):
-    """BiCnet-TKS, Fig. 3 (a): one ResNet-50 for the big and the small frames of a clip, with CSP,
-    TKS and DAO between its stages, and a BN neck.
+    """BiCnet-TKS, Fig. 3a: one ResNet-50 for the big and the small frames of a clip, with CSP, TKS
+    and DAO between its stages, and a BN neck.
 
-    Clips (B, N, 3, H, W), normalised -> in eval mode embeddings (B, 2048); in train mode also the
-    logits (B, num_classes) and the attention maps A (B, M, h, w) of each branch.
+    Input: normalised clips (B, N, 3, H, W). Output in eval mode: embeddings (B, 2048). Output in
+    train mode: embeddings, logits (B, num_classes), and a list of the attention maps A (B, M, h, w)
+    of each branch, which is empty without DAO.
 
-    frames, height, width: N, H, W. shares: how the frames divide over branches of 1, 1/2, 1/4 ...
-    of the size, (1, alpha) in the paper; csp, dao: False leaves them out; csp_stages, tks: stages,
-    1 to 4, with a CSP or a TKS behind; kernels, select, grid, reduction, bottleneck, excite_bn: see
-    TKS; pool: "max" or "avg" over the final map; weights: see resnet50; own_statistics: BatchNorm's
-    running averages for each branch alone. Raises ValueError for what it cannot take.
+    Args:
+        num_classes: number of identities in the training set.
+        frames: number of frames N of a clip, a multiple of the sum of `shares`.
+        height: height H of the big frames in pixels. The multiples that fit depend on the branches,
+            CSPs and TKSs; the ValueError names them.
+        width: width W of the big frames in pixels, with the same restrictions.
+        shares: ratio in which the frames are divided among branches of full, half, quarter ...
+            resolution; (1, alpha) in the paper. A branch may have a share of 0.
+        csp: whether there are CSPs. They need two branches and a whole number alpha.
+        csp_stages: stages, from 1 to 4, after which a CSP comes.
+        dao: whether there is a DAO in each branch after stage 3.
+        tks: stages, from 1 to 4, after which a TKS comes; may be empty.
+        kernels: lengths of the kernels of TKS in frames, odd and at least 3.
+        grid: numbers (h, w) of the regions into which TKS divides the height and width of a map.
+        select: whether TKS weights its kernels by Eq. 7. If False, it takes their mean.
+        bottleneck: whether W_i of Eq. 7 has a bottleneck. If False, it is C x C as in the paper.
+        reduction: factor by which this bottleneck has fewer channels, from 1 to the channels of the
+            maps that TKS takes.
+        excite_bn: whether TKS has a BatchNorm before its residual sum (the paper has none).
+        pool: "max" or "avg", the pooling over the last map of each frame.
+        weights: "imagenet", "none" or a file, the weights that `resnet50` starts from.
+        own_statistics: whether each branch has its own running statistics of BatchNorm.
+
+    Raises ValueError on arguments that do not fit together. To copy along: everything from
+    CrossScalePath to this class, apart from divergence_loss.
     """
 
-    def __init__(self, num_classes, frames=8, height=256, width=128, shares=(1, 3),
-                 csp=True, dao=True, tks=(2,), kernels=(3, 5), select=True, grid=(4, 2),
-                 pool="max", weights="none", csp_stages=(1, 2, 3), reduction=16, bottleneck=True,
-                 excite_bn=True, own_statistics=False):
+    def __init__(self, num_classes: int, frames: int = 8, height: int = 256, width: int = 128, *,
+                 shares: tuple[int, ...] = (1, 3), csp: bool = True,
+                 csp_stages: tuple[int, ...] = (1, 2, 3), dao: bool = True,
+                 tks: tuple[int, ...] = (2,), kernels: tuple[int, ...] = (3, 5),
+                 grid: tuple[int, int] = (4, 2), select: bool = True, bottleneck: bool = True,
+                 reduction: int = 16, excite_bn: bool = True, pool: str = "max",
+                 weights: str = "none", own_statistics: bool = False):
         super().__init__()
-        ratio, total = ":".join(map(str, shares)), sum(shares)
-        csp_stages = csp_stages if csp else ()
-        for name, stages in (("TKS", tks), ("CSP", csp_stages)):
-            if len(set(stages)) < len(stages) or not set(stages) <= {1, 2, 3, 4}:
-                raise ValueError(f"{name} stands behind different stages of 1 to 4, not {stages}")
-        if total < 1:
-            raise ValueError(f"shares of {shares} leave no frames to any branch")
-        if csp_stages and (len(shares) != 2 or min(shares) < 1 or shares[1] % shares[0]):
-            raise ValueError("CSP joins two branches with a whole number of small frames for each "
-                             f"big one, not {ratio}")
-        if frames % total:
-            raise ValueError(f"frames shared out as {ratio}: a clip needs {total}, {2 * total}, "
-                             f"{3 * total} ... frames, not {frames}")
-        if len(grid) != 2 or min(grid) < 1:
-            raise ValueError(f"a grid is h and w, regions of a frame, at least 1, not {grid}")
-        stride = {1: 4, 2: 8, 3: 16, 4: 16}             # of the maps behind each stage
-        smallest = 2 ** (len(shares) - 1)               # the smallest frames are 1 / smallest
-        halves = [2 * stride[stage] for stage in csp_stages]
-        parts = [smallest * stride[stage] for stage in tks]
-        fits = [math.lcm(smallest, *halves, *(n * regions for n in parts)) for regions in grid]
-        if height % fits[0] or width % fits[1]:
-            heights, widths = (f"{n}, {2 * n}, {3 * n} ..." for n in fits)
-            raise ValueError(f"the branches take heights of {heights} and widths of {widths} "
-                             f"pixels, not {height}x{width}")
-        self.counts = [frames * share // total for share in shares]       # frames of each branch
+        if not csp:
+            csp_stages = ()
+        check_sizes(frames, height, width, shares=shares, csp_stages=csp_stages, tks=tks, grid=grid)
+        self.frames_per_branch = [frames * share // sum(shares) for share in shares]
         net = resnet50(weights)
-        self.norms = []                                 # in the place of every BatchNorm2d
-        for module in list(net.modules()) if own_statistics else ():
-            for name, child in module.named_children():
-                if isinstance(child, nn.BatchNorm2d):
-                    self.norms.append(BranchBatchNorm(child, sum(n > 0 for n in self.counts)))
-                    setattr(module, name, self.norms[-1])
+        self.branch_norms = []  # the BranchBatchNorms, if branches have their own statistics
+        if own_statistics:
+            branches = len([count for count in self.frames_per_branch if count > 0])
+            self.branch_norms = separate_statistics(net, branches)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layer1, self.layer2 = net.layer1, net.layer2
-        self.layer3, self.layer4 = net.layer3, net.layer4
+        self.layer1 = net.layer1
+        self.layer2 = net.layer2
+        self.layer3 = net.layer3
+        self.layer4 = net.layer4
         channels = {1: 256, 2: 512, 3: 1024, 4: 2048}
-        self.csp = nn.ModuleDict({
-            f"layer{stage}": CrossScalePath(channels[stage], shares[1] // shares[0])
-            for stage in csp_stages})
-        self.tks = nn.ModuleDict({
-            f"layer{stage}": TemporalKernelSelection(channels[stage], kernels, grid, reduction,
-                                                     select, bottleneck, excite_bn)
-            for stage in tks})
-        self.dao = nn.ModuleList()
-        for i, count in enumerate(self.counts):
-            if dao and count:
-                size = -(-height // 2 ** (i + 4)), -(-width // 2 ** (i + 4))
-                self.dao.append(DiverseAttentionsOperation(1024, count, *size))
+        self.csp = nn.ModuleDict()
+        for stage in csp_stages:
+            self.csp[f"layer{stage}"] = CrossScalePath(
+                channels[stage], alpha=shares[1] // shares[0])
+        self.tks = nn.ModuleDict()
+        for stage in tks:
+            self.tks[f"layer{stage}"] = TemporalKernelSelection(
+                channels[stage], kernels=kernels, grid=grid, select=select, bottleneck=bottleneck,
+                reduction=reduction, excite_bn=excite_bn)
+        self.dao = nn.ModuleList()  # one for each branch that has frames
+        if dao:
+            for i, count in enumerate(self.frames_per_branch):
+                scale = 16 * 2 ** i  # of the branch's maps after stage 3
+                if count > 0:
+                    self.dao.append(DiverseAttentionsOperation(
+                        channels[3], count, math.ceil(height / scale), math.ceil(width / scale)))
         self.pool = pool
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 
-    def each(self, stage, branches):
-        """The frames or maps (B * M, C, H, W) of each branch, one by one, through a stage."""
+    def split_frames(self, clips):
+        """I_B and I_S of Eq. 1: a list of the frames (B * M, 3, h, w) of each branch, in its size.
+
+        Branch i has 1 / 2^i of the height and width. A branch without frames is not in the list.
+        """
+        H, W = clips.shape[3:]
+        branches = []
+        for i, segment in enumerate(clips.split(self.frames_per_branch, 1)):
+            if segment.shape[1] == 0:
+                continue
+            x = segment.flatten(0, 1)
+            if i > 0:
+                # F.interpolate has no float16 kernel for CPUs
+                float_type = torch.promote_types(x.dtype, torch.float32)
+                resized = F.interpolate(x.to(float_type), (H // 2 ** i, W // 2 ** i),
+                                        mode="bilinear", antialias=True)
+                x = resized.to(x.dtype)
+            branches.append(x.contiguous(memory_format=torch.channels_last))
+        return branches
+
+    def run_stage(self, stage, branches):
+        """Applies a stage to the frames or maps (B * M, C, H, W) of each branch, in a list."""
+        outputs = []
         for i, x in enumerate(branches):
-            for bn in self.norms:
-                bn.branch = i
-            yield stage(x)
+            for norm in self.branch_norms:
+                norm.active_branch = i
+            outputs.append(stage(x))
+        return outputs
 
     def forward(self, clips):
-        B, _, _, H, W = clips.shape
-        branches, attention = [], []
-        for i, segment in enumerate(clips.split(self.counts, 1)):
-            if segment.shape[1]:
-                x = segment.flatten(0, 1)
-                if i:
-                    dtype = torch.promote_types(x.dtype, torch.float32)   # CPUs take no float16
-                    x = F.interpolate(x.to(dtype), (H >> i, W >> i), mode="bilinear",
-                                      antialias=True).to(x.dtype)
-                branches.append(x.contiguous(memory_format=torch.channels_last))
-        branches = [*self.each(self.stem, branches)]
+        B = clips.shape[0]
+        branches = self.run_stage(self.stem, self.split_frames(clips))
+        attention = []
         for name in ("layer1", "layer2", "layer3", "layer4"):
-            maps = [x.unflatten(0, (B, -1)) for x in self.each(getattr(self, name), branches)]
+            branches = self.run_stage(getattr(self, name), branches)
+            maps = [x.unflatten(0, (B, -1)) for x in branches]       # (B, M, C, H, W) of each
             if name in self.csp:
-                maps[1] = self.csp[name](*maps)
+                maps[1] = self.csp[name](maps[0], maps[1])
             if name in self.tks:
                 maps = self.tks[name](*maps)
-            if name == "layer3" and self.dao:
-                maps, attention = zip(*[dao(d) for dao, d in zip(self.dao, maps)])
+            if name == "layer3":
+                for i, dao in enumerate(self.dao):
+                    maps[i], branch_attention = dao(maps[i])
+                    attention.append(branch_attention)
             branches = [x.flatten(0, 1) for x in maps]
+        # f_d = (1 + alpha) / N sum_k CNN_D(I_k), the mean over the N / (1 + alpha) big frames
+        # f_c = (1 + alpha) / (alpha N) sum_k CNN_C(I_k), the mean over the others # Eq. 1
         features = []
         for x in branches:
-            x = x.mean((2, 3)) if self.pool == "avg" else x.amax((2, 3))
-            # f_d = (1 + alpha) / N sum_k CNN_D(I_k), N / (1 + alpha) big frames  # Eq. 1
-            # f_c = (1 + alpha) / (alpha N) sum_k CNN_C(I_k), all others
-            features.append(x.to(self.neck.weight.dtype).view(B, -1, 2048).mean(1))
-        embedding = self.neck(sum(features) / len(features))              # of (f_d + f_c) / 2
+            if self.pool == "avg":
+                x = x.mean((2, 3))
+            else:
+                x = x.amax((2, 3))
+            x = x.to(self.neck.weight.dtype).unflatten(0, (B, -1))   # (B, M, 2048)
+            features.append(x.mean(1))
+        video_feature = sum(features) / len(features)                # (f_d + f_c) / 2
+        embedding = self.neck(video_feature)
         if not self.training:
             return embedding
         return embedding, self.classifier(embedding), attention
@@ -387,126 +580,263 @@ class BiCnet(nn.Module):
 # --------------------------------------------------------------- Sec. 3.1 and 4.3.1: the losses
 
 def loss_weights(args):
-    """The weights of the losses, {name: weight}: L_xent + L_triplet + args.divergence * L."""
-    return {"xent": 1.0, "triplet": 1.0, "div": args.divergence if args.dao else 0.0}
+    """Returns {name of a loss: weight}. The sum is L_xent + L_triplet + args.divergence * L."""
+    divergence_weight = 0.0
+    if args.dao:
+        divergence_weight = args.divergence
+    return {"xent": 1.0, "triplet": 1.0, "div": divergence_weight}
 
 
 def losses(outputs, pids, args):
-    """The weighted losses, {name: scalar}, with L of Eq. 5 as "div"; their sum is minimised."""
+    """Returns {name: weighted loss}; the sum is minimised. "div" is L of Eq. 5.
+
+    outputs: those of BiCnet in train mode; pids: the identities of the clips, (B,).
+    """
     embedding, logits, attention = outputs
-    parts = {"xent": F.cross_entropy(at_least_float32(logits), pids),
-             "triplet": batch_hard_triplet(embedding, pids, args.margin)}
-    if attention and args.divergence:
-        of_branches = [divergence_loss(at_least_float32(a)) for a in attention]   # Eq. 5
-        parts["div"] = sum(of_branches) / len(of_branches)
     weights = loss_weights(args)
-    return {name: weights[name] * loss for name, loss in parts.items()}
+    loss_terms = {
+        "xent": F.cross_entropy(at_least_float32(logits), pids),
+        "triplet": batch_hard_triplet(embedding, pids, args.margin),
+    }
+    if weights["div"] > 0:
+        branch_losses = [divergence_loss(at_least_float32(maps)) for maps in attention]   # Eq. 5
+        loss_terms["div"] = sum(branch_losses) / len(branch_losses)
+    return {name: weights[name] * loss for name, loss in loss_terms.items()}
 
 
 # ---------------------------------------------------------------------------- Sec. 4.1: the recipe
 
-RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, choices])
-    "frames": (8, 8, "N, frames a clip (Sec. 4.1)"),
-    "height": (256, 128, "of the resized big frames (Sec. 4.1)"),
-    "width": (128, 64, "of the resized big frames (Sec. 4.1)"),
-    "ids": (16, 4, "P, identities a batch (Sec. 4.1)"),
-    "clips": (4, 2, "K, clips of each of them (Sec. 4.1)"),
-    "epoch": ("tracklets", "identities", "shows all of these (open; the authors' release)",
+RECIPE = {  # flag: (the full recipe's value, the small run's, meaning and source[, choices])
+    "frames": (8, 8, "number of frames in a clip, N (Sec. 4.1)"),
+    "height": (256, 128, "height to which the big frames are resized (Sec. 4.1)"),
+    "width": (128, 64, "width to which the big frames are resized (Sec. 4.1)"),
+    "ids": (16, 4, "number of identities in a batch, P (Sec. 4.1)"),
+    "clips": (4, 2, "number of clips of each identity in a batch, K (Sec. 4.1)"),
+    "epoch": ("tracklets", "identities",
+              "what an epoch visits: all tracklets or all identities (authors' release)",
               ("tracklets", "identities")),
-    "erase": (0.5, 0.0, "probability of random erasing (our choice)"),
-    "epochs": (150, 8, "(Sec. 4.1)"),
+    "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.1 has it; the value is our choice)"),
+    "epochs": (150, 8, "number of training epochs (Sec. 4.1)"),
     "lr": (3.5e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
-    "lr_step": (40, 7, "lr is divided by 10 every so many epochs (Sec. 4.1)"),
-    "weight_decay": (5e-4, 5e-4, "of Adam (Sec. 4.1)"),
-    "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
-    "pool": ("max", "max", "over the final map (open; the authors' release)", ("max", "avg")),
-    "shares": ((1, 3), (1, 3), "frames of full, 1/2, 1/4 ... size: 1 and alpha (Tables 3, 4)"),
-    "own_statistics": (False, False, "BatchNorm's running averages for each branch (our choice)"),
-    "csp": (True, True, "with CSPs, for two branches (Table 2)"),
-    "csp_stages": ((1, 2, 3), (1, 2, 3), "with a CSP behind (changed; 1 2 3 4: printed)"),
-    "dao": (True, True, "with DAO (Table 2)"),
-    "tks": ((2,), (2,), "stages with a TKS behind, 1 to 4, or none (Table 6)"),
-    "kernels": ((3, 5), (3, 5), "lengths of TKS' kernels in frames, odd (Table 5)"),
-    "grid": ((4, 2), (4, 2), "h and w, regions of a frame in TKS (Sec. 4.1)"),
-    "select": (True, True, "TKS selects kernels; no: takes their mean (Table 2)"),
-    "bottleneck": (True, True, "W_i of Eq. 7 with fewer channels (changed; no: printed)"),
-    "reduction": (16, 16, "of these channels (our choice)"),
-    "excite_bn": (True, True, "BatchNorm before TKS' residual (changed; no: printed)"),
-    "divergence": (0.01, 0.01, "weight of the divergence loss (our choice); 0: AO (Table 2)"),
-    "margin": (0.5, 0.5, "of the triplet loss, cosine distance (our choice)"),
+    "lr_step": (40, 7, "number of epochs after which lr is divided by 10 (Sec. 4.1)"),
+    "weight_decay": (5e-4, 5e-4, "weight decay of Adam (Sec. 4.1)"),
+    "weights": ("imagenet", "none", "weights to start from: imagenet, none or a file (Sec. 3.3)"),
+    "pool": ("max", "max", "pooling over the last map of each frame (authors' release)",
+             ("max", "avg")),
+    "shares": ((1, 3), (1, 3),
+               "ratio of the numbers of frames of full, 1/2, 1/4 ... size: 1 and alpha (Sec. 4.1, "
+               "Tables 3, 4)"),
+    "own_statistics": (False, False,
+                       "running statistics of BatchNorm for each branch (our choice)"),
+    "csp": (True, True, "use cross-scale paths (CSP), which need two branches (Table 2)"),
+    "csp_stages": ((1, 2, 3), (1, 2, 3),
+                   "stages followed by a CSP (a deviation; 1 2 3 4 is the paper's form)"),
+    "dao": (True, True, "use the diverse attentions operation (DAO) after stage 3 (Table 2)"),
+    "tks": ((2,), (2,), "stages, from 1 to 4, followed by a TKS; may be empty (Table 6)"),
+    "kernels": ((3, 5), (3, 5), "lengths of the kernels of TKS in frames, odd (Table 5)"),
+    "grid": ((4, 2), (4, 2), "rows and columns of regions into which TKS divides a map (Sec. 4.1)"),
+    "select": (True, True,
+               "weight the kernels of TKS by Eq. 7; --no-select takes their mean (Table 2)"),
+    "bottleneck": (True, True,
+                   "compute W_i of Eq. 7 through a bottleneck (a deviation; --no-bottleneck has "
+                   "the C x C matrix of the paper)"),
+    "reduction": (16, 16,
+                  "factor by which the bottleneck of W_i has fewer channels (fits Table 6)"),
+    "excite_bn": (True, True,
+                  "apply BatchNorm to Z before the residual sum of TKS (a deviation; "
+                  "--no-excite-bn is the paper's form)"),
+    "divergence": (0.01, 0.01,
+                   "weight of the divergence loss (our choice); 0 gives AO of Table 2"),
+    "margin": (0.5, 0.5,
+               "margin of the triplet loss, which takes the cosine distance (our choice)"),
 }
-SAMPLER = PKSampler            # a batch: K clips of each of P identities
-SAMPLE = sample_strided        # a training clip: N frames, at most 4 apart, from a random start
-SPLIT = split_consecutive      # the test: all frames, in clips of N consecutive ones, averaged
-METRIC = "cosine"              # distance of the test
+# A batch has K clips of each of P identities (Sec. 4.1).
+SAMPLER = PKSampler
+# A training clip has every fourth frame from a random start (Sec. 4.1), or random frames of a short
+# tracklet. The loader flips it with a probability of 0.5.
+SAMPLE = sample_strided
+# In the test, a tracklet is split into clips of N consecutive frames. Its feature is the mean of
+# the clips' embeddings (Sec. 4.1).
+SPLIT = split_consecutive
+# The distance between query and gallery features (Sec. 4.1)
+METRIC = "cosine"
 
-PLAIN = dict(csp=False, dao=False, tks=(), million_parameters=23.5)  # the branches alone
-ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, rank-1) as printed
-    "bicnet-tks": Row("Tables 1, 2, 5, 6: BiCnet-TKS", shares=(1, 3), csp=True, dao=True,
-                      divergence=0.01, tks=(2,), select=True, mars=(86.0, 90.2), duke=(96.1, 96.3),
-                      lsvid=(75.1, 84.6), gflops_a_frame=1.99, million_parameters=29.2),
-    "base-s": Row("Table 2: Base-S", shares=(0, 1), **PLAIN, mars=(80.7, 87.4),
-                  gflops_a_frame=1.02),
-    "base-b": Row("Table 2: Base-B", shares=(1,), **PLAIN, mars=(85.2, 89.1), gflops_a_frame=4.08),
-    "tb": Row("Table 2: TB", shares=(1, 3), **PLAIN, mars=(84.3, 89.6), gflops_a_frame=1.81),
-    "tb+csp": Row("Table 2: TB+CSP", shares=(1, 3), csp=True, dao=False, tks=(), mars=(85.0, 89.6),
-                  gflops_a_frame=1.89, million_parameters=27.6),
-    "tb+csp+ao": Row("Table 2: TB+CSP+AO", shares=(1, 3), csp=True, dao=True, divergence=0.0,
-                     tks=(), mars=(85.2, 89.3), gflops_a_frame=1.89, million_parameters=27.6),
-    "tb+csp+dao": Row("Table 2: BiCnet", shares=(1, 3), csp=True, dao=True, divergence=0.01, tks=(),
-                      mars=(85.6, 89.8), gflops_a_frame=1.89, million_parameters=27.6),
-    "bicnet-tk": Row("Table 2: BiCnet-TK (fix-fusion)", shares=(1, 3), csp=True, dao=True,
-                     divergence=0.01, tks=(2,), select=False, mars=(85.5, 89.6),
-                     gflops_a_frame=1.91, million_parameters=29.1),
-    "height-256": Row("Table 3: height 256", "base-b"),
-    "height-128": Row("Table 3: height 128", "base-s"),
-    "height-64": Row("Table 3: height 64", shares=(0, 0, 1), **PLAIN, mars=(64.1, 77.4),
-                     gflops_a_frame=0.25),
-    "height-256+128": Row("Table 3: heights 256, 128", shares=(1, 1), frames=8, **PLAIN,
-                          mars=(84.8, 89.4), gflops_a_frame=2.55),
-    "height-256+128+64": Row("Table 3: heights 256, 128, 64", shares=(1, 1, 1), frames=9, **PLAIN,
-                             mars=(79.1, 86.1), gflops_a_frame=1.76),
-    "tb-alpha0": Row("Table 4: alpha = 0 (Base-B)", "base-b"),
-    "tb-alpha1": Row("Table 4: alpha = 1", shares=(1, 1), frames=8, **PLAIN, mars=(84.8, 89.4),
-                     gflops_a_frame=2.57),
-    "tb-alpha2": Row("Table 4: alpha = 2", shares=(1, 2), frames=9, **PLAIN, mars=(84.4, 89.7),
-                     gflops_a_frame=2.07),
-    "tb-alpha3": Row("Table 4: alpha = 3", "tb"),
-    "tb-alpha4": Row("Table 4: alpha = 4", shares=(1, 4), frames=10, **PLAIN, mars=(83.8, 89.5),
-                     gflops_a_frame=1.67),
-    "tb-alpha-inf": Row("Table 4: alpha = infinity (Base-S)", "base-s"),
-    "tks-k3": Row("Table 5: K3", kernels=(3,), mars=(85.1, 89.9), gflops_a_frame=1.94,
-                  million_parameters=28.3),
-    "tks-k5": Row("Table 5: K5", kernels=(5,), mars=(85.3, 90.1), gflops_a_frame=1.94,
-                  million_parameters=28.3),
-    "tks-k7": Row("Table 5: K7", kernels=(7,), mars=(85.5, 89.8), gflops_a_frame=1.94,
-                  million_parameters=28.3),
-    "tks-k35": Row("Table 5: K3, K5", "bicnet-tks"),
-    "tks-k37": Row("Table 5: K3, K7", kernels=(3, 7), mars=(85.7, 90.0), gflops_a_frame=1.99,
-                   million_parameters=29.2),
-    "tks-k57": Row("Table 5: K5, K7", kernels=(5, 7), mars=(85.6, 90.1), gflops_a_frame=1.99,
-                   million_parameters=29.2),
-    "tks-k357": Row("Table 5: K3, K5, K7", kernels=(3, 5, 7), mars=(85.8, 90.2),
-                    gflops_a_frame=2.04, million_parameters=30.0),
-    "tks-stage1": Row("Table 6: TKS in stage 1", tks=(1,), mars=(85.3, 90.1), gflops_a_frame=1.99,
-                      million_parameters=28.0),
-    "tks-stage2": Row("Table 6: TKS in stage 2", "bicnet-tks"),
-    "tks-stage3": Row("Table 6: TKS in stage 3", tks=(3,), mars=(85.7, 90.4), gflops_a_frame=1.99,
-                      million_parameters=34.1),
-    "tks-stage4": Row("Table 6: TKS in stage 4", tks=(4,), mars=(85.4, 90.0), gflops_a_frame=2.29,
-                      million_parameters=53.5),
-    "tks-stage23": Row("Table 6: TKS in stages 2, 3", tks=(2, 3), mars=(85.8, 90.3),
-                       gflops_a_frame=2.09, million_parameters=35.7),
+NO_MODULES = dict(csp=False, dao=False, tks=())  # branches alone (TB), without CSP, DAO and TKS
+ROWS = {
+    # Each entry of a variant has its table and name in the paper, the settings of RECIPE that it
+    # changes or names, and the paper's (mAP, rank-1) and costs. same="NAME" says that the variant
+    # is the same as the variant NAME.
+
+    # Tables 1 and 2: the whole network and its components, alpha = 3
+    "bicnet-tks": Row(
+        "Tables 1, 2, 5, 6: BiCnet-TKS",
+        shares=(1, 3), csp=True, dao=True, divergence=0.01, tks=(2,), select=True,
+        mars=(86.0, 90.2), duke=(96.1, 96.3), lsvid=(75.1, 84.6),
+        gflops_a_frame=1.99, million_parameters=29.2,
+    ),
+    "base-s": Row(
+        "Table 2: Base-S",
+        shares=(0, 1), **NO_MODULES,
+        mars=(80.7, 87.4), gflops_a_frame=1.02, million_parameters=23.5,
+    ),
+    "base-b": Row(
+        "Table 2: Base-B",
+        shares=(1,), **NO_MODULES,
+        mars=(85.2, 89.1), gflops_a_frame=4.08, million_parameters=23.5,
+    ),
+    "tb": Row(
+        "Table 2: TB",
+        shares=(1, 3), **NO_MODULES,
+        mars=(84.3, 89.6), gflops_a_frame=1.81, million_parameters=23.5,
+    ),
+    "tb+csp": Row(
+        "Table 2: TB+CSP",
+        shares=(1, 3), csp=True, dao=False, tks=(),
+        mars=(85.0, 89.6), gflops_a_frame=1.89, million_parameters=27.6,
+    ),
+    "tb+csp+ao": Row(
+        "Table 2: TB+CSP+AO",
+        shares=(1, 3), csp=True, dao=True, divergence=0.0, tks=(),
+        mars=(85.2, 89.3), gflops_a_frame=1.89, million_parameters=27.6,
+    ),
+    "tb+csp+dao": Row(
+        "Table 2: BiCnet",
+        shares=(1, 3), csp=True, dao=True, divergence=0.01, tks=(),
+        mars=(85.6, 89.8), gflops_a_frame=1.89, million_parameters=27.6,
+    ),
+    "bicnet-tk": Row(
+        "Table 2: BiCnet-TK (fix-fusion)",
+        shares=(1, 3), csp=True, dao=True, divergence=0.01, tks=(2,), select=False,
+        mars=(85.5, 89.6), gflops_a_frame=1.91, million_parameters=29.1,
+    ),
+
+    # Table 3: the heights of the frames in each branch. Height 128 alone is a half-size branch for
+    # all frames, and 64 a quarter-size one: the loader still resizes to --height and --width.
+    "height-256": Row("Table 3: height 256", same="base-b"),
+    "height-128": Row("Table 3: height 128", same="base-s"),
+    "height-64": Row(
+        "Table 3: height 64",
+        shares=(0, 0, 1), **NO_MODULES,
+        mars=(64.1, 77.4), gflops_a_frame=0.25, million_parameters=23.5,
+    ),
+    "height-256+128": Row(
+        "Table 3: heights 256, 128",
+        shares=(1, 1), frames=8, **NO_MODULES,
+        mars=(84.8, 89.4), gflops_a_frame=2.55, million_parameters=23.5,
+    ),
+    "height-256+128+64": Row(
+        "Table 3: heights 256, 128, 64",
+        shares=(1, 1, 1), frames=9, **NO_MODULES,
+        mars=(79.1, 86.1), gflops_a_frame=1.76, million_parameters=23.5,
+    ),
+
+    # Table 4: alpha. The paper gives 2.55 GFLOPs in Table 3 and 2.57 here for the same network.
+    "tb-alpha0": Row("Table 4: alpha = 0 (Base-B)", same="base-b"),
+    "tb-alpha1": Row(
+        "Table 4: alpha = 1",
+        shares=(1, 1), frames=8, **NO_MODULES,
+        mars=(84.8, 89.4), gflops_a_frame=2.57, million_parameters=23.5,
+    ),
+    "tb-alpha2": Row(
+        "Table 4: alpha = 2",
+        shares=(1, 2), frames=9, **NO_MODULES,
+        mars=(84.4, 89.7), gflops_a_frame=2.07, million_parameters=23.5,
+    ),
+    "tb-alpha3": Row("Table 4: alpha = 3", same="tb"),
+    "tb-alpha4": Row(
+        "Table 4: alpha = 4",
+        shares=(1, 4), frames=10, **NO_MODULES,
+        mars=(83.8, 89.5), gflops_a_frame=1.67, million_parameters=23.5,
+    ),
+    "tb-alpha-inf": Row("Table 4: alpha = infinity (Base-S)", same="base-s"),
+
+    # Table 5: the kernels of TKS. What a variant does not set is as in RECIPE.
+    "tks-k3": Row(
+        "Table 5: K3",
+        kernels=(3,),
+        mars=(85.1, 89.9), gflops_a_frame=1.94, million_parameters=28.3,
+    ),
+    "tks-k5": Row(
+        "Table 5: K5",
+        kernels=(5,),
+        mars=(85.3, 90.1), gflops_a_frame=1.94, million_parameters=28.3,
+    ),
+    "tks-k7": Row(
+        "Table 5: K7",
+        kernels=(7,),
+        mars=(85.5, 89.8), gflops_a_frame=1.94, million_parameters=28.3,
+    ),
+    "tks-k35": Row("Table 5: K3, K5", same="bicnet-tks"),
+    "tks-k37": Row(
+        "Table 5: K3, K7",
+        kernels=(3, 7),
+        mars=(85.7, 90.0), gflops_a_frame=1.99, million_parameters=29.2,
+    ),
+    "tks-k57": Row(
+        "Table 5: K5, K7",
+        kernels=(5, 7),
+        mars=(85.6, 90.1), gflops_a_frame=1.99, million_parameters=29.2,
+    ),
+    "tks-k357": Row(
+        "Table 5: K3, K5, K7",
+        kernels=(3, 5, 7),
+        mars=(85.8, 90.2), gflops_a_frame=2.04, million_parameters=30.0,
+    ),
+
+    # Table 6: the stages followed by a TKS
+    "tks-stage1": Row(
+        "Table 6: TKS in stage 1",
+        tks=(1,),
+        mars=(85.3, 90.1), gflops_a_frame=1.99, million_parameters=28.0,
+    ),
+    "tks-stage2": Row("Table 6: TKS in stage 2", same="bicnet-tks"),
+    "tks-stage3": Row(
+        "Table 6: TKS in stage 3",
+        tks=(3,),
+        mars=(85.7, 90.4), gflops_a_frame=1.99, million_parameters=34.1,
+    ),
+    "tks-stage4": Row(
+        "Table 6: TKS in stage 4",
+        tks=(4,),
+        mars=(85.4, 90.0), gflops_a_frame=2.29, million_parameters=53.5,
+    ),
+    "tks-stage23": Row(
+        "Table 6: TKS in stages 2, 3",
+        tks=(2, 3),
+        mars=(85.8, 90.3), gflops_a_frame=2.09, million_parameters=35.7,
+    ),
 }
 RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
-    """The network of a row; a checkpoint brings its own weights."""
-    return BiCnet(num_classes, args.frames, args.height, args.width, args.shares,
-                  args.csp, args.dao, args.tks, args.kernels, args.select, args.grid, args.pool,
-                  "none" if args.resume else args.weights, args.csp_stages, args.reduction,
-                  args.bottleneck, args.excite_bn, args.own_statistics)
+    """Builds the network for the settings `args`.
+
+    With --resume the weights come from the checkpoint, so that none are loaded here.
+    """
+    weights = args.weights
+    if args.resume:
+        weights = "none"
+    return BiCnet(
+        num_classes,
+        frames=args.frames,
+        height=args.height,
+        width=args.width,
+        shares=args.shares,
+        csp=args.csp,
+        csp_stages=args.csp_stages,
+        dao=args.dao,
+        tks=args.tks,
+        kernels=args.kernels,
+        grid=args.grid,
+        select=args.select,
+        bottleneck=args.bottleneck,
+        reduction=args.reduction,
+        excite_bn=args.excite_bn,
+        pool=args.pool,
+        weights=weights,
+        own_statistics=args.own_statistics,
+    )
 
 
 def make_optimizer(model, args):
@@ -568,24 +898,37 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Figures 1, 3 and 4: A_k and the last map on the frames, big and small,
-    and the weights of TKS' kernels."""
+    """What --figure draws, modelled on Figures 1, 3 and 4: the attention maps A_k and the last maps
+    over the frames, and the weights of the kernels of TKS. Returns a title and {label: row}."""
     selecting = {name: tks for name, tks in model.tks.items() if tks.w is not None}
-    last, *calls = watch(model, clips, model.layer4, *model.dao,
-                         *(tks.w for tks in selecting.values()))
-    names = ["big", *(f"1/{2 ** i} size" for i in range(1, len(model.counts)))]
-    heads = [name for name, count in zip(names, model.counts) for _ in range(count)]
+    selectors = [tks.w for tks in selecting.values()]
+    calls = watch(model, clips, model.layer4, *model.dao, *selectors)
+    layer4_calls = calls[0]
+    dao_calls = calls[1:1 + len(model.dao)]
+    selector_calls = calls[1 + len(model.dao):]
+
+    heads = []
+    for i, count in enumerate(model.frames_per_branch):
+        head = "big"
+        if i > 0:
+            head = f"1/{2 ** i} size"
+        heads += [head] * count
     rows = {}
-    if model.dao:
-        maps = [m * m.numel() for ((_, (_, a)),) in calls[:len(model.dao)] for m in a[0]]
-        rows["attention A_k, over its mean"] = overlays(frames, maps, heads)
-    maps = [m for _, x in last for m in energy(x)]
-    rows["last map, over its mean"] = overlays(frames, maps, heads)
-    for (name, tks), ((_, w_u),) in zip(selecting.items(), calls[len(model.dao):]):
-        g = w_u.float().unflatten(1, (len(tks.paths), -1)).softmax(1)[0].mean(1)
-        lengths = ", ".join(str(2 * path.dilation[0] + 1) for path in tks.paths)
-        rows[f"TKS behind {name}: weights of its kernels"] = bars([g], [f"{lengths} frames"])
-    return "BiCnet-TKS: where the frames look", rows
+    if len(model.dao) > 0:
+        attention_maps = []
+        for ((_, (_, attention)),) in dao_calls:  # each was called once: (inputs, outputs)
+            for m in attention[0]:
+                attention_maps.append(m * m.numel())  # a map sums to 1: its mean is 1 / numel
+        rows["attention A_k, divided by its mean"] = overlays(frames, attention_maps, heads)
+    last_maps = []
+    for _, x in layer4_calls:  # one call for each branch
+        last_maps += energy(x)
+    rows["last map, divided by its mean"] = overlays(frames, last_maps, heads)
+    for (name, tks), ((_, logits),) in zip(selecting.items(), selector_calls):
+        g = tks.softmax_over_paths(logits.float())[0].mean(1)
+        lengths = ", ".join(str(k) for k in tks.kernels)
+        rows[f"TKS after {name}: weights of its kernels"] = bars([g], [f"{lengths} frames"])
+    return "BiCnet-TKS: attention and features of each frame", rows
 
 
 if __name__ == "__main__":  # same in every script

@@ -1,5 +1,5 @@
-"""BiCnet-TKS' modules against slow float64 versions of the paper's equations, its invariants, its
-rows and its complexity."""
+"""BiCnet-TKS: the modules against slow float64 versions of the paper's equations, and the
+invariants, variants and complexity of the network."""
 
 import copy
 import functools
@@ -30,13 +30,13 @@ DIFFERENT = [name for name, row in ROWS.items() if not row.same]
 
 
 def network(row="bicnet-tks", num_classes=3, **changes):
-    """The network of a row as the script builds it, of small frames unless said."""
+    """The network of a variant as the script builds it, by default for frames of 64x32."""
     changes = {"height": 64, "width": 32, "weights": "none", **changes}
     return build(settings(RECIPE, ROWS, row, **changes), num_classes)
 
 
 def meta(row="bicnet-tks", **changes):
-    """The same of the paper's size, without memory."""
+    """The same for 256x128 frames and 625 identities, on the meta device."""
     with torch.device("meta"):
         return network(row, 625, **{"height": 256, "width": 128, **changes})
 
@@ -114,7 +114,7 @@ def slow_tks(tks, maps, kernels, grid, select=True, bottleneck=True, excite_bn=T
         dilation = (k - 1) // 2
         for t in range(T):
             for tap in (-1, 0, 1):
-                if 0 <= t + tap * dilation < T:  # zeros before and behind the clip
+                if 0 <= t + tap * dilation < T:  # zeros before and after the clip
                     tapped = x[:, t + tap * dilation]
                     y[n, :, t] += torch.einsum("oc,bchw->bohw", path.weight[:, :, tap + 1], tapped)
     if select and K > 1:
@@ -143,7 +143,7 @@ def slow_tks(tks, maps, kernels, grid, select=True, bottleneck=True, excite_bn=T
 @pytest.mark.parametrize("M, alpha", [(1, 1), (2, 3), (3, 2)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_csp(C, H, W, M, alpha, layout):
-    csp = randomize(CrossScalePath(C, alpha))
+    csp = randomize(CrossScalePath(C, alpha=alpha))
     branches = maps(M, C, H, W), maps(alpha * M, C, H // 2, W // 2)
     fast = csp(*(x.flatten(0, 1).contiguous(memory_format=layout).view_as(x) for x in branches))
     close(fast, slow_csp(csp, *branches, alpha))
@@ -179,8 +179,8 @@ def test_divergence_loss(M):
 
 
 def test_the_divergence_loss_reaches_a_1():
-    """It has no parameters: the gradient goes on into the maps of the first frame, and into those
-    of the others."""
+    """A_1 has no parameters. Its gradient flows into the maps of the first frame, and that of the
+    other attention maps into the maps of their frames."""
     dao, d = randomize(DiverseAttentionsOperation(8, 3, 4, 2)), maps(3, 8, 4, 2).requires_grad_()
     divergence_loss(dao(d)[1]).backward()
     assert (d.grad.abs().sum((0, 2, 3, 4)) > 0).all()
@@ -190,12 +190,12 @@ KERNELS = pytest.mark.parametrize(
     "kernels, select",
     [((3,), False), ((3,), True), ((3, 5), True), ((5, 7), False), ((3, 5, 7), True)],
 )
-PRINTED = pytest.mark.parametrize(
+FORMS = pytest.mark.parametrize(
     "forms",
     [
         {},
-        dict(bottleneck=False),  # Eq. 7 as printed
-        dict(excite_bn=False),  # E_t = U(Z_t) + F_t as printed
+        dict(bottleneck=False),  # W_i is C x C, as in the paper
+        dict(excite_bn=False),  # E_t = U(Z_t) + F_t, as in the paper
         dict(bottleneck=False, excite_bn=False),
     ],
 )
@@ -203,10 +203,12 @@ PRINTED = pytest.mark.parametrize(
 
 @SIZES
 @KERNELS
-@PRINTED
+@FORMS
 @pytest.mark.parametrize("grid", [(4, 2), (2, 1)])
 def test_tks(C, H, W, kernels, select, grid, forms):
-    tks = TemporalKernelSelection(C, kernels, grid, reduction=4, select=select, **forms)
+    tks = TemporalKernelSelection(
+        C, kernels=kernels, grid=grid, reduction=4, select=select, **forms
+    )
     for p in randomize(tks).parameters():
         p.data *= 0.3  # W_i u of C x C stays below the largest exponent
     branches = maps(2, C, 2 * H, 2 * W, B=3), maps(6, C, H, W, B=3)
@@ -214,24 +216,25 @@ def test_tks(C, H, W, kernels, select, grid, forms):
     for fast, expected in zip(tks(*branches), slow, strict=True):
         close(fast, expected)
     (alone,) = slow_tks(tks, branches[1:], kernels, grid, select, **forms)
-    close(tks(branches[1])[0], alone)  # of a single branch
+    close(tks(branches[1])[0], alone)  # a single branch
 
 
-@PRINTED
+@FORMS
 def test_tks_selection_weights(forms):
-    tks = randomize(TemporalKernelSelection(8, (3, 5, 7), reduction=4, **forms))
+    tks = randomize(TemporalKernelSelection(8, kernels=(3, 5, 7), reduction=4, **forms))
     y = torch.randn(3, 3, 8, 24, dtype=torch.float64)
     g = tks.selection_weights(y)
     assert g.shape == (3, 3, 8) and (g > 0).all()
     close(g.sum(1), torch.ones(3, 8, dtype=g.dtype))  # over the paths, for each clip and channel
-    tk = TemporalKernelSelection(8, (3, 5, 7), reduction=4, select=False, **forms)
+    tk = TemporalKernelSelection(8, kernels=(3, 5, 7), reduction=4, select=False, **forms)
     assert tk.w is None and (tk.selection_weights(y) == 1 / 3).all()
-    assert TemporalKernelSelection(8, (5,), reduction=4, **forms).w is None  # nothing to select
+    single = TemporalKernelSelection(8, kernels=(5,), reduction=4, **forms)
+    assert single.w is None  # there is nothing to select
 
 
-def test_tks_as_printed_has_w_i_of_c_x_c():
+def test_tks_in_the_papers_form_has_w_i_of_c_x_c():
     def names(**forms):
-        tks = TemporalKernelSelection(8, (3, 5), reduction=4, **forms)
+        tks = TemporalKernelSelection(8, kernels=(3, 5), reduction=4, **forms)
         return {name for name, _ in tks.named_parameters() if "paths" not in name}
 
     squeeze = {"squeeze.0.weight", "squeeze.1.weight", "squeeze.1.bias"}
@@ -239,10 +242,8 @@ def test_tks_as_printed_has_w_i_of_c_x_c():
     assert names(bottleneck=False) == {"w.weight", "bn.weight", "bn.bias"}
     assert names(excite_bn=False) == {*squeeze, "w.weight"}
     assert names(bottleneck=False, excite_bn=False) == {"w.weight"}
-    assert TemporalKernelSelection(8, (3, 5), bottleneck=False, reduction=4).w.weight.shape == (
-        16,
-        8,
-    )
+    full = TemporalKernelSelection(8, kernels=(3, 5), bottleneck=False, reduction=4)
+    assert full.w.weight.shape == (16, 8)
 
 
 def test_tks_properties():
@@ -262,9 +263,15 @@ def test_tks_properties():
 @pytest.mark.parametrize(
     "options, says",
     [
-        *((dict(kernels=kernels), "odd kernels") for kernels in ((4,), (3, 1), ())),
-        *((dict(grid=grid), "a grid of h and w >= 1") for grid in ((4,), (0, 2), (), (1, 1, 1))),
-        *((dict(reduction=r), f"a reduction of 1 to 16, not .* and {r}$") for r in (0, 17)),
+        (dict(kernels=(4,)), r"kernels, which are odd and at least 3, not \(4,\)"),
+        (dict(kernels=(3, 1)), r"kernels, which are odd and at least 3, not \(3, 1\)"),
+        (dict(kernels=()), r"one or more kernels, .* not \(\)"),
+        (dict(grid=(4,)), "grid must be h and w"),
+        (dict(grid=(0, 2)), "grid must be h and w"),
+        (dict(grid=()), "grid must be h and w"),
+        (dict(grid=(1, 1, 1)), "grid must be h and w"),
+        (dict(reduction=0), "reduction must be from 1 to 16, not 0"),
+        (dict(reduction=17), "reduction must be from 1 to 16, not 17"),
     ],
 )
 def test_tks_refuses(options, says):
@@ -273,7 +280,7 @@ def test_tks_refuses(options, says):
 
 
 def test_tks_refuses_other_maps():
-    with pytest.raises(ValueError, match="4x2 equal regions, which 6x4 does not allow"):
+    with pytest.raises(ValueError, match="cannot divide a map of 6x4 into 4x2 equal regions"):
         TemporalKernelSelection(16)(torch.zeros(1, 2, 16, 6, 4))
 
 
@@ -282,7 +289,7 @@ def test_tks_refuses_other_maps():
 def test_constant_input_stays_finite(value, dtype):
     big = torch.full((2, 2, 16, 8, 4), value, dtype=dtype, requires_grad=True)
     small = torch.full((2, 4, 16, 4, 2), value, dtype=dtype, requires_grad=True)
-    csp = CrossScalePath(16, 2).to(dtype)
+    csp = CrossScalePath(16, alpha=2).to(dtype)
     tks = wake(TemporalKernelSelection(16, grid=(2, 1))).to(dtype)
     dao = wake(DiverseAttentionsOperation(16, 4, 4, 2)).to(dtype)
     y, a = dao(tks(big, csp(big, small))[1])
@@ -305,7 +312,8 @@ def test_losses():
     assert torch.equal(parts["triplet"], batch_hard_triplet(embedding, pids, 0.5))
     mean = (divergence_loss(attention[0]) + divergence_loss(attention[1])) / 2
     assert torch.equal(parts["div"], 0.01 * mean)
-    alone = losses((embedding, logits, []), pids, args)
+    without_dao = settings(RECIPE, ROWS, "tb+csp")
+    alone = losses((embedding, logits, []), pids, without_dao)
     assert list(alone) == ["xent", "triplet"]
     args.margin, args.divergence = 0.7, 0.3
     parts = losses((embedding, logits, attention), pids, args)
@@ -318,37 +326,38 @@ def test_losses():
 # -------------------------------------------------------------------- branches' own statistics
 
 
-def test_a_branch_has_its_own_averages_and_shares_the_weights():
+def test_a_branch_has_its_own_statistics_and_shares_the_weights():
     bn = nn.BatchNorm2d(3).double()
     nn.init.uniform_(bn.running_mean)
     own, before = BranchBatchNorm(bn, 2), bn.running_mean.clone()
-    x = 1 + torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)  # of each branch
+    x = 1 + torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)  # the maps of each branch
     for i in (0, 1):
-        own.branch = i
-        assert torch.equal(own(x[i]), copy.deepcopy(bn)(x[i]))  # by its own batch, as without it
+        own.active_branch = i
+        assert torch.equal(own(x[i]), copy.deepcopy(bn)(x[i]))  # in training, as any BatchNorm
     for i in (0, 1):  # each average saw its own branch alone
         rows = x[i].movedim(1, 3).reshape(-1, 3)
-        close(own.of[i].running_mean, 0.9 * before + 0.1 * rows.mean(0))
-        close(own.of[i].running_var, 0.9 + 0.1 * rows.var(0))
+        close(own.per_branch[i].running_mean, 0.9 * before + 0.1 * rows.mean(0))
+        close(own.per_branch[i].running_var, 0.9 + 0.1 * rows.var(0))
     own.eval()
     for i in (0, 1):
-        own.branch = i
+        own.active_branch = i
         rows = x[i].movedim(1, 3)
-        slow = (rows - own.of[i].running_mean) / (own.of[i].running_var + bn.eps).sqrt()
+        bn_i = own.per_branch[i]
+        slow = (rows - bn_i.running_mean) / (bn_i.running_var + bn.eps).sqrt()
         close(own(x[i]), slow.movedim(3, 1))
     assert {id(p) for p in own.parameters()} == {id(bn.weight), id(bn.bias)}
 
 
 def test_own_statistics(one_backbone):
-    """In training nothing changes but the averages; in a test each branch is normalised by its
-    own, as the slow version does: a network for each branch."""
+    """In training only the running statistics differ. In eval mode each branch is normalised by its
+    own statistics, as by a network for each branch."""
     flags = dict(csp=False, dao=False, tks=(), frames=4)
     torch.manual_seed(1)
     shared = network("tb", **flags).double()
     torch.manual_seed(1)
     own = network("tb", **flags, own_statistics=True).double()
     assert len(list(own.parameters())) == len(list(shared.parameters()))
-    assert sum(isinstance(m, BranchBatchNorm) for m in own.modules()) == len(own.norms) == 53
+    assert sum(isinstance(m, BranchBatchNorm) for m in own.modules()) == len(own.branch_norms) == 53
     clips = torch.randn(2, 4, 3, 64, 32, dtype=torch.float64)
     for mine, theirs in zip(own(clips)[:2], shared(clips)[:2]):
         close(mine, theirs)
@@ -357,17 +366,17 @@ def test_own_statistics(one_backbone):
     features = []
     for i, frames in enumerate((clips[:, :1], halves.unflatten(0, (2, 3)))):
         state = {
-            name.replace(f"of.{i}.", ""): value
+            name.replace(f"per_branch.{i}.", ""): value
             for name, value in own.state_dict().items()
-            if f"of.{1 - i}." not in name
+            if f"per_branch.{1 - i}." not in name
         }
         size = dict(frames=frames.shape[1], height=frames.shape[3], width=frames.shape[4])
         base = network("base-b", **size).double().eval()
         base.load_state_dict(state)
         features.append(base(frames))
     close(own(clips), (features[0] + features[1]) / 2)  # the neck is affine in eval mode
-    for norm in own.norms:
-        norm.of[0], norm.of[1] = norm.of[1], norm.of[0]
+    for norm in own.branch_norms:
+        norm.per_branch[0], norm.per_branch[1] = norm.per_branch[1], norm.per_branch[0]
     assert (own(clips) - (features[0] + features[1]) / 2).abs().max() > 1e-3
 
 
@@ -383,9 +392,9 @@ def test_a_network_with_own_statistics_can_be_kept_copied_and_synchronised():
     clips = torch.randn(1, 8, 3, 64, 32)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(own))
     for model in (own, other, synchronised):
-        weights = {bn.weight for norm in model.norms for bn in norm.of}
-        assert len(model.norms) == len(weights) == 53
-        assert all(norm in [*model.modules()] for norm in model.norms[:3])
+        weights = {bn.weight for norm in model.branch_norms for bn in norm.per_branch}
+        assert len(model.branch_norms) == len(weights) == 53
+        assert all(norm in [*model.modules()] for norm in model.branch_norms[:3])
     with torch.no_grad():
         assert torch.equal(own.eval()(clips), other.eval()(clips))
 
@@ -454,7 +463,7 @@ def test_settings_combine(row, changes, one_backbone):
     assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
 
 
-def test_where_the_modules_stand():
+def test_after_which_stages_the_modules_come():
     def places(row, **changes):
         model = meta(row, **changes)
         return list(model.csp), list(model.tks), len(model.dao)
@@ -468,8 +477,8 @@ def test_where_the_modules_stand():
 
 
 def test_branches():
-    """Eq. 1: the first N / (1 + alpha) frames are seen at full size, the others at half of it, by
-    the same network."""
+    """Eq. 1: the same network processes the first N / (1 + alpha) frames at full size and the
+    others at half the size."""
     model, base = network("tb").double().eval(), network("base-b").double().eval()
     base.load_state_dict(model.state_dict())
     clips = torch.randn(1, 8, 3, 64, 32, dtype=torch.float64)
@@ -481,56 +490,53 @@ def test_branches():
     close(model(clips), (f_d + f_c) / 2)  # BN is affine in eval mode
 
 
-def test_rows_start_as_two_branches_with_csp():
-    """TKS and DAO start as identity."""
+def test_the_network_starts_as_two_branches_with_csp():
+    """TKS and DAO start as the identity."""
     full, csp = network().double().eval(), network("tb+csp").double().eval()
     csp.load_state_dict(full.state_dict(), strict=False)
     clips = torch.randn(1, 8, 3, 64, 32, dtype=torch.float64)
     close(full(clips), csp(clips))
 
 
-JOINS = "CSP joins two branches .* not "
+JOINS = "CSP needs shares of two branches .* not "
 
 
 @pytest.mark.parametrize(
     "size, options, says",
     [
-        ((6, 256, 128), {}, r"1:3: a clip needs 4, 8, 12 \.\.\. frames, not 6"),
+        ((6, 256, 128), {}, "frames must be a multiple of 4 to be shared out 1:3, not 6"),
         (
             (8, 256, 128),
             dict(shares=(1, 2), csp_stages=()),
-            r"1:2: a clip needs 3, 6, 9 \.\.\. frames, not 8",
+            "frames must be a multiple of 3 to be shared out 1:2, not 8",
         ),
         (
             (8, 100, 128),
             {},
-            r"heights of 64, 128, 192 \.\.\. and widths of 32, 64, 96 \.\.\. pixels, not 100x128",
+            "height must be a multiple of 64 and width a multiple of 32 .* not 100x128",
         ),
         (
             (8, 64, 32),
             dict(tks=(3,)),
-            r"heights of 128, 256, 384 \.\.\. and widths of 64, 128, 192",
+            "height must be a multiple of 128 and width a multiple of 64 .* not 64x32",
         ),
-        ((8, 192, 96), dict(tks=(4,)), r"heights of 128, 256, 384"),
-        *(
-            ((12, 256, 128), dict(shares=shares), JOINS + ":".join(map(str, shares)))
-            for shares in ((1,), (0, 1), (1, 0), (2, 3), (1, 1, 1))
-        ),
-        ((8, 256, 128), dict(shares=()), r"shares of \(\) leave no frames"),
-        ((8, 256, 128), dict(shares=(0, 0), csp_stages=()), r"shares of \(0, 0\) leave no frames"),
-        (
-            (8, 256, 128),
-            dict(tks=(5,)),
-            r"TKS stands behind different stages of 1 to 4, not \(5,\)",
-        ),
-        ((8, 256, 128), dict(tks=(0,)), "TKS stands behind different stages"),
-        ((8, 256, 128), dict(tks=(2, 2)), "TKS stands behind different stages"),
-        ((8, 256, 128), dict(csp_stages=(4, 5)), "CSP stands behind different stages"),
-        ((8, 256, 128), dict(grid=(4,)), r"a grid is h and w, .* not \(4,\)"),
-        ((8, 256, 128), dict(grid=(4, 0)), r"a grid is h and w, .* not \(4, 0\)"),
-        ((8, 256, 128), dict(kernels=(3, 4)), r"odd kernels of at least 3 frames, not \(3, 4\)"),
-        ((8, 256, 128), dict(kernels=()), r"odd kernels of at least 3 frames, not \(\)"),
-        ((8, 256, 128), dict(reduction=0), "a reduction of 1 to 512, not .* and 0"),
+        ((8, 192, 96), dict(tks=(4,)), "height must be a multiple of 128"),
+        ((12, 256, 128), dict(shares=(1,)), JOINS + "1$"),
+        ((12, 256, 128), dict(shares=(0, 1)), JOINS + "0:1$"),
+        ((12, 256, 128), dict(shares=(1, 0)), JOINS + "1:0$"),
+        ((12, 256, 128), dict(shares=(2, 3)), JOINS + "2:3$"),
+        ((12, 256, 128), dict(shares=(1, 1, 1)), JOINS + "1:1:1$"),
+        ((8, 256, 128), dict(shares=()), r"at least one branch, not \(\)"),
+        ((8, 256, 128), dict(shares=(0, 0), csp_stages=()), r"at least one branch, not \(0, 0\)"),
+        ((8, 256, 128), dict(tks=(5,)), r"tks must be different stages from 1 to 4, not \(5,\)"),
+        ((8, 256, 128), dict(tks=(0,)), "tks must be different stages"),
+        ((8, 256, 128), dict(tks=(2, 2)), "tks must be different stages"),
+        ((8, 256, 128), dict(csp_stages=(4, 5)), "csp_stages must be different stages"),
+        ((8, 256, 128), dict(grid=(4,)), r"grid must be h and w, .* not \(4,\)"),
+        ((8, 256, 128), dict(grid=(4, 0)), r"grid must be h and w, .* not \(4, 0\)"),
+        ((8, 256, 128), dict(kernels=(3, 4)), r"odd and at least 3, not \(3, 4\)"),
+        ((8, 256, 128), dict(kernels=()), r"odd and at least 3, not \(\)"),
+        ((8, 256, 128), dict(reduction=0), "reduction must be from 1 to 512, not 0"),
     ],
 )
 def test_network_refuses(size, options, says):
@@ -540,13 +546,14 @@ def test_network_refuses(size, options, says):
 
 @pytest.mark.parametrize("tks", [(), (1,), (2,), (3,), (4,), (2, 3)])
 @pytest.mark.parametrize("csp_stages", [(), (1,), (1, 2, 3), (4,)])
-def test_the_sizes_that_are_said_to_fit_fit(tks, csp_stages):
+def test_the_sizes_that_the_error_names_fit(tks, csp_stages):
     with pytest.raises(ValueError) as error:
         BiCnet(3, 4, 1, 1, tks=tks, csp_stages=csp_stages)
-    H, W = re.search(r"heights of (\d+), .* widths of (\d+), ", str(error.value)).groups()
+    says = r"height must be a multiple of (\d+) and width a multiple of (\d+)"
+    H, W = map(int, re.search(says, str(error.value)).groups())
     with torch.device("meta"):
-        model = BiCnet(3, 4, int(H), int(W), tks=tks, csp_stages=csp_stages).eval()
-        assert model(torch.empty(1, 4, 3, int(H), int(W))).shape == (1, 2048)
+        model = BiCnet(3, 4, H, W, tks=tks, csp_stages=csp_stages).eval()
+        assert model(torch.empty(1, 4, 3, H, W)).shape == (1, 2048)
 
 
 # ------------------------------------------------------------------------- rows and complexity
@@ -619,7 +626,7 @@ def test_parameters(row):
 
 
 def test_parameters_without_batchnorm_and_dao():
-    """The integers that the printed figures were derived from; BN and DAO are told apart."""
+    """Integers that the paper's values agree with: without DAO and the BatchNorms of TKS."""
 
     def count(row):
         model, added = meta(row), 0
@@ -644,11 +651,11 @@ def test_parameters_without_batchnorm_and_dao():
     assert sum(p.numel() for p in meta("tb+csp+dao").dao.parameters()) == 27_648 + 4_096
 
 
-def test_parameters_of_the_printed_forms():
-    """What the docstring says of them, and a pair of averages adds no parameter."""
-    printed = meta("tks-stage4", bottleneck=False)
+def test_parameters_of_the_papers_forms():
+    """The numbers that the docstring gives. Statistics for each branch add no parameter."""
+    full = meta("tks-stage4", bottleneck=False)
     w = 2 * 2048**2
-    assert parameters(printed) == BICNET + 2 * 3 * 2048**2 + w + 2 * 2048 == 61_227_072
+    assert parameters(full) == BICNET + 2 * 3 * 2048**2 + w + 2 * 2048 == 61_227_072
     assert parameters(meta("tb+csp", csp_stages=(1, 2, 3, 4))) == TRUNK + CSP + 3 * 2048**2
     assert 3 * 2048**2 == 12_582_912
     assert parameters(meta(excite_bn=False)) == EXPECTED["bicnet-tks"] - 2 * 512
@@ -657,14 +664,15 @@ def test_parameters_of_the_printed_forms():
 
 @functools.cache
 def macs_a_frame(row, **changes):
-    """In units of 1e9, of the convolutions and matrix products, as computed."""
+    """10^9 multiply-adds of the convolutions and matrix products for an average frame."""
     args = settings(RECIPE, ROWS, row)
     model = meta(row, **changes)
     return multiply_adds(model, args.frames, 256, 128) / args.frames / 1e9
 
 
 def test_multiply_adds():
-    """Of a frame, small frames resized at the input; printed are 1.02, 4.08, 0.25, 1.81, 1.89."""
+    """Of a frame, with small frames resized at the input. The paper has 1.02, 4.08, 0.25, 1.81 and
+    1.89 for the first five."""
     macs = {row: macs_a_frame(row) for row in DIFFERENT}
     computed = [round(macs[row], 3) for row in ("base-s", "base-b", "height-64", "tb", "tb+csp")]
     assert computed == [1.013, 4.053, 0.253, 1.773, 1.849]
@@ -685,13 +693,15 @@ def test_multiply_adds():
     assert macs["bicnet-tks"] - macs["tb+csp+dao"] == pytest.approx(2 * path, rel=0.01)
     for more, less in (("tks-k357", "bicnet-tks"), ("bicnet-tks", "tks-k3")):
         assert macs[more] - macs[less] == pytest.approx(path, rel=0.02)
-    for row, figure in printed_gflops().items():  # a full-size stem and the work of BN on top
+    # the paper's values also have a full-size stem and the work of BatchNorm
+    for row, value in gflops_in_the_paper().items():
         if not row.startswith(("tks", "bicnet")):
-            assert -0.015 < figure - macs[row] < 0.05, row
+            assert -0.015 < value - macs[row] < 0.05, row
     kernels = ((3,), (3, 5), (3, 5, 7))
     eight = [macs_a_frame("bicnet-tks", kernels=k, grid=(8, 8)) for k in kernels]
-    assert [round(value, 2) for value in eight] == [1.9, 1.95, 2.0]  # printed: + 0.05 a path
+    # as in the paper, each path adds 0.05
+    assert [round(value, 2) for value in eight] == [1.9, 1.95, 2.0]
 
 
-def printed_gflops():
+def gflops_in_the_paper():
     return {row: row_of(ROWS, row).costs["gflops_a_frame"] for row in DIFFERENT}

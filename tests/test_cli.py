@@ -693,11 +693,11 @@ def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
             ["1 erased block(s) of 1x4 can cover the whole 1x4 map of 16x64 frames"],
         ),
         ("tclnet.py", ("--loss", "tri"), ["--loss", "'tri'"]),
-        ("bicnet_tks.py", ("--frames", 6), ["a clip needs 4, 8, 12 ... frames, not 6", "--frames"]),
+        ("bicnet_tks.py", ("--frames", 6), ["frames must be a multiple of 4", "not 6", "--frames"]),
         (
             "bicnet_tks.py",
             ("--height", 48),
-            ["heights of 64, 128, 192 ... and widths of 32, 64, 96 ... pixels, not 48x64"],
+            ["height must be a multiple of 64 and width a multiple of 32", "not 48x64"],
         ),
         ("bicnet_tks.py", ("--divergence", "-1"), ["--divergence", "float of 0 to"]),
         *(

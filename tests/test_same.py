@@ -162,7 +162,7 @@ def tse(c):
 
 COPIED = {
     "bicnet_tks": {
-        "CrossScalePath": (lambda c: c(64, 3), [(2, 1, 64, 8, 4), (2, 3, 64, 4, 2)]),
+        "CrossScalePath": (lambda c: c(64, alpha=3), [(2, 1, 64, 8, 4), (2, 3, 64, 4, 2)]),
         "DiverseAttentionsOperation": (lambda c: c(64, 4, 8, 4), [MAPS]),
         "TemporalKernelSelection": (lambda c: c(64), [MAPS]),
         "BranchBatchNorm": (lambda c: c(nn.BatchNorm2d(64), 2), [FRAMES]),
