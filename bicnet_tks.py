@@ -50,13 +50,14 @@ flag restores the paper's form; all three flags together give the network of the
                   share, BatchNorm, ReLU, and a linear layer from C/16 to C channels for each
                   kernel. C x C matrices would give 61.2 million parameters with TKS after stage 4,
                   where the paper has 53.5 million. --no-bottleneck
-  excite          "E_t = U(Z_t) + F_t". We apply a BatchNorm to Z before this sum. Its weight starts
+  Excite          "E_t = U(Z_t) + F_t". We apply a BatchNorm to Z before this sum. Its weight starts
                   at zero, so that TKS is the identity at the start of training. --no-excite-bn
 
-Which choices rest on the paper's parameter counts: the stages of CSP (27.6 million, Table 2), and
-the bottleneck of W_i with its reduction of 16 (53.5 million with TKS after stage 4, Table 6; ours
-has 53.59 million without DAO and the BatchNorms of TKS, and the paper cuts its values). The counts
-do not tell whether CSP has a bias (5,376 parameters), nor how DAO is built (27,648 weights).
+Two choices rest on the parameter counts in the paper's tables. CSPs after stages 1 to 3 give the
+27.6 million of TB+CSP (Table 2). The bottleneck of W_i with a reduction of 16 gives the 53.5
+million of TKS after stage 4 (Table 6): ours has 53.59 million without DAO and the BatchNorms of
+TKS, and the paper cuts its values instead of rounding them. The counts do not tell whether CSP has
+a bias (5,376 parameters), nor how DAO is built (27,648 weights).
 
 Unspecified in the paper; our choice. "(release)" marks what we took from the authors' code:
   small frames    They are resized at the input, as the text says, by bilinear interpolation with
@@ -159,8 +160,8 @@ class CrossScalePath(nn.Module):
                              f"{tuple(small.shape[1:])}")
         # F_D' = R(W_c * P(F_D)), then F_C + F_D'                                 # Eq. 2
         x = self.conv(F.max_pool2d(big.flatten(0, 1), 2))            # (B M, alpha C, H / 2, W / 2)
-        # R gives each small frame its C channels. Both maps are viewed as (B, M, alpha, C, H / 2,
-        # W / 2) to be added, because a reshape of x would not keep them channels_last.
+        # R gives each small frame C of the channels. Both maps are added as (B, M, alpha, C, H / 2,
+        # W / 2), because a reshape of x would copy it out of the channels_last memory format.
         x = x.view(B, M, self.alpha, C, H // 2, W // 2)
         return (small.unflatten(1, (M, self.alpha)) + x).flatten(1, 2)
 
@@ -204,9 +205,10 @@ class DiverseAttentionsOperation(nn.Module):
         for k, attention_module in enumerate(self.attention, start=1):
             scores.append(attention_module(maps[:, k]))
         scores = torch.stack(scores, 1)                              # (B, M, H W)
-        float_type = torch.promote_types(scores.dtype, torch.float32)
+        float_type = torch.promote_types(scores.dtype, torch.float32)  # at least float32
         attention = scores.softmax(2, dtype=float_type)                           # Eq. 3
-        # The residual operation: D_k + BN(sum over positions of A_k * D_k).
+        # The residual operation: D_k + BN(sum over positions of A_k * D_k). Without the sum, A_k
+        # would hardly change D_k, because A_k itself sums to 1.
         attended = torch.einsum("bmcp,bmp->bmc", maps.flatten(3), attention.to(maps.dtype))
         attended = self.bn(attended.flatten(0, 1)).to(maps.dtype)    # (B M, C)
         return maps + attended.view(B, M, C, 1, 1), attention.view(B, M, H, W)
@@ -225,7 +227,7 @@ def divergence_loss(attention):
     l_div = 1 - attention @ attention.transpose(1, 2)                             # Eq. 4
     # L = -1 / (M - 1) sum_{k >= 2} (1 / (k - 1) sum_{l < k} L_div(A_k | A_l))    # Eq. 5
     mean_divergence = []
-    for k in range(1, M):  # k counts from 0 here, and from 1 in the paper
+    for k in range(1, M):  # from 0 here, from 1 in the paper, whose k - 1 is our k
         mean_divergence.append(l_div[:, k, :k].mean(1))
     return -torch.stack(mean_divergence).mean()
 
@@ -306,7 +308,7 @@ class TemporalKernelSelection(nn.Module):
     def softmax_over_paths(self, logits):
         """Eq. 7: g (B, K, C), which sums to 1 over the K paths, from all W_i u, (B, K C)."""
         logits = logits.unflatten(1, (len(self.kernels), self.channels))
-        float_type = torch.promote_types(logits.dtype, torch.float32)
+        float_type = torch.promote_types(logits.dtype, torch.float32)  # at least float32
         # g_i = exp(W_i u) / sum_j exp(W_j u)                                     # Eq. 7
         return logits.softmax(1, dtype=float_type)
 
@@ -371,14 +373,14 @@ class BranchBatchNorm(nn.Module):
 
     Args:
         bn: the BatchNorm2d that this layer replaces; weight, bias and statistics are taken from it.
-        branches: number of branches, at least 1.
+        num_branches: number of branches, at least 1.
 
     The class can be copied alone.
     """
 
-    def __init__(self, bn: nn.BatchNorm2d, branches: int):
+    def __init__(self, bn: nn.BatchNorm2d, num_branches: int):
         super().__init__()
-        self.per_branch = nn.ModuleList(copy.deepcopy(bn) for _ in range(branches))
+        self.per_branch = nn.ModuleList(copy.deepcopy(bn) for _ in range(num_branches))
         for branch_bn in self.per_branch:
             branch_bn.weight = bn.weight
             branch_bn.bias = bn.bias
@@ -388,13 +390,13 @@ class BranchBatchNorm(nn.Module):
         return self.per_branch[self.active_branch](x)
 
 
-def separate_statistics(net, branches):
+def separate_statistics(net, num_branches):
     """Replaces every BatchNorm2d in a network by a BranchBatchNorm, and returns a list of these."""
     replaced = []
     for module in list(net.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
-                replaced.append(BranchBatchNorm(child, branches))
+                replaced.append(BranchBatchNorm(child, num_branches))
                 setattr(module, name, replaced[-1])
     return replaced
 
@@ -486,8 +488,8 @@ class BiCnet(nn.Module):
         net = resnet50(weights)
         self.branch_norms = []  # the BranchBatchNorms, if branches have their own statistics
         if own_statistics:
-            branches = len([count for count in self.frames_per_branch if count > 0])
-            self.branch_norms = separate_statistics(net, branches)
+            num_branches = len([count for count in self.frames_per_branch if count > 0])
+            self.branch_norms = separate_statistics(net, num_branches)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layer1 = net.layer1
         self.layer2 = net.layer2
@@ -560,8 +562,9 @@ class BiCnet(nn.Module):
                     maps[i], branch_attention = dao(maps[i])
                     attention.append(branch_attention)
             branches = [x.flatten(0, 1) for x in maps]
-        # f_d = (1 + alpha) / N sum_k CNN_D(I_k), the mean over the N / (1 + alpha) big frames
-        # f_c = (1 + alpha) / (alpha N) sum_k CNN_C(I_k), the mean over the others # Eq. 1
+        # Eq. 1: means over the N / (1 + alpha) big frames and over the others,
+        # f_d = (1 + alpha) / N sum_k CNN_D(I_k)
+        # f_c = (1 + alpha) / (alpha N) sum_k CNN_C(I_k)
         features = []
         for x in branches:
             if self.pool == "avg":
@@ -598,7 +601,7 @@ def losses(outputs, pids, args):
         "xent": F.cross_entropy(at_least_float32(logits), pids),
         "triplet": batch_hard_triplet(embedding, pids, args.margin),
     }
-    if weights["div"] > 0:
+    if weights["div"] > 0:  # not without DAO, nor for AO of Table 2
         branch_losses = [divergence_loss(at_least_float32(maps)) for maps in attention]   # Eq. 5
         loss_terms["div"] = sum(branch_losses) / len(branch_losses)
     return {name: weights[name] * loss for name, loss in loss_terms.items()}
@@ -661,7 +664,8 @@ SPLIT = split_consecutive
 # The distance between query and gallery features (Sec. 4.1)
 METRIC = "cosine"
 
-NO_MODULES = dict(csp=False, dao=False, tks=())  # branches alone (TB), without CSP, DAO and TKS
+# the settings of plain branches, without CSP, DAO and TKS
+NO_MODULES = dict(csp=False, dao=False, tks=())
 ROWS = {
     # Each entry of a variant has its table and name in the paper, the settings of RECIPE that it
     # changes or names, and the paper's (mAP, rank-1) and costs. same="NAME" says that the variant
@@ -806,7 +810,7 @@ ROWS = {
         mars=(85.8, 90.3), gflops_a_frame=2.09, million_parameters=35.7,
     ),
 }
-RELEASE = None                 # the authors offer no trained weights
+RELEASE = None  # the authors offer no trained weights
 
 
 def build(args, num_classes):
