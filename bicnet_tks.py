@@ -114,7 +114,7 @@ Where the authors' release differs from the paper's text, we follow the text:
                   mean over the positives of -log(exp(16 s+) / (exp(16 s+) + sum over the clips of
                   other identities of exp(16 s-))). The paper's 75.1 / 84.6 thus come from another
                   loss than its text names.
-  batches         The release forms batches of 16 groups; about 7 % of them hold one identity twice.
+  batches         The release forms batches of 16 groups; some hold one identity twice.
 """
 import copy
 import math
