@@ -121,8 +121,8 @@ The authors' release departs from the paper's equations in these points; we foll
                 three rows with its middle on every row. At the border it erases only two rows.
   pooling       The release takes the maximum over the last map for the vectors, and the average
                 for f_k. The paper has GAP. --pool max gives the release's form.
-  batches       The release's batches are 8 groups, each of one identity. About 7 % of the batches
-                have two groups of the same identity; ours have none.
+  batches       The release's batches are 8 groups, each of one identity. Some of its batches have
+                two groups of the same identity; ours have none.
 """
 import copy
 import functools
