@@ -12,7 +12,7 @@ plain 2D network adds the appearance of the single frames.
     python m3d.py --data mars --plan          # what that would train and test, without doing it
     python m3d.py --data mars --gpu 0 --variant m3d --per-tap       # a row of its tables, changed
 
-Eq. 4-6, Fig. 4            M3DLayer (as_clips, as_frames, sum_of_taps): 3x3 of a stage's first block
+Eq. 4-6, Fig. 4            M3DLayer (as_clips, as_frames, shift_frames): 3x3 of a stage's first block
 Eq. 7-12, Fig. 5           ResidualAttentionLayer, RAL (mean_over_frames, attend): after stages 1-3
 Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, -B, -C) (both: as_clips, as_frames)
 Eq. 1-3, Fig. 3            Stream, TwoStreamM3D; losses
@@ -86,12 +86,13 @@ def as_frames(x):
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def sum_of_taps(x, i):
-    """x_{t-i} + x_t + x_{t+i} for all t of x (B, T, C, H, W), zeros beyond the ends; 0 < i < T. One
-    pass over the maps, as the gradient is: a product with a T x T matrix of zeros and ones."""
-    B, T, C, H, W = x.shape
-    taps = sum(x.new_ones(T - abs(gap)).diag(gap) for gap in (-i, 0, i)).expand(B, T, T)
-    return (taps @ x.movedim(2, 4).flatten(2)).view(B, T, H, W, C).movedim(4, 2)
+def shift_frames(clips, offset: int):
+    """Clips (B, C, T, H, W) whose frame t is frame t + offset of `clips`, or zero beyond its ends.
+
+    F.pad with a negative number at one end leaves maps and gradients in channels_last_3d, whereas
+    slices leave gradients in another layout, which later layers would have to copy.
+    """
+    return F.pad(clips, (0, 0, 0, 0, -offset, offset))
 
 
 class M3DLayer(nn.Module):
@@ -126,7 +127,8 @@ class M3DLayer(nn.Module):
         w = self.temporal[i - 1]
         if self.per_tap:
             return as_frames(w(as_clips(s, self.frames)))
-        return w(sum_of_taps(s.unflatten(0, (-1, self.frames)), i).flatten(0, 1))
+        clips = as_clips(s, self.frames)
+        return w(as_frames(shift_frames(clips, -i) + clips + shift_frames(clips, i)))
 
     def forward(self, x):
         if x.shape[1] != self.spatial.in_channels or x.shape[0] % self.frames:

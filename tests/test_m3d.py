@@ -322,7 +322,7 @@ def test_multiply_adds():
         return multiply_adds(meta(variant, **changes), args.frames, 256, 128)
 
     places = ((64, 64, 32), (128, 32, 16), (256, 16, 8), (512, 8, 4))
-    added = 3 * 8 * sum(C * (C + 8) * h * w for C, h, w in places)  # 8 x 8: the sums of taps
+    added = 3 * 8 * sum(C * C * h * w for C, h, w in places)
     base = macs("2d", frames=8)
     assert macs("m3d") == base + added
     assert base == 8 * macs("2d")
