@@ -12,7 +12,7 @@ plain 2D network adds the appearance of the single frames.
     python m3d.py --data mars --plan          # what that would train and test, without doing it
     python m3d.py --data mars --gpu 0 --variant m3d --per-tap       # a row of its tables, changed
 
-Eq. 4-6, Fig. 4            M3DLayer (as_clips, as_frames, shift_frames): 3x3 of a stage's first block
+Eq. 4-6, Fig. 4            M3DLayer (as_clips, as_frames, shift_frames): a stage's first 3x3
 Eq. 7-12, Fig. 5           ResidualAttentionLayer, RAL (mean_over_frames, attend): after stages 1-3
 Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, -B, -C) (both: as_clips, as_frames)
 Eq. 1-3, Fig. 3            Stream, TwoStreamM3D; losses
@@ -22,8 +22,8 @@ A class is copied with the functions in brackets; Stream with resnet50, identity
 
 Deviations from the paper (its sentence, what we do, the flag for the paper's form if there is one):
   streams       "initialized with well-trained 2D CNN layers", and the 2D network has its own
-                recipe: so in train_in_stages (default; small run: --stages). --no-stages, default
-                of the small run: both streams at once, on the same clips, by the 3D recipe
+                recipe: so in train_in_stages (default; small run: --in-stages). --no-in-stages,
+                default of the small run: both streams at once, on the same clips, by the 3D recipe
   input         "The mean value is subtracted from each (B, G, and R) channel": torchvision's mean
                 and standard deviation of RGB, as its weights were trained
   n = 1         "equals to P3D-C": not with Eq. 5's one C x C matrix for the sum of 3 taps, which
@@ -316,13 +316,13 @@ class Stream(nn.Module):
     Clips (B, T, 3, H, W), normalised -> features (B, 2048). frames: T; layer: "2d", "m3d",
     "i3d", "p3d-a", "p3d-b" or "p3d-c"; ral: branches of the RALs after stages 1 to 3, empty for no
     RAL; per_tap: see M3DLayer; pool: "avg" or "max" over the final map; weights: see resnet50;
-    init_2d: the state_dict of a 2D stream's `net` to start from; everywhere: M3D layers in every
+    init_2d: the state_dict of a 2D stream's `net` to start from; all_blocks: M3D layers in every
     block, not each stage's first alone; reduction: r of the RALs; p3d_a_linear: no BatchNorm and
     ReLU between S and T of P3D-A. Raises ValueError for what it cannot take.
     """
 
     def __init__(self, frames, layer="2d", ral="", per_tap=False, pool="avg", weights="none",
-                 init_2d=None, everywhere=False, reduction=16, p3d_a_linear=False):
+                 init_2d=None, all_blocks=False, reduction=16, p3d_a_linear=False):
         super().__init__()
         if layer not in ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c"):
             raise ValueError(f"the layers are 2d, m3d, i3d, p3d-a, p3d-b and p3d-c, not {layer}")
@@ -335,7 +335,7 @@ class Stream(nn.Module):
                 raise ValueError(f"init_2d does not fit the 2D stream ({says} ...)") from None
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
             for i, block in enumerate(stage):
-                if layer == "m3d" and (everywhere or i == 0):
+                if layer == "m3d" and (all_blocks or i == 0):
                     block.conv2 = M3DLayer(block.conv2, frames, per_tap)
                 elif layer == "i3d":
                     block.conv2 = InflatedConv(block.conv2, frames)
@@ -377,7 +377,7 @@ class TwoStreamM3D(nn.Module):
     """
 
     def __init__(self, num_classes, frames=8, stream="two", layer="m3d", ral="sct", per_tap=False,
-                 pool="avg", weights="none", init_2d=None, everywhere=False, reduction=16,
+                 pool="avg", weights="none", init_2d=None, all_blocks=False, reduction=16,
                  p3d_a_linear=False):
         super().__init__()
         if stream not in ("two", "spatial", "temporal"):
@@ -390,7 +390,7 @@ class TwoStreamM3D(nn.Module):
             self.streams["spatial"] = Stream(frames, pool=pool, weights=weights)
         if stream != "spatial":
             self.streams["temporal"] = Stream(frames, layer, ral, per_tap, pool, weights, init_2d,
-                                              everywhere, reduction, p3d_a_linear)
+                                              all_blocks, reduction, p3d_a_linear)
         self.neck = nn.ModuleDict({name: nn.BatchNorm1d(2048) for name in self.streams})
         self.classifier = nn.ModuleDict({name: nn.Linear(2048, num_classes, bias=False)
                                          for name in self.streams})
@@ -447,14 +447,14 @@ RECIPE = {  # 3D networks (2D: row "2d"); flag: (paper's value, small run's, mea
     "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
     "stream": ("two", "two", "of Fig. 3 (Table 2)", ("two", "spatial", "temporal")),
     "layer": ("m3d", "m3d", "3D layer (Table 1)", ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c")),
-    "everywhere": (False, False, "M3D layers in every block, not each stage's first alone (text)"),
+    "all_blocks": (False, False, "M3D layers in every block, not each stage's first alone (text)"),
     "per_tap": (False, False, "own weights for the three taps of a dilation (Eq. 5: one matrix)"),
     "p3d_a_linear": (False, False, "P3D-A without BatchNorm and ReLU after S (our choice)"),
     "ral": (("s", "c", "t"), ("s", "c", "t"), "RAL's branches or none (Table 2)", ("s", "c", "t")),
     "reduction": (16, 16, "r of RAL's channel branch (Eq. 12)"),
     "init_2d": (None, None, "last.pt of --variant 2d to start the temporal stream (below Eq. 6)"),
-    "stages": (True, False, "two streams: 2D first, by its row's recipe, then M3D; not with --init "
-                            "(below Eq. 6)"),
+    "in_stages": (True, False, "two streams: 2D first, by its row's recipe, then M3D; not with "
+                               "--init (below Eq. 6)"),
     "join": ((), (), "evaluate as one: last.pt of a 2D and of a temporal stream (Eq. 1)"),
 }
 SAMPLER = TrackletSampler      # a batch: --ids x --clips different tracklets, of any identities
@@ -501,8 +501,8 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
                  more_megabytes=15.2),
     "p3d-c-t16": Row("Table 1: P3D-C, 16 frames", **NO_RAL, layer="p3d-c", **T16,
                      mars=(65.17, 79.44), more_megabytes=15.2),
-    "m3d-everywhere": Row('text to Table 1: M3D for "all the 2D convolution layers"', **NO_RAL,
-                          layer="m3d", everywhere=True),
+    "m3d-all-blocks": Row('text to Table 1: M3D for "all the 2D convolution layers"', **NO_RAL,
+                          layer="m3d", all_blocks=True),
 }
 RELEASE = None                 # the authors offer no trained weights
 
@@ -515,7 +515,7 @@ def build(args, num_classes):
     new = not (args.resume or join)
     init_2d = load_part(args.init_2d, "streams.spatial.net.") if args.init_2d and new else None
     model = TwoStreamM3D(num_classes, args.frames, args.stream, args.layer, args.ral, args.per_tap,
-                         args.pool, args.weights if new else "none", init_2d, args.everywhere,
+                         args.pool, args.weights if new else "none", init_2d, args.all_blocks,
                          args.reduction, args.p3d_a_linear)
     for path, stream in zip(join, ("spatial", "temporal")):
         load_part(path, f"streams.{stream}.", model.streams[stream])
@@ -581,7 +581,7 @@ def train_in_stages(args):
     shown = args.evaluate and args.stream == "two" and not (args.resume or args.init or args.join)
     if shown and all(map(os.path.exists, files)):
         print(f"--join {' '.join(files)} shows the two trained stages as one network")
-    if args.stream != "two" or args.evaluate or args.init or args.init_2d or not args.stages:
+    if args.stream != "two" or args.evaluate or args.init or args.init_2d or not args.in_stages:
         return train(args)
     train(part_of(args, ROWS, "2d", variant="2d", chunk=1))
     train(part_of(args, ROWS, "temporal", variant="m3d+ral", layer=args.layer, ral=args.ral,

@@ -113,7 +113,7 @@ NETWORKS = {  # their classes; settings that are arguments of another name, or o
     "sinet.py": ("SINet", {"k": "kernel_size", "lambda2": "project"}),
     "tclnet.py": ("TCLNet", BLOCK),
     "bicnet_tks.py": ("BiCnet", {}),
-    "m3d.py": ("TwoStreamM3D", {"height": None, "width": None, "stages": None}),
+    "m3d.py": ("TwoStreamM3D", {"height": None, "width": None, "in_stages": None}),
     "strf.py": ("STRFNet", {"height": None, "width": None}),
 }
 TRAINING = dict.fromkeys("ids clips epoch erase epochs lr lr_step momentum weight_decay".split())
@@ -296,7 +296,7 @@ def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
     "script, name, ids, frames, flags",
     [
         ("tclnet.py", "duke", 3, 2, ("--chunk", 5)),
-        ("m3d.py", "lsvid", 2, 3, ("--no-stages",)),
+        ("m3d.py", "lsvid", 2, 3, ("--no-in-stages",)),
         ("bicnet_tks.py", "folder", 2, 4, ()),
         ("strf.py", "prid", 2, 2, ("--split", 3)),
     ],

@@ -59,7 +59,7 @@ OURS = {  # parameters without neck, classifier and projection; multiply-adds of
         "p3d-b-t16": (27_280_448, 49_148_854_272),
         "p3d-c": (27_280_448, 24_574_427_136),
         "p3d-c-t16": (27_280_448, 49_148_854_272),
-        "m3d-everywhere": (27_280_448, 24_574_427_136),
+        "m3d-all-blocks": (27_280_448, 24_574_427_136),
     },
     "sinet": {
         "sinet": (29_565_046, 17_309_630_464),

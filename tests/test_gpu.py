@@ -378,7 +378,7 @@ def user(tmp_path, small_root):
 
 def one_epoch(user, script, gpu):
     """An epoch of the small run, with all that speeds it up."""
-    flags = ("--no-stages",) if script == "m3d" else ()
+    flags = ("--no-in-stages",) if script == "m3d" else ()
     out = user(script, "--gpu", gpu, "--amp", "--compile", "--workers", 2, "--epochs", 1, *flags)
     assert re.search(r"^epoch 1/1: lr .*clips/s\)$", out, re.M) and "after epoch 1," in out
     return out

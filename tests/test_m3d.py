@@ -289,7 +289,7 @@ EXPECTED = {
     "2d": TRUNK,
     "m3d": TRUNK + M3D,
     "m3d-t16": TRUNK + M3D * 7 // 3,
-    "m3d-everywhere": TRUNK + P3D,
+    "m3d-all-blocks": TRUNK + P3D,
     "m3d+ral": TRUNK + M3D + sum(RAL.values()),
     "two-stream": 2 * TRUNK + M3D + sum(RAL.values()),
 }
@@ -309,8 +309,8 @@ def test_parameters(variant):
 def test_parameters_of_settings():
     assert parameters(meta("m3d", per_tap=True)) == TRUNK + 3 * M3D
     assert parameters(meta("p3d-a", p3d_a_linear=True)) == TRUNK + P3D
-    everywhere = parameters(meta("m3d", everywhere=True, per_tap=True))
-    assert everywhere == TRUNK + 3 * P3D
+    all_blocks = parameters(meta("m3d", all_blocks=True, per_tap=True))
+    assert all_blocks == TRUNK + 3 * P3D
     ral = sum(2 * C * C // 8 + C // 4 + C for C in (256, 512, 1024))
     assert parameters(meta("m3d+ral-c", reduction=8)) == TRUNK + M3D + ral
     assert parameters(meta("i3d", ral=("s",))) == TRUNK + I3D + RAL["s"]
@@ -407,7 +407,7 @@ def test_every_3d_variant_starts_as_the_2d_network(variant, base, float64, one_b
         args.layer,
         args.ral,
         init_2d=base.net.state_dict(),
-        everywhere=args.everywhere,
+        all_blocks=args.all_blocks,
         p3d_a_linear=bool(linear),
     ).eval()
     clips = torch.randn(1, 4, 3, 33, 32)
@@ -451,7 +451,7 @@ def test_where_the_modules_stand():
     shared = {id(p) for p in spatial.parameters()} & {id(p) for p in temporal.parameters()}
     assert not shared
     assert len(places(meta("i3d"), InflatedConv)) == 17
-    assert len(places(meta("m3d-everywhere"), M3DLayer)) == 16
+    assert len(places(meta("m3d-all-blocks"), M3DLayer)) == 16
     for name in ("p3d-a", "p3d-b", "p3d-c"):
         assert len(places(meta(name), P3DConv)) == 16
     between = [m.between for m in meta("p3d-a").modules() if isinstance(m, P3DConv)]
@@ -481,8 +481,8 @@ def test_the_command_line(monkeypatch):
     assert (args.frames, args.ids, args.p3d_a_linear, args.printed) == (16, 12, True, None)
     args = arguments(monkeypatch, "--variant", "m3d", "--ral", "s", "t", "--per-tap")
     assert (args.ral, args.per_tap, args.frames, args.ids) == (("s", "t"), True, 3, 8)
-    args = arguments(monkeypatch, "--ral", "--everywhere", "--reduction", "8")
-    assert (args.ral, args.everywhere, args.reduction) == ((), True, 8)
+    args = arguments(monkeypatch, "--ral", "--all-blocks", "--reduction", "8")
+    assert (args.ral, args.all_blocks, args.reduction) == ((), True, 8)
     with torch.device("meta"):
         assert not m3d.build(args, 5).streams["temporal"].ral
     args = arguments(monkeypatch, "--variant", "m3d-t16")
@@ -541,7 +541,7 @@ def test_stages(run, small_root, tmp_path):
     before is left alone, and each stage can be run and evaluated by itself."""
     test = ("--root", small_root, *TINY, "--ids", 6, "--frames", 2)
     small = (*test, "--epochs", 1)
-    done = run("m3d.py", *small, "--stages", "--output", "x")
+    done = run("m3d.py", *small, "--in-stages", "--output", "x")
     assert done.returncode == 0, done.stderr
     folders = [tmp_path / "x/2d", tmp_path / "x/temporal"]
     first, second = (torch.load(f / "last.pt", weights_only=True) for f in folders)
@@ -576,11 +576,11 @@ def test_stages(run, small_root, tmp_path):
 
     (folders[1] / "last.pt").unlink()
     (folders[1] / "log.csv").unlink()
-    rest = run("m3d.py", *small, "--stages", "--output", "x")
+    rest = run("m3d.py", *small, "--in-stages", "--output", "x")
     assert rest.returncode == 0 and rest.stdout.count("going on after epoch 1") == 1
     assert rest.stdout.splitlines()[-1] == both
     assert len(read_log(folders[1])) == 1
-    other = run("m3d.py", *small, "--stages", "--output", "x", "--lr", 0.5)
+    other = run("m3d.py", *small, "--in-stages", "--output", "x", "--lr", 0.5)
     assert other.returncode == 2 and "was trained with --lr" in other.stderr
 
 
@@ -657,10 +657,10 @@ def test_the_stages_take_their_own_recipes(monkeypatch, tmp_path):
     assert parts[2].join == [parts[1].init_2d, "runs/m3d-mars/temporal/last.pt"]
     assert parts[2].evaluate and parts[2].stream == "two" and parts[2].printed == (74.06, 84.39)
     parts.clear()
-    m3d.train_in_stages(arguments(monkeypatch, "--no-evaluate", "--stages", "--export", "x"))
+    m3d.train_in_stages(arguments(monkeypatch, "--no-evaluate", "--in-stages", "--export", "x"))
     assert [part.export for part in parts] == ["x/2d", "x/temporal", "x/both"]
     start = ("--init-2d", "x"), ("--init", "x"), ("--export", "x")
-    for flags in (("--no-stages",), ("--evaluate",), ("--variant", "m3d"), *start):
+    for flags in (("--no-in-stages",), ("--evaluate",), ("--variant", "m3d"), *start):
         parts.clear()
         m3d.train_in_stages(arguments(monkeypatch, "--data", "mars", *flags))
         assert len(parts) == 1

@@ -842,7 +842,8 @@ def test_one_clip_of_an_identity_has_no_triplet_loss(small, monkeypatch):
     assert says.format("is") in out
     assert "--clips" not in small("--epochs", 1, "--output", "c")
     monkeypatch.setattr(m3d, "losses", cross_entropy)
-    out = small("--epochs", 1, "--clips", 1, "--ids", 6, "--no-stages", "--output", "d", script=m3d)
+    flags = ("--epochs", 1, "--clips", 1, "--ids", 6, "--no-in-stages", "--output", "d")
+    out = small(*flags, script=m3d)
     assert "--clips" not in out
 
 
@@ -1010,7 +1011,7 @@ def test_without_a_match_the_training_leaves_out_its_test(small, tmp_path, scrip
     test_sets.rename_gallery(folder)
     flags = (*FOLDER, "--root", tmp_path, "--small")
     often = ("--eval-first", "--eval-every", 1, "--checkpoint-every", 3)
-    more = ("--stages",) if script is m3d else ()
+    more = ("--in-stages",) if script is m3d else ()
     out = small(*flags, "--epochs", 2, *often, *more, "--output", "a", script=script)
     assert "epoch 2/2" in out and "all frames" not in out and "mAP" not in out
     says = "no query has a match"
@@ -1177,7 +1178,7 @@ def test_every_test_takes_the_distance_of_the_script(small, monkeypatch):
     monkeypatch.setattr(common, "sheet", lambda *_, **__: None)
     monkeypatch.setattr(m3d, "losses", cross_entropy)
     monkeypatch.setattr(m3d, "picture", lambda *_: ("title", []))
-    start = ("--output", "a", "--no-stages", "--ids", 6, "--epochs", 1)
+    start = ("--output", "a", "--no-in-stages", "--ids", 6, "--epochs", 1)
     for flags in (start, ("--evaluate", "--rerank"), ("--figure", "f", "--figure-tracklets", 1)):
         seen.clear()
         small(*flags, script=m3d)
@@ -1237,7 +1238,7 @@ def test_a_signal_that_reaches_the_workers(capsys, signalled):
 def test_a_signal_in_a_stage_of_m3d(stage, small, tmp_path, monkeypatch, signalled):
     """The line says that the same command with --resume goes on, and it does."""
     monkeypatch.setattr(m3d, "losses", cross_entropy)
-    flags = ("--stages", "--ids", 6, "--epochs", 2, "--frames", 2, "--output", "x")
+    flags = ("--in-stages", "--ids", 6, "--epochs", 2, "--frames", 2, "--output", "x")
     log, extract, sent = common.Run.log, common.extract, []
 
     def interrupt(folder):
