@@ -2,63 +2,94 @@
 
 Li, Zhang, Huang. AAAI 2019. https://arxiv.org/abs/1811.07468
 
-Four 3x3 convolutions of a ResNet-50 become M3D layers, which add parallel dilated temporal
-convolutions of short and long range for few parameters and start as the 2D network. Residual
-attention layers (RAL) weigh what they found by a spatial, a temporal and a channel mask. A second,
-plain 2D network adds the appearance of the single frames.
+M3D replaces four 3x3 convolutions of a ResNet-50 by M3D layers, which add parallel temporal
+convolutions with increasing dilation for few parameters and start as the 2D network. Residual
+attention layers (RAL) re-weight the feature maps with a spatial, a channel and a temporal mask.
+A second stream, a plain 2D ResNet-50 on single frames, adds appearance features.
 
-    python m3d.py                             # a small run on synthetic data, on any machine
-    python m3d.py --data mars --gpu 0         # the paper's recipe: 2D stream, M3D stream, both
-    python m3d.py --data mars --plan          # what that would train and test, without doing it
-    python m3d.py --data mars --gpu 0 --variant m3d --per-tap       # a row of its tables, changed
+    python m3d.py                             # a quick run on synthetic data, on any machine
+    python m3d.py --data mars --gpu 0         # the paper's recipe: trains the 2D stream, then the
+                                              # M3D stream, then tests both as one network
+    python m3d.py --data mars --plan          # only prints what that would train and test
+    python m3d.py --data mars --gpu 0 --variant m3d --per-tap     # a variant, one setting changed
+    python m3d.py --data prid --gpu 0 --split all                 # ten splits and their mean
 
-Eq. 4-6, Fig. 4            M3DLayer (as_clips, as_frames, shift_frames): a stage's first 3x3
-Eq. 7-12, Fig. 5           ResidualAttentionLayer, RAL (mean_over_frames, attend): after stages 1-3
-Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, -B, -C) (both: as_clips, as_frames)
-Eq. 1-3, Fig. 3            Stream, TwoStreamM3D; losses
-Implementation Details     RECIPE, then SAMPLER, SAMPLE, SPLIT, METRIC; train_in_stages
-Tables 1 to 4              ROWS
-A class is copied with the functions in brackets; Stream with resnet50, identity_behind_relu, layers
+Eq. 1, Fig. 3              TwoStreamM3D: f_st = [f_s, f_t]
+Eq. 2, 3                   Stream: f_s of the 2D stream, f_t of the M3D stream (the temporal one)
+Eq. 4-6, Fig. 4            M3DLayer, in the first block of each stage of ResNet-50
+Eq. 7-12, Fig. 5           ResidualAttentionLayer (RAL), after stages 1, 2 and 3; Eq. 7 and 8 are in
+                           attend, Eq. 9 is mean_over_frames
+Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, P3D-B and P3D-C)
+Recent Work, "softmax"     losses
+Implementation Details     RECIPE (3D networks), ROWS["2d"] (2D network), SAMPLER, SAMPLE, METRIC
+  order of the training    train_in_stages
+  features in the test     TwoStreamM3D.test_parts, SPLIT
+Tables 1 to 4              ROWS; T = 16 of Table 1: the variants that end in -t16
+A class can be copied into another project, with what its docstring names after "Copy along".
 
-Deviations from the paper (its sentence, what we do, the flag for the paper's form if there is one):
-  streams       "initialized with well-trained 2D CNN layers", and the 2D network has its own
-                recipe: so in train_in_stages (default; small run: --in-stages). --no-in-stages,
-                default of the small run: both streams at once, on the same clips, by the 3D recipe
-  input         "The mean value is subtracted from each (B, G, and R) channel": torchvision's mean
-                and standard deviation of RGB, as its weights were trained
-  n = 1         "equals to P3D-C": not with Eq. 5's one C x C matrix for the sum of 3 taps, which
-                fits +4.2 MB. --per-tap: dilated 3x1x1 convolutions (+12.5 MB)
-  RAL's start   "initializing all convolution layers as zero": a product of three zero masks has no
-                gradient. The last convolution of one branch is zero, those of the others have zero
-                weight and bias one: M = 1/2 as printed, and it learns
-  Fig. 5        "ReLU and Batch Normalisation (BN) layer are applied after each convolution layer":
-                only after the first of a branch, as Eq. 10 and 12 have the ReLU
-  stems         I3D's becomes 3x7x7, not 7x7x7, as the printed +90.6 MB says; P3D's stays 2D
-  megabytes     ROWS has what Table 1 prints over the 95.7 MB of its 2D network, with 4 bytes a
-                parameter; the 95.7 MB themselves fit no count
-  T = 16        Table 1 prints one size for both lengths; Eq. 6 gives seven kernels and +9.75 MB
-  Table 3       LSTM (61.58 mAP, 76.11 rank-1) and A&O (63.39, 77.11): other methods, not built
+Training: the 2D stream learns from single frames, by the recipe of --variant 2d. The M3D stream
+then starts from it and learns from clips of T frames. Test: the 2D stream sees every frame of a
+tracklet, the M3D stream floor(L / T) clips of its L frames. The means are f_s and f_t.
+
+Four flags take a checkpoint (last.pt): --resume resumes or evaluates the run that wrote it; --init
+starts another training from all its weights that fit; --init-2d starts the M3D stream from a run of
+--variant 2d; --join evaluates a 2D and an M3D stream, trained one by one, as one network.
+
+Deviations from the paper (what it says, what we do, the flag for the paper's form if there is one):
+  streams       M3D is "initialized with well-trained 2D CNN layers", and the 2D network has a
+                recipe of its own. The full recipe therefore trains in stages. The quick run trains
+                both streams at once, on the same clips and by the 3D recipe, unless --in-stages
+                is given.
+  input         "The mean value is subtracted from each (B, G, and R) channel". We normalise RGB
+                by torchvision's mean and standard deviation, with which its weights were trained.
+  n = 1         The M3D layer "equals to P3D-C". With Eq. 5 it does not: the three taps share one
+                C x C matrix. We follow Eq. 5, because it fits the 4.2 MB that M3D adds in the
+                paper. --per-tap: a matrix for each tap, as in P3D-C (+12.5 MB).
+  RAL's start   "initializing all convolution layers as zero". The product of three masks that are
+                zero has no gradient. In one branch the last convolution is zero, in the others it
+                has zero weight and a bias of one: M is 1/2, as in the paper, and RAL can learn.
+  Fig. 5        "ReLU and Batch Normalisation (BN) layer are applied after each convolution layer".
+                We apply them only after the first one of a branch, where Eq. 10 and 12 have ReLU.
+  I3D's stem    "inflated cubically". We inflate the stem to 3x7x7 instead of 7x7x7, because that
+                fits the 90.6 MB that I3D adds in the paper. P3D's stem stays 2D.
+  megabytes     ROWS has how much larger each network is in Table 1 than the 2D network. We compare
+                that at 4 bytes a parameter. The 95.7 MB of the 2D network fit no count.
+  T = 16        Table 1 gives one size for both lengths. By Eq. 6 a layer has seven temporal kernels
+                for T = 16 and three for T = 8, so that M3D adds 9.75 MB instead of 4.2 MB.
+  Table 3       The authors' own LSTM (61.58 mAP, 76.11 rank-1) and A&O (63.39, 77.11) baselines are
+                other methods, which we did not implement.
 
 Unspecified in the paper; our choice (no release is known):
-  time          zeros beyond the ends of a clip; nothing between S and T of M3D, P3D-B and -C
-  where         as above; "all the 2D convolution layers", I3D and P3D: all sixteen 3x3, and I3D's
-                stem
-  backbone      the last stride of ResNet-50 stays
-  start         as the 2D network of --weights, or of --init-2d (single rows: ImageNet's): temporal
-                kernels zero, P3D-A's identity, I3D's centre tap 2D
-  average       over the frames of the temporal stream's last map: printed for f_s alone (Eq. 2)
-  P3D-A         "serial connection ... increases the nonlinearity": BatchNorm and ReLU between S and
-                T, those of the 2D network; the BatchNorm behind T is new and starts as the
-                identity, see identity_behind_relu. --p3d-a-linear: nothing between
-  RAL           first spatial convolution: 3x3; temporal branch: T -> max(T // 2, 1) -> T
-  "softmax"     cross entropy; each stream has a BN neck, behind which f_s or f_t is, and classifier
-  SGD           momentum 0.9, weight decay 5e-4; "reduced ten times": divided by 10; random flips
-  epoch         every tracklet once; of the first stage every frame once (--variant 2d alone: a
-                random frame of each tracklet; with --chunk 1 every frame)
-  resizing      bicubic, as in the other four scripts
-  --chunk       training tracklets of Duke and LS-VID are cut in pieces (0: not)
-  test clips    of the temporal stream: the first floor(L / T) (of 10 frames: 1 to 8); a tracklet
-                shorter than T is repeated, in training, too; the 2D stream takes "each still frame"
+  time          Temporal convolutions pad a clip with zeros. There is no BatchNorm or ReLU between S
+                and T in M3D layers, P3D-B and P3D-C.
+  where         M3D layers and RALs are where the docstring of Stream shows them. I3D, P3D and M3D
+                for "all the 2D convolution layers" (--all-blocks) replace all sixteen 3x3
+                convolutions, and I3D also the stem.
+  backbone      Stage 4 of ResNet-50 keeps its stride of 2.
+  start         The M3D stream starts as a 2D network: as that of --init-2d, or else of --weights (a
+                variant with this stream alone: ImageNet's). Temporal kernels start at zero, those
+                of P3D-A as the identity, those of I3D with the 2D kernel as their middle tap.
+  average       The M3D stream, too, averages over frames. The paper says so for f_s alone (Eq. 2).
+  fusion        f_s and f_t are concatenated as they are, without a normalisation.
+  P3D-A         Its "serial connection ... increases the nonlinearity": the BatchNorm and ReLU of
+                the 2D network come between S and T. T is followed by a new BatchNorm, which starts
+                as the identity. With --p3d-a-linear there is nothing between S and T,
+                and no new BatchNorm.
+  RAL           The first spatial convolution is 3x3. The temporal branch has T -> max(T // 2, 1)
+                -> T channels.
+  pooling       Average over the positions of the last map.
+  "softmax"     Cross entropy. Each stream has a BN neck, whose output is f_s or f_t, and a
+                classifier.
+  SGD           Momentum 0.9, weight decay 5e-4; "reduced ten times" means divided by 10.
+  augmentation  Each clip is flipped left to right with a probability of 0.5.
+  epoch         It shows every tracklet once, and while the 2D stream is trained first, every frame
+                once. --variant 2d alone takes a random frame of each tracklet (--chunk 1: all).
+  resizing      Bicubic.
+  --chunk       Training tracklets of Duke and LS-VID are cut into pieces. --chunk 0 leaves
+                them whole.
+  test clips    The M3D stream takes the first floor(L / T) clips (of 10 frames 1 to 8). A tracklet
+                shorter than T is repeated, in training as well. The 2D stream takes "each still
+                frame", those of the remainder, too.
 """
 import copy
 import os
@@ -75,19 +106,22 @@ from data import TrackletSampler, load_dataset, normalize, sample_adjacent, spli
 
 # ------------------------------------------------------------- Eq. 4-6: multi-scale 3D convolution
 
-def as_clips(x, T):
-    """Frames (B*T, C, H, W) -> (B, C, T, H, W), which nn.Conv3d takes; a view: channels_last frames
-    are channels_last_3d clips, and a temporal convolution reads them where they are."""
+def frames_to_clips(x, T: int):
+    """Frames (B*T, C, H, W) as clips (B, C, T, H, W), as nn.Conv3d takes them.
+
+    Nothing is copied: frames in channels_last are clips in channels_last_3d.
+    """
     return x.unflatten(0, (-1, T)).transpose(1, 2)
 
 
-def as_frames(x):
-    """What nn.Conv3d gives, (B, C, T, H, W) -> frames (B*T, C, H, W)."""
+def clips_to_frames(x):
+    """Clips (B, C, T, H, W), as nn.Conv3d returns them, as frames (B*T, C, H, W)."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def shift_frames(clips, offset: int):
-    """Clips (B, C, T, H, W) whose frame t is frame t + offset of `clips`, or zero beyond its ends.
+    """Returns clips (B, C, T, H, W) whose frame t is the frame t + offset of `clips`, or zero where
+    they have no such frame.
 
     F.pad with a negative number at one end leaves maps and gradients in channels_last_3d, whereas
     slices leave gradients in another layout, which later layers would have to copy.
@@ -96,102 +130,142 @@ def shift_frames(clips, offset: int):
 
 
 class M3DLayer(nn.Module):
-    """M3D layer, Eq. 4-6: a spatial convolution S, and over it n parallel temporal convolutions
-    T^(i) with dilations i = 1 to n.
+    """M3D layer, Eq. 4-6, Fig. 4: adds to the output of a spatial convolution S those of n parallel
+    temporal convolutions T^(i) of it, with dilations i = 1 to n.
 
-    X (B*T, C, H, W) -> (B*T, C', H', W'): frames as batch, in the place of a 2D network's
-    convolution S. Starts as S.
-    conv: S; frames: T, which gives n; per_tap: own weights for the three taps of a dilation (False:
-    one matrix W^(i) for all three, as printed).
+    Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), because it replaces a
+    convolution of a 2D network. At initialisation it computes S(x).
+
+    Args:
+        conv: the 2D convolution that it replaces, which becomes S.
+        frames: number of frames in a clip, T, at least 1. It gives n by Eq. 6.
+        per_tap: True gives each of the three taps of a temporal kernel its own C' x C' matrix.
+            By default they share one, W^(i), as in Eq. 5.
+
+    Raises ValueError on an input with other channels than S, or whose frames are not whole clips.
+    Copy along: frames_to_clips, clips_to_frames, shift_frames.
     """
 
-    def __init__(self, conv, frames, per_tap=False):
+    def __init__(self, conv: nn.Conv2d, frames: int, *, per_tap: bool = False):
         super().__init__()
         self.spatial = conv
         self.frames = frames
         self.per_tap = per_tap
         self.temporal = nn.ModuleList()
         C = conv.out_channels
-        like = dict(bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
+        options = {"bias": False, "device": conv.weight.device, "dtype": conv.weight.dtype}
         n = (frames - 1) // 2                                                     # Eq. 6
         for i in range(1, n + 1):
             if per_tap:
-                w = nn.Conv3d(C, C, (3, 1, 1), padding=(i, 0, 0), dilation=(i, 1, 1), **like)
+                kernel = nn.Conv3d(C, C, (3, 1, 1), padding=(i, 0, 0), dilation=(i, 1, 1),
+                                   **options)
             else:
-                w = nn.Conv2d(C, C, 1, **like)
-            nn.init.zeros_(w.weight)
-            self.temporal.append(w)
+                kernel = nn.Conv2d(C, C, 1, **options)                            # W^(i)
+            nn.init.zeros_(kernel.weight)
+            self.temporal.append(kernel)
 
-    def convolve_in_time(self, s, i):
-        """T^(i)(s), Eq. 5: y_t = sum over a = -1, 0, 1 of x_{t + a i} W^(i)."""
-        w = self.temporal[i - 1]
+    def convolve_in_time(self, s, i: int):
+        """T^(i)(s), Eq. 5, for frames s (B*T, C', H', W') and the dilation i."""
+        kernel = self.temporal[i - 1]
+        clips = frames_to_clips(s, self.frames)
         if self.per_tap:
-            return as_frames(w(as_clips(s, self.frames)))
-        clips = as_clips(s, self.frames)
-        return w(as_frames(shift_frames(clips, -i) + clips + shift_frames(clips, i)))
+            return clips_to_frames(kernel(clips))
+        # y_t = sum over a = -1, 0, 1 of s_{t + a i} W^(i): one product with W^(i), of the sum of
+        # the three taps                                                          # Eq. 5
+        taps = shift_frames(clips, -i) + clips + shift_frames(clips, i)
+        return kernel(clips_to_frames(taps))
 
     def forward(self, x):
-        if x.shape[1] != self.spatial.in_channels or x.shape[0] % self.frames:
-            raise ValueError(f"M3D layer takes {self.spatial.in_channels} channels and a multiple "
-                             f"of {self.frames} frames, not {x.shape[1]} and {x.shape[0]}")
+        if x.shape[1] != self.spatial.in_channels or x.shape[0] % self.frames != 0:
+            raise ValueError(f"an M3D layer takes {self.spatial.in_channels} channels and a "
+                             f"multiple of {self.frames} frames, not {x.shape[1]} and "
+                             f"{x.shape[0]}")
         s = self.spatial(x)
-        n = len(self.temporal)
-        # y = S(x) + sum over i of T^(i)(S(x))                                    # Eq. 4
-        return sum((self.convolve_in_time(s, i) for i in range(1, n + 1)), start=s)
+        y = s
+        for i in range(1, len(self.temporal) + 1):
+            y = y + self.convolve_in_time(s, i)         # y = S(x) + sum of T^(i)(S(x)),  Eq. 4
+        return y
 
 
 # -------------------------------------------------------------- Eq. 7-12: residual attention layer
 
 def mean_over_frames(x):
-    """(B, T, C, H, W) -> (B, C, H, W), added up in the order of the memory, channels last: much
-    faster than x.mean(1), as the gradient of a sum is than that of a mean."""
+    """Eq. 9: x_s = sum over t of x_t / T, for x (B, T, C, H, W); returns (B, C, H, W).
+
+    The sum runs over a view with the channels last, as x lies in memory. x.mean(1) would return
+    another layout, and is much slower, as the gradient of a mean is than that of a sum.
+    """
     return x.movedim(2, 4).sum(1).movedim(3, 1) / x.shape[1]
 
 
 def attend(x, s_m, c_m, t_m):
-    """y = x / 2 + M x, M = sigmoid(S_m C_m T_m), with fewer passes over the map.
+    """Eq. 7 and 8: y = x / 2 + M x, where M = sigmoid(S_m C_m T_m), for x (B, T, C, H, W).
 
-    x (B, T, C, H, W); S_m (B, 1, H, W, 1), C_m (B, 1, 1, 1, C), T_m (B, T, 1, 1, 1): as x lies in
-    memory, channels last; each may be 1.
+    S_m T_m has one value for each position of each frame, C_m one for each channel. The product
+    of such a column and such a row is a matrix product, and so are its gradients, which takes fewer
+    passes over maps as large as x than products of masks element by element.
+
+    Args:
+        x: (B, T, C, H, W), best with the channels last in memory.
+        s_m, c_m, t_m: the masks, (B, 1, H, W, 1), (B, 1, 1, 1, C) and (B, T, 1, 1, 1); a scalar
+            1 in the place of a mask leaves it out.
     """
-    # M = sigmoid(S_m * C_m * T_m)                                                # Eq. 8
-    # y = x / 2 + M * x                                                           # Eq. 7
-    # S_m T_m, a column, times C_m, a row: also their gradients are matrix products
     B, T, C, H, W = x.shape
     column = (s_m * t_m).expand(B, T, H, W, 1).reshape(B, T * H * W, 1)
-    m = (column @ c_m.expand(B, 1, 1, 1, C).reshape(B, 1, C)).sigmoid_().to(x.dtype)
-    return x * (m.view(B, T, H, W, C).movedim(4, 2) + 0.5)
+    row = c_m.expand(B, 1, 1, 1, C).reshape(B, 1, C)
+    m = (column @ row).sigmoid_().to(x.dtype)                   # M = sigmoid(S_m C_m T_m),  Eq. 8
+    m = m.view(B, T, H, W, C).movedim(4, 2)
+    return x * (m + 0.5)                                        # y = x / 2 + M x,  Eq. 7
 
 
 class ResidualAttentionLayer(nn.Module):
-    """RAL, Fig. 5, Eq. 7-12: weighs positions, channels and frames by the product of three masks.
+    """Residual attention layer (RAL), Eq. 7-12, Fig. 5: re-weights a feature map with the product
+    of a spatial, a channel and a temporal mask.
 
-    X (B, T, C, H, W) -> (B, T, C, H, W). Starts as identity.
-    frames: T; reduction: r of the channel branch, 1 to C; branches: which of "s", "c" and "t" there
-    are, at least one (a missing mask is 1). Raises ValueError for others.
+    Takes and returns (B, T, C, H, W). At initialisation it is the identity.
+
+    Args:
+        channels: C.
+        frames: number of frames in a clip, T.
+        reduction: r of Eq. 12, from 1 to C; the channel branch has C // r channels inside.
+        branches: which masks there are, one or more of "s" (spatial), "c" (channel) and "t"
+            (temporal), as a string or a tuple; a mask that is not named is 1.
+
+    Raises ValueError on other branches or another reduction, and on an input with another T or C.
+    Copy along: mean_over_frames, attend.
     """
 
-    def __init__(self, channels, frames, reduction=16, branches="sct"):
+    def __init__(self, channels: int, frames: int, *, reduction: int = 16,
+                 branches: str | tuple[str, ...] = "sct"):
         super().__init__()
-        if not branches or set(branches) - set("sct"):
+        if not branches or not set(branches) <= {"s", "c", "t"}:
             raise ValueError(f"RAL takes at least one of the branches s, c and t, not {branches}")
         if not 1 <= reduction <= channels:
             raise ValueError(f"RAL takes a reduction of 1 to {channels}, not {reduction}")
-        self.size = frames, channels
+        self.size = (frames, channels)
         self.branches = nn.ModuleDict()
         if "s" in branches:
             self.branches["s"] = nn.Sequential(
                 nn.Conv2d(channels, 1, 3, padding=1, bias=False), nn.BatchNorm2d(1), nn.ReLU(),
                 nn.Conv2d(1, 1, 1))
-        sizes = {"c": (channels, channels // reduction), "t": (frames, max(frames // 2, 1))}
-        for kind, (size, inner) in sizes.items():
-            if kind in branches:                # a 1x1 convolution of a pooled vector is linear
-                self.branches[kind] = nn.Sequential(
-                    nn.Linear(size, inner, bias=False), nn.BatchNorm1d(inner), nn.ReLU(),
-                    nn.Linear(inner, size))
-        for i, branch in enumerate(self.branches.values()):
-            nn.init.zeros_(branch[3].weight)
-            nn.init.constant_(branch[3].bias, 0.0 if i == 0 else 1.0)
+        # on pooled vectors, the 1x1 convolutions of the other two branches are linear layers
+        if "c" in branches:
+            inner = channels // reduction
+            self.branches["c"] = nn.Sequential(
+                nn.Linear(channels, inner, bias=False), nn.BatchNorm1d(inner), nn.ReLU(),
+                nn.Linear(inner, channels))
+        if "t" in branches:
+            inner = max(frames // 2, 1)
+            self.branches["t"] = nn.Sequential(
+                nn.Linear(frames, inner, bias=False), nn.BatchNorm1d(inner), nn.ReLU(),
+                nn.Linear(inner, frames))
+        # The first mask starts at 0 and the others at 1: their product is 0, hence M = 1/2, and
+        # gradients reach the first branch, which they would not if all masks were 0.
+        for branch in self.branches.values():
+            nn.init.zeros_(branch[-1].weight)
+            nn.init.ones_(branch[-1].bias)
+        first = next(iter(self.branches.values()))
+        nn.init.zeros_(first[-1].bias)
 
     def forward(self, x):
         B, T, C, H, W = x.shape
@@ -199,92 +273,137 @@ class ResidualAttentionLayer(nn.Module):
             raise ValueError(f"RAL was built for (T, C) = {self.size}, not ({T}, {C})")
         s_m = c_m = t_m = x.new_ones(())
         x_s = mean_over_frames(x)                                                 # Eq. 9
-        if "t" in self.branches:
-            dtype = torch.promote_types(x.dtype, torch.float32)   # float16 cannot hold the sum
-            x_t = (x.sum((2, 3, 4), dtype=dtype) / (C * H * W)).to(x.dtype)
-            t_m = self.branches["t"](x_t).view(B, T, 1, 1, 1)
         if "s" in self.branches:
             s_m = self.branches["s"](x_s).view(B, 1, H, W, 1)                     # Eq. 10
         if "c" in self.branches:
             x_c = x_s.mean((2, 3))                                                # Eq. 11
             c_m = self.branches["c"](x_c).view(B, 1, 1, 1, C)                     # Eq. 12
-        return attend(x, s_m, c_m, t_m)                                           # Eq. 7-8
+        if "t" in self.branches:
+            # "The same architecture as the channel branch": the mean over channels and positions,
+            # and two layers. The sum is taken in float32 at least, as float16 cannot hold it.
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            x_t = (x.sum((2, 3, 4), dtype=dtype) / (C * H * W)).to(x.dtype)
+            t_m = self.branches["t"](x_t).view(B, T, 1, 1, 1)
+        return attend(x, s_m, c_m, t_m)                                           # Eq. 7, 8
 
 
-# -------------------------------------------- Fig. 2: the 3D convolutions that it is compared with
+# ----------------------------------- Fig. 2: the 3D convolutions that the paper compares M3D with
 
 class InflatedConv(nn.Module):
-    """I3D (Carreira and Zisserman, CVPR 2017): a convolution inflated to three frames.
+    """I3D, Fig. 2b (Carreira and Zisserman, CVPR 2017): a convolution inflated to three frames.
 
-    X (B*T, C, H, W) -> (B*T, C', H', W'): frames as batch, in the place of `conv`. Starts as it.
-    conv: without bias, groups and dilation, padded by a number of zeros (ValueError); frames: T.
+    Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), because it replaces a
+    convolution of a 2D network. At initialisation it computes the same as that convolution.
+
+    Args:
+        conv: the 2D convolution that it replaces, without bias, groups and dilation, padded by a
+            number of zeros.
+        frames: number of frames in a clip, T.
+
+    Raises ValueError on other convolutions. Copy along: frames_to_clips, clips_to_frames.
     """
 
-    def __init__(self, conv, frames):
+    def __init__(self, conv: nn.Conv2d, frames: int):
         super().__init__()
         if (conv.bias is not None or conv.groups != 1 or conv.dilation != (1, 1)
                 or conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
             raise ValueError("I3D inflates convolutions without bias, groups and dilation, padded "
                              f"by a number of zeros, not {conv}")
         self.frames = frames
-        like = dict(bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
-        self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, *conv.kernel_size),
-                              (1, *conv.stride), (1, *conv.padding), **like)
+        self.conv = nn.Conv3d(conv.in_channels, conv.out_channels,
+                              kernel_size=(3, *conv.kernel_size), stride=(1, *conv.stride),
+                              padding=(1, *conv.padding), bias=False,
+                              device=conv.weight.device, dtype=conv.weight.dtype)
         with torch.no_grad():
-            self.conv.weight.zero_()[:, :, 1].copy_(conv.weight)
+            self.conv.weight.zero_()
+            self.conv.weight[:, :, 1] = conv.weight
 
     def forward(self, x):
-        return as_frames(self.conv(as_clips(x, self.frames)))
+        return clips_to_frames(self.conv(frames_to_clips(x, self.frames)))
+
+
+def keeps_map_size(conv: nn.Conv2d):
+    """Whether the output of a convolution is as large as its input, divided by the stride."""
+    if isinstance(conv.padding, str):
+        return conv.padding == "same"
+    sizes = zip(conv.padding, conv.dilation, conv.kernel_size)
+    return all(2 * padding == dilation * (kernel - 1) for padding, dilation, kernel in sizes)
 
 
 class P3DConv(nn.Module):
-    """P3D (Qiu et al., ICCV 2017): a spatial convolution S with a temporal 3x1x1 convolution T.
+    """P3D, Fig. 2c-e (Qiu et al., ICCV 2017): a spatial convolution S and a temporal 3x1x1
+    convolution T, one after the other or side by side.
 
-    X (B*T, C, H, W) -> (B*T, C', H', W'): frames as batch, in the place of S. Starts as S, or with
-    bn as relu(bn(S)).
-    conv: S; frames: T; kind: "a", "b" or "c" (ValueError; "b" takes only an S that keeps the size
-    of maps but for its stride); bn: for "a", with ReLU between S and T.
+    Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), because it replaces a
+    convolution of a 2D network. At initialisation it computes S(x), or with bn relu(bn(S(x))).
+
+    Args:
+        conv: the 2D convolution that it replaces, which becomes S.
+        frames: number of frames in a clip, T.
+        kind: "a" for T(S(x)), "b" for S(x) + T(x), "c" for S(x) + T(S(x)).
+        bn: for kind "a", a BatchNorm2d to apply, followed by a ReLU, between S and T. By default
+            there is nothing between them.
+
+    Raises ValueError on another kind, and if kind is "b" and S changes the size of maps by more
+    than its stride. Copy along: frames_to_clips, clips_to_frames, keeps_map_size.
     """
 
-    def __init__(self, conv, frames, kind, bn=None):
+    def __init__(self, conv: nn.Conv2d, frames: int, kind: str, *,
+                 bn: nn.BatchNorm2d | None = None):
         super().__init__()
         if kind not in ("a", "b", "c"):
             raise ValueError(f"P3D is of kind a, b or c, not {kind}")
-        keeps_size = conv.padding == "same" or all(
-            2 * p == d * (k - 1)
-            for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size))
-        if kind == "b" and not keeps_size:
-            raise ValueError("P3D-B adds S(x) to T(x), and takes an S that keeps the size of maps "
-                             f"but for its stride, not {conv}")
+        if kind == "b" and not keeps_map_size(conv):
+            raise ValueError("P3D-B adds S(x) and T(x), and takes an S that keeps the size of maps "
+                             f"up to its stride, not {conv}")
         self.spatial = conv
         self.frames = frames
         self.kind = kind
-        self.between = nn.Identity() if bn is None else nn.Sequential(bn, nn.ReLU())
-        C = conv.out_channels
-        inputs, stride = (conv.in_channels, (1, *conv.stride)) if kind == "b" else (C, 1)
-        like = dict(bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
-        self.temporal = nn.Conv3d(inputs, C, (3, 1, 1), stride, (1, 0, 0), **like)
+        if bn is None:
+            self.between = nn.Identity()
+        else:
+            self.between = nn.Sequential(bn, nn.ReLU())
+        in_channels, stride = conv.out_channels, (1, 1, 1)
+        if kind == "b":
+            in_channels, stride = conv.in_channels, (1, *conv.stride)
+        self.temporal = nn.Conv3d(in_channels, conv.out_channels, kernel_size=(3, 1, 1),
+                                  stride=stride, padding=(1, 0, 0), bias=False,
+                                  device=conv.weight.device, dtype=conv.weight.dtype)
         nn.init.zeros_(self.temporal.weight)
         if kind == "a":
             nn.init.eye_(self.temporal.weight.data[:, :, 1, 0, 0])
 
+    def convolve_in_time(self, x):
+        return clips_to_frames(self.temporal(frames_to_clips(x, self.frames)))
+
     def forward(self, x):
         s = self.between(self.spatial(x))
-        t = as_frames(self.temporal(as_clips(x if self.kind == "b" else s, self.frames)))
-        return t if self.kind == "a" else s + t         # T(S(x)); S(x) + T(x) and S(x) + T(S(x))
+        if self.kind == "a":
+            return self.convolve_in_time(s)                     # P3D-A: T(S(x))
+        if self.kind == "b":
+            return s + self.convolve_in_time(x)                 # P3D-B: S(x) + T(x)
+        return s + self.convolve_in_time(s)                     # P3D-C: S(x) + T(S(x))
 
 
-def identity_behind_relu(bn):
-    """A BatchNorm that passes on relu(bn(x)): in eval mode exactly, in training as nearly as x is
-    normally distributed, because it has the mean and variance of a rectified normal variable."""
-    b, g = bn.bias, bn.weight.abs().clamp(min=1e-6)                       # bn(x) ~ N(b, g^2)
-    density = torch.exp(-(b / g) ** 2 / 2) / (2 * torch.pi) ** 0.5
-    positive = torch.special.ndtr(b / g)                                  # P(bn(x) > 0)
-    mean = b * positive + g * density
-    var = ((b ** 2 + g ** 2) * positive + b * g * density - mean ** 2).clamp(min=0)
+@torch.no_grad()
+def identity_batchnorm_after_relu(bn: nn.BatchNorm2d):
+    """Returns a new BatchNorm2d that leaves relu(bn(x)) as it is. (Our choice for P3D-A.)
+
+    In eval mode it does so exactly. In training it does if bn(x) is normally distributed, with the
+    mean and standard deviation that bn gives it, because its statistics are those of a normal
+    variable after a ReLU.
+    """
+    mu, sigma = bn.bias, bn.weight.abs().clamp(min=1e-6)                  # of bn(x)
+    density_at_zero = torch.exp(-(mu / sigma) ** 2 / 2) / (2 * torch.pi) ** 0.5
+    share_above_zero = torch.special.ndtr(mu / sigma)
+    mean = mu * share_above_zero + sigma * density_at_zero
+    mean_of_squares = (mu ** 2 + sigma ** 2) * share_above_zero + mu * sigma * density_at_zero
+    var = (mean_of_squares - mean ** 2).clamp(min=0)
     identity = copy.deepcopy(bn)
-    state = dict(running_mean=mean, running_var=var, weight=(var + bn.eps).sqrt(), bias=mean)
-    identity.load_state_dict(state, strict=False)
+    identity.running_mean.copy_(mean)
+    identity.running_var.copy_(var)
+    identity.weight.copy_((var + bn.eps).sqrt())
+    identity.bias.copy_(mean)
     return identity
 
 
@@ -311,44 +430,70 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 class Stream(nn.Module):
-    """One stream of Fig. 3, Eq. 2 or 3: a ResNet-50 with 3D layers and RALs, averaged over frames.
+    """One stream of Fig. 3: F_2d of Eq. 2 or F_M3D of Eq. 3, a ResNet-50 that is a 2D network or
+    has 3D convolutions and RALs, and whose features are averaged over the frames.
 
-    Clips (B, T, 3, H, W), normalised -> features (B, 2048). frames: T; layer: "2d", "m3d",
-    "i3d", "p3d-a", "p3d-b" or "p3d-c"; ral: branches of the RALs after stages 1 to 3, empty for no
-    RAL; per_tap: see M3DLayer; pool: "avg" or "max" over the final map; weights: see resnet50;
-    init_2d: the state_dict of a 2D stream's `net` to start from; all_blocks: M3D layers in every
-    block, not each stage's first alone; reduction: r of the RALs; p3d_a_linear: no BatchNorm and
-    ReLU between S and T of P3D-A. Raises ValueError for what it cannot take.
+    Takes normalised clips (B, T, 3, H, W) and returns features (B, 2048). The M3D stream for clips
+    of 256x128 pixels:
+
+        stem      (B*T,   64, 64, 32)   7x7 convolution and max pooling
+        stage 1   (B*T,  256, 64, 32)   3 blocks, M3D layer in the first one; then a RAL
+        stage 2   (B*T,  512, 32, 16)   4 blocks, M3D layer in the first one; then a RAL
+        stage 3   (B*T, 1024, 16,  8)   6 blocks, M3D layer in the first one; then a RAL
+        stage 4   (B*T, 2048,  8,  4)   3 blocks, M3D layer in the first one
+        features  (B, 2048)             pooled over positions, then averaged over frames
+
+    Args:
+        frames: number of frames in a clip, T. A 2D stream takes clips of any length.
+        layer: the convolutions: "2d" (a plain ResNet-50), "m3d", "i3d", "p3d-a", "p3d-b" or
+            "p3d-c".
+        ral: the branches of the RALs, some of "s", "c" and "t"; empty for no RALs.
+        per_tap: M3D layers with a matrix for each of the three taps of a temporal kernel.
+        pool: "avg" or "max", how the last map is pooled over its positions.
+        weights: of the ResNet-50: "none", "imagenet", or a file, as of torchvision's resnet50.
+        init_2d: a state_dict of `net` of a 2D stream, which the network starts from; by default
+            none.
+        all_blocks: M3D layers in every block instead of in the first one of each stage.
+        reduction: r of the RALs, from 1 to 256.
+        p3d_a_linear: P3D-A without BatchNorm and ReLU between S and T.
+
+    Raises ValueError on invalid arguments. Copy along: resnet50, identity_batchnorm_after_relu, and
+    M3DLayer, ResidualAttentionLayer, InflatedConv and P3DConv with what they need.
     """
 
-    def __init__(self, frames, layer="2d", ral="", per_tap=False, pool="avg", weights="none",
-                 init_2d=None, all_blocks=False, reduction=16, p3d_a_linear=False):
+    def __init__(self, frames: int, *, layer: str = "2d", ral: str | tuple[str, ...] = "",
+                 per_tap: bool = False, pool: str = "avg", weights: str = "none",
+                 init_2d: dict | None = None, all_blocks: bool = False, reduction: int = 16,
+                 p3d_a_linear: bool = False):
         super().__init__()
         if layer not in ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c"):
             raise ValueError(f"the layers are 2d, m3d, i3d, p3d-a, p3d-b and p3d-c, not {layer}")
-        self.net = net = resnet50(weights, last_stride=2)
+        net = resnet50(weights, last_stride=2)
         if init_2d is not None:
             try:
                 net.load_state_dict(init_2d)
             except RuntimeError as error:
-                says = " ".join(str(error).split())[:160]
-                raise ValueError(f"init_2d does not fit the 2D stream ({says} ...)") from None
+                reason = " ".join(str(error).split())[:160]
+                raise ValueError(f"init_2d does not fit the 2D stream ({reason} ...)") from None
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-            for i, block in enumerate(stage):
-                if layer == "m3d" and (all_blocks or i == 0):
-                    block.conv2 = M3DLayer(block.conv2, frames, per_tap)
+            for number, block in enumerate(stage):
+                if layer == "m3d" and (all_blocks or number == 0):
+                    block.conv2 = M3DLayer(block.conv2, frames, per_tap=per_tap)
                 elif layer == "i3d":
                     block.conv2 = InflatedConv(block.conv2, frames)
                 elif layer == "p3d-a" and not p3d_a_linear:
-                    block.conv2 = P3DConv(block.conv2, frames, "a", block.bn2)
-                    block.bn2 = identity_behind_relu(block.bn2)
-                elif layer.startswith("p3d"):
-                    block.conv2 = P3DConv(block.conv2, frames, layer[-1])
+                    block.conv2 = P3DConv(block.conv2, frames, kind="a", bn=block.bn2)
+                    block.bn2 = identity_batchnorm_after_relu(block.bn2)
+                elif layer in ("p3d-a", "p3d-b", "p3d-c"):
+                    block.conv2 = P3DConv(block.conv2, frames, kind=layer[-1])
         if layer == "i3d":
             net.conv1 = InflatedConv(net.conv1, frames)
+        self.net = net
         self.ral = nn.ModuleDict()
-        for name, channels in (("layer1", 256), ("layer2", 512), ("layer3", 1024)) if ral else ():
-            self.ral[name] = ResidualAttentionLayer(channels, frames, reduction, ral)
+        if ral:
+            for name, channels in (("layer1", 256), ("layer2", 512), ("layer3", 1024)):
+                self.ral[name] = ResidualAttentionLayer(channels, frames, reduction=reduction,
+                                                        branches=ral)
         self.pool = pool
 
     def forward(self, clips):
@@ -361,24 +506,47 @@ class Stream(nn.Module):
             if name in self.ral:
                 x = self.ral[name](x.unflatten(0, (B, T))).flatten(0, 1)
         x = x.to(net.bn1.weight.dtype)
-        x = x.mean((2, 3)) if self.pool == "avg" else x.amax((2, 3))
+        if self.pool == "avg":
+            x = x.mean((2, 3))
+        else:
+            x = x.amax((2, 3))
         return x.view(B, T, -1).mean(1)                                           # Eq. 2, 3
 
 
 class TwoStreamM3D(nn.Module):
-    """Two-stream M3D, Fig. 3, Eq. 1: a 2D and an M3D stream without common parameters, each with a
-    BN neck and a classifier.
+    """Two-stream M3D, Eq. 1, Fig. 3: a 2D stream ("spatial") and an M3D stream ("temporal"), which
+    share no parameters, each with a BN neck and a classifier of its own.
 
-    Clips (B, T, 3, H, W), normalised -> in eval mode embeddings [f_s, f_t] (B, 4096), or (B, 2048)
-    of a single stream; in train mode the logits of each stream, {name: (B, num_classes)}.
+    Takes normalised clips (B, T, 3, H, W). In eval mode it returns embeddings [f_s, f_t] (B, 4096),
+    or (B, 2048) of a single stream, where both streams see the same frames; in a test they see
+    different ones, as `test_parts` says. In train mode it returns the logits of each stream,
+    {"spatial": (B, num_classes), "temporal": (B, num_classes)}.
 
-    frames: T, fixed; stream: "two", "spatial" or "temporal"; pool, weights: of both streams, see
-    Stream; all others: of the temporal stream. Raises ValueError for what it cannot take.
+    Args:
+        num_classes: number of identities in the training set.
+        frames: number of frames in a clip, T; the network takes no other clips.
+        stream: "two", or "spatial" or "temporal" for one stream alone.
+        layer: the convolutions of the temporal stream: "2d", "m3d", "i3d", "p3d-a", "p3d-b" or
+            "p3d-c".
+        ral: the branches of the temporal stream's RALs, some of "s", "c" and "t"; empty for no
+            RALs.
+        per_tap: M3D layers with a matrix for each of the three taps of a temporal kernel.
+        pool: "avg" or "max", how both streams pool their last map over its positions.
+        weights: of both ResNet-50: "none", "imagenet", or a file, as of torchvision's resnet50.
+        init_2d: a state_dict of `net` of a 2D stream, which the temporal stream starts from; by
+            default none. Not with stream "spatial".
+        all_blocks: M3D layers in every block instead of in the first one of each stage.
+        reduction: r of the RALs, from 1 to 256.
+        p3d_a_linear: P3D-A without BatchNorm and ReLU between S and T.
+
+    Raises ValueError on invalid arguments, and on clips of another length.
+    Copy along: Stream with what it needs.
     """
 
-    def __init__(self, num_classes, frames=8, stream="two", layer="m3d", ral="sct", per_tap=False,
-                 pool="avg", weights="none", init_2d=None, all_blocks=False, reduction=16,
-                 p3d_a_linear=False):
+    def __init__(self, num_classes: int, frames: int = 8, *, stream: str = "two",
+                 layer: str = "m3d", ral: str | tuple[str, ...] = "sct", per_tap: bool = False,
+                 pool: str = "avg", weights: str = "none", init_2d: dict | None = None,
+                 all_blocks: bool = False, reduction: int = 16, p3d_a_linear: bool = False):
         super().__init__()
         if stream not in ("two", "spatial", "temporal"):
             raise ValueError(f"the streams are spatial, temporal or two, not {stream}")
@@ -389,83 +557,131 @@ class TwoStreamM3D(nn.Module):
         if stream != "temporal":
             self.streams["spatial"] = Stream(frames, pool=pool, weights=weights)
         if stream != "spatial":
-            self.streams["temporal"] = Stream(frames, layer, ral, per_tap, pool, weights, init_2d,
-                                              all_blocks, reduction, p3d_a_linear)
-        self.neck = nn.ModuleDict({name: nn.BatchNorm1d(2048) for name in self.streams})
-        self.classifier = nn.ModuleDict({name: nn.Linear(2048, num_classes, bias=False)
-                                         for name in self.streams})
+            self.streams["temporal"] = Stream(
+                frames,
+                layer=layer,
+                ral=ral,
+                per_tap=per_tap,
+                pool=pool,
+                weights=weights,
+                init_2d=init_2d,
+                all_blocks=all_blocks,
+                reduction=reduction,
+                p3d_a_linear=p3d_a_linear,
+            )
+        self.neck = nn.ModuleDict()
+        for name in self.streams:
+            self.neck[name] = nn.BatchNorm1d(2048)
+        self.classifier = nn.ModuleDict()
+        for name in self.streams:
+            self.classifier[name] = nn.Linear(2048, num_classes, bias=False)
         for classifier in self.classifier.values():
             nn.init.normal_(classifier.weight, std=0.001)
 
     def test_parts(self):
-        """[(network, frames a clip)] whose embeddings a test joins: the 2D stream takes still
-        frames, all of a tracklet, the temporal stream clips of T."""
-        return [(nn.Sequential(self.streams[name], neck).train(self.training),
-                 1 if name == "spatial" else self.frames) for name, neck in self.neck.items()]
+        """What a test runs: a list of (network, frames in a clip). It averages the outputs of each
+        network over all its clips of a tracklet, and concatenates the averages (Eq. 1): f_s over
+        single frames, of which the 2D stream takes all, and f_t over clips of T frames."""
+        parts = []
+        for name, stream in self.streams.items():
+            network = nn.Sequential(stream, self.neck[name])
+            network.train(self.training)
+            if name == "spatial":
+                parts.append((network, 1))
+            else:
+                parts.append((network, self.frames))
+        return parts
 
     def forward(self, clips):
         if clips.shape[1] != self.frames:
             raise ValueError(f"the network was built for clips of {self.frames} frames, not "
                              f"{clips.shape[1]}")
-        embeddings = {}
+        embeddings = {}                                                 # f_s and f_t
         for name, neck in self.neck.items():
             embeddings[name] = neck(self.streams[name](clips).to(neck.weight.dtype))
         if not self.training:
-            return torch.cat([*embeddings.values()], 1)                           # Eq. 1
+            return torch.cat([*embeddings.values()], 1)                 # f_st = [f_s, f_t],  Eq. 1
         return {name: self.classifier[name](f) for name, f in embeddings.items()}
 
 
 # -------------------------------------------------------------------------------------- the losses
 
 def loss_weights(args):
-    """The weights of the streams' losses, {name: weight}: the streams share nothing."""
-    streams = ("spatial", "temporal") if args.stream == "two" else (args.stream,)
-    return {f"xent-{name}": 1.0 for name in streams}
+    """The weight of each stream's loss, {name: weight}. All are 1: as the streams share no
+    parameters, there is nothing to balance."""
+    if args.stream == "two":
+        return {"xent-spatial": 1.0, "xent-temporal": 1.0}
+    return {f"xent-{args.stream}": 1.0}
 
 
 def losses(outputs, pids, args):
-    """The cross entropy of each stream, as {name: scalar}; their sum is minimised."""
-    return {f"xent-{name}": F.cross_entropy(at_least_float32(x), pids)
-            for name, x in outputs.items()}
+    """The cross entropy of each stream (in the paper: "softmax loss"), as {name: scalar}. Their sum
+    is minimised.
+
+    Args:
+        outputs: the logits of each stream, {"spatial" or "temporal": (B, num_classes)}.
+        pids: the identities as class numbers, (B,).
+        args: the settings, which these losses do not need.
+    """
+    return {f"xent-{name}": F.cross_entropy(at_least_float32(logits), pids)
+            for name, logits in outputs.items()}
 
 
 # -------------------------------------------------------------- Implementation Details: the recipe
 
-RECIPE = {  # 3D networks (2D: row "2d"); flag: (paper's value, small run's, meaning and source)
-    "frames": (8, 3, "T, adjacent frames a clip (Implementation Details, Table 1)"),
-    "height": (256, 128, "of the resized frames (Implementation Details)"),
-    "width": (128, 64, "of the resized frames (Implementation Details)"),
-    "ids": (24, 8, "tracklets a batch, times --clips; 12 for T = 16 (Implementation Details)"),
-    "clips": (1, 1, "factor of --ids (our choice)"),
+# This is the recipe of the 3D networks; that of the 2D network is in ROWS["2d"].
+# flag: (the paper's value or our choice, the quick run's value, meaning and source[, choices])
+RECIPE = {
+    "frames": (8, 3, "number of adjacent frames in a clip, T (Implementation Details, Table 1)"),
+    "height": (256, 128, "height of the resized frames (Implementation Details)"),
+    "width": (128, 64, "width of the resized frames (Implementation Details)"),
+    "ids": (24, 8, "number of tracklets in a batch, which --clips multiplies; the paper has 12 for "
+                   "T = 16 (Implementation Details)"),
+    "clips": (1, 1, "factor by which --ids is multiplied (our choice)"),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
-    "epochs": (400, 3, "(Implementation Details)"),
-    "lr": (0.01, 0.0015, "learning rate of SGD (Implementation Details)"),
-    "lr_step": (300, 2, "lr is divided by 10 every so many epochs (Implementation Details)"),
-    "momentum": (0.9, 0.9, "of SGD (our choice)"),
-    "weight_decay": (5e-4, 5e-4, "of SGD (our choice)"),
-    "weights": ("imagenet", "none", "backbone: imagenet, none or a file (below Eq. 6)"),
-    "pool": ("avg", "max", "over the final map (our choice)", ("avg", "max")),
-    "stream": ("two", "two", "of Fig. 3 (Table 2)", ("two", "spatial", "temporal")),
-    "layer": ("m3d", "m3d", "3D layer (Table 1)", ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c")),
-    "all_blocks": (False, False, "M3D layers in every block, not each stage's first alone (text)"),
-    "per_tap": (False, False, "own weights for the three taps of a dilation (Eq. 5: one matrix)"),
-    "p3d_a_linear": (False, False, "P3D-A without BatchNorm and ReLU after S (our choice)"),
-    "ral": (("s", "c", "t"), ("s", "c", "t"), "RAL's branches or none (Table 2)", ("s", "c", "t")),
-    "reduction": (16, 16, "r of RAL's channel branch (Eq. 12)"),
-    "init_2d": (None, None, "last.pt of --variant 2d to start the temporal stream (below Eq. 6)"),
-    "in_stages": (True, False, "two streams: 2D first, by its row's recipe, then M3D; not with "
-                               "--init (below Eq. 6)"),
-    "join": ((), (), "evaluate as one: last.pt of a 2D and of a temporal stream (Eq. 1)"),
+    "epochs": (400, 3, "number of epochs (Implementation Details)"),
+    "lr": (0.01, 0.0015, "initial learning rate of SGD (Implementation Details)"),
+    "lr_step": (300, 2, "number of epochs after each of which the learning rate is divided by "
+                        "10 (Implementation Details)"),
+    "momentum": (0.9, 0.9, "momentum of SGD (our choice)"),
+    "weight_decay": (5e-4, 5e-4, "weight decay of SGD (our choice)"),
+    "weights": ("imagenet", "none", "initial weights of each ResNet-50: imagenet, none or a file "
+                                    "(below Eq. 6)"),
+    "pool": ("avg", "max", "pooling over the positions of the last map (our choice)",
+             ("avg", "max")),
+    "stream": ("two", "two", "which streams: spatial (2D), temporal (M3D) or two (Fig. 3, Table 2)",
+               ("two", "spatial", "temporal")),
+    "layer": ("m3d", "m3d", "convolutions of the temporal stream (Fig. 2, Table 1)",
+              ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c")),
+    "all_blocks": (False, False, "M3D layers in every block of ResNet-50 instead of in the first "
+                                 "one of each stage (text on Table 1)"),
+    "per_tap": (False, False, "in M3D layers, a matrix for each of the three taps of a temporal "
+                              "kernel instead of one matrix for all three (Eq. 5)"),
+    "p3d_a_linear": (False, False, "with --layer p3d-a: no BatchNorm and ReLU between the spatial "
+                                   "and the temporal convolution (our choice)"),
+    "ral": (("s", "c", "t"), ("s", "c", "t"), "masks of the residual attention layers: spatial, "
+            "channel, temporal; without a value there are no such layers (Table 2)",
+            ("s", "c", "t")),
+    "reduction": (16, 16, "divides the number of channels inside the channel branch of residual "
+                          "attention layers, r (Eq. 12)"),
+    "init_2d": (None, None, "last.pt of a run of --variant 2d, from which the temporal stream "
+                            "starts (below Eq. 6)"),
+    "in_stages": (True, False, "two streams: train the 2D stream first, by the recipe of --variant "
+                               "2d, then the M3D stream, which starts from it; without effect "
+                               "beside --init and --init-2d (below Eq. 6)"),
+    "join": ((), (), "with --evaluate or --figure: last.pt of a 2D stream and last.pt of a "
+                     "temporal stream, which become one network (Eq. 1)"),
 }
-SAMPLER = TrackletSampler      # a batch: --ids x --clips different tracklets, of any identities
-SAMPLE = sample_adjacent       # a training clip: T adjacent frames from a random one on
-SPLIT = split_whole            # the test: the first floor(L / T) clips, averaged; 2D: every frame
+SAMPLER = TrackletSampler      # a batch: ids x clips different tracklets, whatever their identities
+SAMPLE = sample_adjacent       # a training clip: T adjacent frames from a random start
+SPLIT = split_whole            # the test: the first floor(L / T) clips; with T = 1 every frame
 METRIC = "euclidean"           # distance of the test
 
-NO_RAL = dict(stream="temporal", ral=())
-T16 = dict(frames=16, ids=12)
-ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, rank-1) as printed
-    # rank-5: MARS 93.84, PRID 100.00, iLIDS-VID 94.33; rank-20: MARS 97.74
+# variant: Row(its place in the paper, the settings that it changes, (mAP, rank-1) in the paper by
+# data set, and the megabytes in Table 1 beyond those of its 2D network)
+ROWS = {
+    # Tables 3 and 4 also give rank-5 of the two-stream network: MARS 93.84, PRID-2011 100.00,
+    # iLIDS-VID 94.33; and rank-20: MARS 97.74
     "two-stream": Row("Tables 2-4: Two-stream M3D", stream="two", layer="m3d", ral=("s", "c", "t"),
                       mars=(74.06, 84.39), prid=(None, 94.40), ilids=(None, 74.00)),
     "2d": Row("Tables 1, 2: 2D CNN, on images", stream="spatial", layer="2d", ral=(), frames=1,
@@ -473,6 +689,7 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
               ilids=(None, 49.33)),
     "m3d": Row("Tables 1, 2: M3D, 8 frames", stream="temporal", layer="m3d", ral=(),
                mars=(69.90, 81.01), prid=(None, 87.64), ilids=(None, 70.00), more_megabytes=4.2),
+    # Table 2: attention
     "m3d+ral-s": Row("Table 2: M3D+RAL(s)", stream="temporal", layer="m3d", ral=("s",),
                      mars=(71.04, 82.19), prid=(None, 89.89), ilids=(None, 71.33)),
     "m3d+ral-t": Row("Table 2: M3D+RAL(t)", stream="temporal", layer="m3d", ral=("t",),
@@ -481,48 +698,67 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
                      mars=(71.30, 82.13), prid=(None, 89.89), ilids=(None, 72.00)),
     "m3d+ral": Row("Table 2: M3D+RAL", stream="temporal", layer="m3d", ral=("s", "c", "t"),
                    mars=(71.76, 82.79), prid=(None, 91.03), ilids=(None, 72.67)),
-    # Table 1 prints clips/s of a GTX TITAN X: M3D 98.3 for 8 and 49.1 for 16 frames, I3D 81.0 and
-    # 38.7, P3D-A 90.1 and 46.9, P3D-B 93.9 and 48.7, P3D-C 87.6 and 45.4; 2D 796 frames/s
-    "m3d-t16": Row("Table 1: M3D, 16 frames", **NO_RAL, layer="m3d", **T16, mars=(66.23, 80.13),
-                   more_megabytes=4.2),
-    "i3d": Row("Table 1: I3D, 8 frames", **NO_RAL, layer="i3d", mars=(62.84, 76.62),
-               more_megabytes=90.6),
-    "i3d-t16": Row("Table 1: I3D, 16 frames", **NO_RAL, layer="i3d", **T16, mars=(61.58, 75.11),
-                   more_megabytes=90.6),
-    "p3d-a": Row("Table 1: P3D-A, 8 frames", **NO_RAL, layer="p3d-a", mars=(60.69, 75.08),
-                 more_megabytes=15.2),
-    "p3d-a-t16": Row("Table 1: P3D-A, 16 frames", **NO_RAL, layer="p3d-a", **T16,
-                     mars=(60.52, 75.69), more_megabytes=15.2),
-    "p3d-b": Row("Table 1: P3D-B, 8 frames", **NO_RAL, layer="p3d-b", mars=(67.03, 79.06),
-                 more_megabytes=15.2),
-    "p3d-b-t16": Row("Table 1: P3D-B, 16 frames", **NO_RAL, layer="p3d-b", **T16,
-                     mars=(65.07, 77.63), more_megabytes=15.2),
-    "p3d-c": Row("Table 1: P3D-C, 8 frames", **NO_RAL, layer="p3d-c", mars=(67.06, 79.08),
-                 more_megabytes=15.2),
-    "p3d-c-t16": Row("Table 1: P3D-C, 16 frames", **NO_RAL, layer="p3d-c", **T16,
-                     mars=(65.17, 79.44), more_megabytes=15.2),
-    "m3d-all-blocks": Row('text to Table 1: M3D for "all the 2D convolution layers"', **NO_RAL,
-                          layer="m3d", all_blocks=True),
+    # Table 1: 3D convolutions, without attention. It also gives clips/s of a GTX TITAN X: M3D 98.3
+    # for 8 and 49.1 for 16 frames, I3D 81.0 and 38.7, P3D-A 90.1 and 46.9, P3D-B 93.9 and 48.7,
+    # P3D-C 87.6 and 45.4; the 2D network has 796 frames/s
+    "m3d-t16": Row("Table 1: M3D, 16 frames", stream="temporal", layer="m3d", ral=(), frames=16,
+                   ids=12, mars=(66.23, 80.13), more_megabytes=4.2),
+    "i3d": Row("Table 1: I3D, 8 frames", stream="temporal", layer="i3d", ral=(),
+               mars=(62.84, 76.62), more_megabytes=90.6),
+    "i3d-t16": Row("Table 1: I3D, 16 frames", stream="temporal", layer="i3d", ral=(), frames=16,
+                   ids=12, mars=(61.58, 75.11), more_megabytes=90.6),
+    "p3d-a": Row("Table 1: P3D-A, 8 frames", stream="temporal", layer="p3d-a", ral=(),
+                 mars=(60.69, 75.08), more_megabytes=15.2),
+    "p3d-a-t16": Row("Table 1: P3D-A, 16 frames", stream="temporal", layer="p3d-a", ral=(),
+                     frames=16, ids=12, mars=(60.52, 75.69), more_megabytes=15.2),
+    "p3d-b": Row("Table 1: P3D-B, 8 frames", stream="temporal", layer="p3d-b", ral=(),
+                 mars=(67.03, 79.06), more_megabytes=15.2),
+    "p3d-b-t16": Row("Table 1: P3D-B, 16 frames", stream="temporal", layer="p3d-b", ral=(),
+                     frames=16, ids=12, mars=(65.07, 77.63), more_megabytes=15.2),
+    "p3d-c": Row("Table 1: P3D-C, 8 frames", stream="temporal", layer="p3d-c", ral=(),
+                 mars=(67.06, 79.08), more_megabytes=15.2),
+    "p3d-c-t16": Row("Table 1: P3D-C, 16 frames", stream="temporal", layer="p3d-c", ral=(),
+                     frames=16, ids=12, mars=(65.17, 79.44), more_megabytes=15.2),
+    "m3d-all-blocks": Row('text on Table 1: M3D for "all the 2D convolution layers"',
+                          stream="temporal", layer="m3d", ral=(), all_blocks=True),
 }
 RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
-    """The network of a row; a checkpoint brings its own weights."""
-    join = () if args.resume else args.join
-    if join and not (args.evaluate and len(join) == 2 and args.stream == "two"):
-        raise ValueError("--join takes two checkpoints, with --evaluate or --figure, --stream two")
-    new = not (args.resume or join)
-    init_2d = load_part(args.init_2d, "streams.spatial.net.") if args.init_2d and new else None
-    model = TwoStreamM3D(num_classes, args.frames, args.stream, args.layer, args.ral, args.per_tap,
-                         args.pool, args.weights if new else "none", init_2d, args.all_blocks,
-                         args.reduction, args.p3d_a_linear)
-    for path, stream in zip(join, ("spatial", "temporal")):
-        load_part(path, f"streams.{stream}.", model.streams[stream])
-        load_part(path, f"neck.{stream}.", model.neck[stream])
+    """The network with the settings `args`. With --resume or --join it gets no initial weights,
+    because the checkpoints bring all of them."""
+    weights, join, init_2d = args.weights, args.join, None
+    if args.resume:
+        weights, join = "none", ()
+    elif join:
+        if not args.evaluate or len(join) != 2 or args.stream != "two":
+            raise ValueError("--join takes two checkpoints, with --evaluate or --figure and with "
+                             "--stream two")
+        weights = "none"
+    elif args.init_2d:
+        init_2d = load_part(args.init_2d, "streams.spatial.net.")
+    model = TwoStreamM3D(
+        num_classes,
+        frames=args.frames,
+        stream=args.stream,
+        layer=args.layer,
+        ral=args.ral,
+        per_tap=args.per_tap,
+        pool=args.pool,
+        weights=weights,
+        init_2d=init_2d,
+        all_blocks=args.all_blocks,
+        reduction=args.reduction,
+        p3d_a_linear=args.p3d_a_linear,
+    )
+    # `origin` says in a printed result where the weights come from
     if join:
+        for path, stream in zip(join, ("spatial", "temporal")):
+            load_part(path, f"streams.{stream}.", model.streams[stream])
+            load_part(path, f"neck.{stream}.", model.neck[stream])
         model.origin = f"joined from {join[0]} and {join[1]}"
-    elif args.init_2d and new:
+    elif init_2d is not None:
         model.origin = f"untrained but for the 2D stream of {args.init_2d}"
     return model
 
@@ -573,20 +809,30 @@ def train(args):  # same in every script
 
 
 def train_in_stages(args):
-    """The printed order: the 2D stream by row 2d, with every frame once an epoch; the temporal one,
-    which starts from it; both in one test. A schedule given by flags holds for the first two, which
-    have folders of their own in --output and go on where they were stopped. With --init: no stages.
+    """Trains as the paper does: first the 2D stream, by the recipe of --variant 2d and with every
+    frame once in an epoch, then the M3D stream, which starts from it. Then tests both as one
+    network, and returns the result.
+
+    The two trainings have folders of their own in --output, in which they resume if they were
+    stopped. A schedule that the user gives by flags holds for both.
+
+    With a single stream, --no-in-stages, --evaluate, --init or --init-2d it only calls `train`.
     """
-    files = [f"{args.output}/{stage}/last.pt" for stage in ("2d", "temporal")]
-    shown = args.evaluate and args.stream == "two" and not (args.resume or args.init or args.join)
-    if shown and all(map(os.path.exists, files)):
-        print(f"--join {' '.join(files)} shows the two trained stages as one network")
-    if args.stream != "two" or args.evaluate or args.init or args.init_2d or not args.in_stages:
+    file_2d = f"{args.output}/2d/last.pt"
+    file_temporal = f"{args.output}/temporal/last.pt"
+    two_streams = args.stream == "two"
+    names_a_checkpoint = args.resume or args.init or args.join
+    if two_streams and args.evaluate and not names_a_checkpoint:
+        if os.path.exists(file_2d) and os.path.exists(file_temporal):
+            print("to evaluate the two trained streams as one network, add "
+                  f"--join {file_2d} {file_temporal}")
+    starts_from_others = args.init or args.init_2d
+    if not two_streams or not args.in_stages or args.evaluate or starts_from_others:
         return train(args)
     train(part_of(args, ROWS, "2d", variant="2d", chunk=1))
     train(part_of(args, ROWS, "temporal", variant="m3d+ral", layer=args.layer, ral=args.ral,
-                  init_2d=files[0]))
-    return train(part_of(args, ROWS, "both", evaluate=True, join=files))
+                  init_2d=file_2d))
+    return train(part_of(args, ROWS, "both", evaluate=True, join=[file_2d, file_temporal]))
 
 
 def load(file, **settings):  # same in every script
@@ -603,32 +849,57 @@ def main():  # same in every script
 
 # ------------------------------------------------------------------------------------- the picture
 
-def picture(model, clips, frames):
-    """For --figure, after Fig. 4 and 5: the last map, what the temporal kernels add, and S and T of
-    the RALs."""
-    stream = model.streams["temporal" if "temporal" in model.streams else "spatial"]
-    net, rals = stream.net, [*stream.ral.values()]
-    firsts = [stage[0].conv2 for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
-    m3ds = [layer for layer in firsts if isinstance(layer, M3DLayer) and len(layer.temporal)]
-    watched = [net.layer4, *(branch for ral in rals for branch in ral.branches.values()),
-               *(conv for layer in m3ds for conv in (layer.spatial, *layer.temporal))]
-    seen = {module: call[0][1] for module, call in zip(watched, watch(stream, clips, *watched))}
-    masks = {kind: [seen[ral.branches[kind]][0].float() for ral in rals if kind in ral.branches]
-             for kind in "st"}
-    stages = [f"stage {n}" for n in range(1, 5)]
-    rows = {"last map, over its mean": overlays(frames, energy(seen[net.layer4]))}
-    if m3ds:
-        rows["what the temporal kernels of stage 1 add, over its mean"] = overlays(
-            frames, energy(sum(seen[conv] for conv in m3ds[0].temporal)))
-        rows["temporal kernels, by dilation: norm over that of S"] = bars(
-            [torch.stack([seen[conv].float().norm() for conv in layer.temporal])
-             / seen[layer.spatial].float().norm() for layer in m3ds], stages)
-    if masks["s"]:
-        rows["S of the RALs, on the first frame"] = overlays(
-            frames[:1].expand(3, -1, -1, -1), [s[0] for s in masks["s"]], stages)
-    if masks["t"]:
-        rows["T of the RALs, by frame"] = bars(masks["t"], stages)
-    return "M3D: where the stream looks", rows
+def picture(model, clips, images):
+    """The rows of panels that --figure draws: the last map, what the temporal kernels add (after
+    Fig. 4), and the spatial and temporal masks of the RALs (after Fig. 5).
+
+    Args:
+        model: the network; of two streams the temporal one is drawn.
+        clips: a normalised clip, (1, T, 3, H, W).
+        images: its frames, (T, 3, H, W), uint8, on which maps are drawn.
+
+    Returns a title and {label: row}, as `figures` draws them.
+    """
+    if "temporal" in model.streams:
+        stream = model.streams["temporal"]
+    else:
+        stream = model.streams["spatial"]
+    net = stream.net
+    rals = [*stream.ral.values()]
+    first_convs = [stage[0].conv2 for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
+    m3d_layers = [conv for conv in first_convs
+                  if isinstance(conv, M3DLayer) and len(conv.temporal) > 0]
+    watched = [net.layer4]
+    for ral in rals:
+        watched.extend(ral.branches.values())
+    for layer in m3d_layers:
+        watched.extend([layer.spatial, *layer.temporal])
+    outputs = {}
+    for module, calls in zip(watched, watch(stream, clips, *watched)):
+        _, outputs[module] = calls[0]
+    spatial_masks = [outputs[ral.branches["s"]][0, 0].float() for ral in rals
+                     if "s" in ral.branches]
+    temporal_masks = [outputs[ral.branches["t"]][0].float() for ral in rals if "t" in ral.branches]
+
+    stages = ["stage 1", "stage 2", "stage 3", "stage 4"]
+    last_map = energy(outputs[net.layer4])
+    rows = {"last map, divided by its mean": overlays(images, last_map)}
+    if m3d_layers:
+        added = energy(sum(outputs[kernel] for kernel in m3d_layers[0].temporal))
+        rows["sum of stage 1's temporal kernels, divided by its mean"] = overlays(images, added)
+        norms = []
+        for layer in m3d_layers:
+            of_kernels = torch.stack([outputs[kernel].float().norm() for kernel in layer.temporal])
+            norms.append(of_kernels / outputs[layer.spatial].float().norm())
+        rows["norm of each temporal kernel's output, divided by that of S, by dilation"] = bars(
+            norms, stages)
+    if spatial_masks:
+        first_image = images[:1].expand(len(spatial_masks), -1, -1, -1)
+        rows["spatial masks of the RALs, on the first frame"] = overlays(
+            first_image, spatial_masks, stages)
+    if temporal_masks:
+        rows["temporal masks of the RALs, by frame"] = bars(temporal_masks, stages)
+    return "M3D: last maps, temporal kernels and attention masks", rows
 
 
 if __name__ == "__main__":  # same in every script

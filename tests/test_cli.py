@@ -70,7 +70,7 @@ def test_help(script, monkeypatch, capsys):
             said[name] = about
     assert [*said] == [*module.ROWS]
     for name, row in module.ROWS.items():
-        assert re.match(r"(text to )?(Tables?|Fig\.|Sec\.) \d[^:]*: .", row.about), name
+        assert re.match(r"(text (to|on) )?(Tables?|Fig\.|Sec\.) \d[^:]*: .", row.about), name
         figures = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.figures.items()]
         figures += [f"{figure} {common.COSTS[cost]}" for cost, figure in row.costs.items()]
         flags = [common.typed(*setting) for setting in row.settings.items()]

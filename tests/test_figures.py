@@ -113,8 +113,8 @@ def test_heads_of_columns(one_backbone):
         ("bicnet_tks", "last map", ["big"] + 3 * ["1/2 size"] + [""]),
         ("tclnet", "map of the frame's learner", 2 * ["learner 1", "learner 2"] + [""]),
         ("strf", "stage 3", ["t r=1", "t r=3", "s r=1", "s r=3", ""]),
-        ("m3d", "S of the RALs", ["stage 1", "stage 2", "stage 3", ""]),
-        ("m3d", "temporal kernels, by", ["stage 1", "stage 2", "stage 3", "stage 4"]),
+        ("m3d", "spatial masks of the RALs", ["stage 1", "stage 2", "stage 3", ""]),
+        ("m3d", "norm of each temporal kernel", ["stage 1", "stage 2", "stage 3", "stage 4"]),
     ):
         script, model = network(name)
         rows = script.picture(model, clips, frames)[1]

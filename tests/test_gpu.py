@@ -137,12 +137,14 @@ def test_all_of_a_row_is_on_the_gpu(script, row, amp, fake):
 def test_a_layer_is_where_the_convolution_is_that_it_replaces(script, layer):
     layer = getattr(importlib.import_module(script), layer)
     if layer.__name__ == "P3DConv":
-        kinds = [("a",), ("b",), ("c",)]
+        options = [{"kind": "a"}, {"kind": "b"}, {"kind": "c"}]
+    elif layer.__name__ == "M3DLayer":
+        options = [{"per_tap": False}, {"per_tap": True}]
     else:
-        kinds = [(), (True,)] if layer.__name__ == "M3DLayer" else [()]
-    for kind in kinds:
+        options = [{}]
+    for option in options:
         conv = nn.Conv2d(8, 8, 1, bias=False, device="meta", dtype=torch.float64)
-        for p in layer(conv, 4, *kind).parameters():
+        for p in layer(conv, 4, **option).parameters():
             assert p.device.type == "meta" and p.dtype == torch.float64
 
 

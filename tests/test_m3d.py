@@ -34,7 +34,7 @@ from m3d import (
     ResidualAttentionLayer,
     Stream,
     TwoStreamM3D,
-    identity_behind_relu,
+    identity_batchnorm_after_relu,
 )
 
 SIZES = pytest.mark.parametrize("C, H, W", [(8, 4, 3), (16, 3, 5)])
@@ -119,7 +119,7 @@ def test_m3d_layer(C, H, W, T, per_tap, layout):
     conv = nn.Conv2d(C, 6, 3, 1, 1, bias=False).double()
     x = maps(T, C, H, W)
     frames = x.flatten(0, 1).contiguous(memory_format=layout)
-    layer = M3DLayer(conv, T, per_tap)
+    layer = M3DLayer(conv, T, per_tap=per_tap)
     assert len(layer.temporal) == (T - 1) // 2  # Eq. 6
     close(layer(frames), conv(frames))  # starts as the convolution
     randomize(layer)
@@ -149,7 +149,7 @@ def test_m3d_layer_reach():
 @pytest.mark.parametrize("branches", ["sct", "s", "c", "t", ("c", "t")])
 @pytest.mark.parametrize("reduction", [2, 4])
 def test_ral(C, H, W, T, branches, reduction):
-    ral = randomize(ResidualAttentionLayer(C, T, reduction, branches))
+    ral = randomize(ResidualAttentionLayer(C, T, reduction=reduction, branches=branches))
     x = maps(T, C, H, W, B=3)
     close(ral(x), slow_ral(ral, x))
 
@@ -214,7 +214,7 @@ def test_p3d_a_with_batch_norm(C, H, W, T, layout):
     x = maps(T, C, H, W)
     frames = x.flatten(0, 1).contiguous(memory_format=layout)
     conv, bn = nn.Conv2d(C, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6)
-    p3d = P3DConv(conv, T, "a", bn).double()
+    p3d = P3DConv(conv, T, "a", bn=bn).double()
     close(p3d(frames), slow_bn(bn, conv(frames)).relu())
     randomize(p3d)
     s = slow_bn(bn, p3d.spatial(frames)).relu().unflatten(0, (2, T))
@@ -229,7 +229,7 @@ def test_the_batch_norm_behind_p3d_a_starts_as_identity():
     bn.bias.data = torch.tensor([0.0, 1.0, 0.5, -1.0, 0.9, 0.4], dtype=torch.float64)
     quantiles = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     x = torch.special.ndtri(quantiles).view(-1, 1, 1, 1).expand(-1, 6, 1, 1)
-    identity = identity_behind_relu(bn)
+    identity = identity_batchnorm_after_relu(bn)
     a = bn(x).relu()
     # the sum over quantiles is within 1e-4 of the integral
     torch.testing.assert_close(identity.running_mean, a.mean((0, 2, 3)), atol=1e-4, rtol=0)
@@ -237,7 +237,7 @@ def test_the_batch_norm_behind_p3d_a_starts_as_identity():
     torch.testing.assert_close(identity.running_var, variance, atol=3e-4, rtol=0)
     out = identity.train()(a)
     torch.testing.assert_close(out, a, atol=0.01, rtol=0.001)
-    identity = identity_behind_relu(bn).eval()
+    identity = identity_batchnorm_after_relu(bn).eval()
     close(identity(a), a)
     assert torch.equal(bn.weight[:3], torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64))
 
@@ -248,7 +248,7 @@ def test_constant_input_stays_finite(value, dtype):
     x = torch.full((2, 4, 16, 4, 4), value, dtype=dtype, requires_grad=True)
     ral = ResidualAttentionLayer(16, 4)
     layer = M3DLayer(nn.Conv2d(16, 16, 3, 1, 1, bias=False), 4)
-    p3d = P3DConv(nn.Conv2d(16, 16, 3, 1, 1, bias=False), 4, "a", nn.BatchNorm2d(16))
+    p3d = P3DConv(nn.Conv2d(16, 16, 3, 1, 1, bias=False), 4, "a", bn=nn.BatchNorm2d(16))
     for p in (*ral.parameters(), *layer.parameters(), *p3d.parameters()):
         nn.init.normal_(p, std=0.5)
     y = p3d.to(dtype)(layer.to(dtype)(ral.to(dtype)(x).flatten(0, 1)))
@@ -309,8 +309,7 @@ def test_parameters(variant):
 def test_parameters_of_settings():
     assert parameters(meta("m3d", per_tap=True)) == TRUNK + 3 * M3D
     assert parameters(meta("p3d-a", p3d_a_linear=True)) == TRUNK + P3D
-    all_blocks = parameters(meta("m3d", all_blocks=True, per_tap=True))
-    assert all_blocks == TRUNK + 3 * P3D
+    assert parameters(meta("m3d", all_blocks=True, per_tap=True)) == TRUNK + 3 * P3D
     ral = sum(2 * C * C // 8 + C // 4 + C for C in (256, 512, 1024))
     assert parameters(meta("m3d+ral-c", reduction=8)) == TRUNK + M3D + ral
     assert parameters(meta("i3d", ral=("s",))) == TRUNK + I3D + RAL["s"]
@@ -369,7 +368,7 @@ def test_every_variant_runs(variant, one_backbone):
 
 
 def test_the_embedding_is_eq_1_to_3(float64):
-    """[f_s, f_t], each the mean over its frames behind its own neck."""
+    """[f_s, f_t], each the mean over its frames after its own neck."""
     model, clips = wake(TwoStreamM3D(3, 4)).eval(), torch.randn(2, 4, 3, 33, 32)
     single = Stream(4).eval()
     single.net.load_state_dict(model.streams["spatial"].net.state_dict())
@@ -404,8 +403,8 @@ def test_every_3d_variant_starts_as_the_2d_network(variant, base, float64, one_b
     args = settings(RECIPE, ROWS, variant)
     model = Stream(
         4,
-        args.layer,
-        args.ral,
+        layer=args.layer,
+        ral=args.ral,
         init_2d=base.net.state_dict(),
         all_blocks=args.all_blocks,
         p3d_a_linear=bool(linear),
@@ -615,7 +614,10 @@ def test_an_untrained_network_beside_two_trained_stages(monkeypatch, tmp_path, c
     monkeypatch.setattr(m3d, "train", lambda args: None)
     monkeypatch.chdir(tmp_path)
     files = [Path(f"runs/m3d-mars/{stage}/last.pt") for stage in ("2d", "temporal")]
-    says = f"--join {files[0]} {files[1]} shows the two trained stages as one network\n"
+    says = (
+        "to evaluate the two trained streams as one network, add "
+        f"--join {files[0]} {files[1]}\n"
+    )
     for file, expected in zip((*files, None), ("", "", says)):
         m3d.train_in_stages(arguments(monkeypatch, "--data", "mars", "--evaluate"))
         assert capsys.readouterr().out == expected

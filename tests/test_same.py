@@ -173,7 +173,7 @@ COPIED = {
         "ResidualAttentionLayer": (lambda c: c(64, 4), [MAPS]),
         "InflatedConv": (lambda c: c(CONV, 4), [FRAMES]),
         "P3DConv": (lambda c: c(CONV, 4, "c"), [FRAMES]),
-        "Stream": (lambda c: c(4, "m3d", "sct"), [CLIPS]),
+        "Stream": (lambda c: c(4, layer="m3d", ral="sct"), [CLIPS]),
         "TwoStreamM3D": (lambda c: c(5, 4), [CLIPS]),
     },
     "sinet": {
