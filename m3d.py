@@ -885,8 +885,11 @@ def picture(model, clips, images):
     last_map = energy(outputs[net.layer4])
     rows = {"last map, divided by its mean": overlays(images, last_map)}
     if m3d_layers:
-        added = energy(sum(outputs[kernel] for kernel in m3d_layers[0].temporal))
-        rows["sum of stage 1's temporal kernels, divided by its mean"] = overlays(images, added)
+        added = sum(outputs[kernel] for kernel in m3d_layers[0].temporal)
+        if m3d_layers[0].per_tap:
+            added = clips_to_frames(added)
+        rows["sum of stage 1's temporal kernels, divided by its mean"] = overlays(
+            images, energy(added))
         norms = []
         for layer in m3d_layers:
             of_kernels = torch.stack([outputs[kernel].float().norm() for kernel in layer.temporal])

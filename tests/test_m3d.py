@@ -510,6 +510,20 @@ def test_init_2d(tmp_path):
         meta("m3d", init_2d=str(path))
 
 
+# ------------------------------------------------------------------------------------ the picture
+
+
+@pytest.mark.parametrize("per_tap", [False, True])
+def test_the_picture_has_a_map_for_each_frame(per_tap, one_backbone):
+    model = network("m3d", 3, frames=4, per_tap=per_tap).eval()
+    nn.init.normal_(model.streams["temporal"].net.layer1[0].conv2.temporal[0].weight, std=0.1)
+    images = torch.randint(0, 256, (4, 3, 64, 32), dtype=torch.uint8)
+    rows = m3d.picture(model, normalize(images[None]), images)[1]
+    (label,) = [label for label in rows if label.startswith("sum of stage 1's temporal kernels")]
+    maps, *_ = rows[label]
+    assert [m.shape for m in maps] == 4 * [(16, 8)]
+
+
 # ----------------------------------------------------------------------------------- three stages
 
 
