@@ -1006,7 +1006,7 @@ def is_taken(flag, value):
 # What only a training takes from a recipe: a test or a picture has no use for it. Losses are named
 # here as the recipes name them.
 OF_A_TRAINING = {"epoch", "erase", "epochs", "lr", "lr_step", "momentum", "weight_decay", "margin",
-                 "lambda1", "temperature", "loss", "divergence", "stages"}
+                 "lambda1", "temperature", "loss", "divergence", "in_stages"}
 NEEDS = {  # flag: what a command must do so that the flag has an effect in it, see below
     **dict.fromkeys(("beside", "figure_tracklets", "figure_format"), "draws"),
     **dict.fromkeys((*sorted(OF_A_TRAINING), "chunk", "eval_every", "checkpoint_every",

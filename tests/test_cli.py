@@ -834,7 +834,7 @@ TRAINED = ("--resume", "LAST")  # LAST: last.pt of the short training of sinet.p
                          ("--tensorboard",), ("--chunk", 9), ("--lr", 1), ("--epochs", 3),
                          ("--margin", 1))
         ),
-        ("m3d.py", ("--evaluate", "--stages"), "--stages: is for a training"),
+        ("m3d.py", ("--evaluate", "--in-stages"), "--in-stages: is for a training"),
         ("m3d.py", ("--evaluate", "--momentum", 0.5), "--momentum: is for a training"),
         ("tclnet.py", ("--evaluate", "--loss", "xent"), "--loss: is for a training"),
         ("bicnet_tks.py", ("--evaluate", "--divergence", 1), "--divergence: is for a training"),

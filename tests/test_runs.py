@@ -335,8 +335,9 @@ def test_the_settings_in_a_checkpoint_are_checked_as_the_flags_are(
             try:
                 args = resumed("odd.pt", monkeypatch)
             except UserError as error:
-                named = str(error).startswith(f"{tmp_path}/{value}") and "--root names" in str(error)
-                assert named or str(error).startswith("odd.pt: "), error
+                text = str(error)
+                named = text.startswith(f"{tmp_path}/{value}") and "--root names" in text
+                assert named or text.startswith("odd.pt: "), error
                 continue
             taken += 1
             if value is None:
