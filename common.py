@@ -567,11 +567,14 @@ class Release:
         read: a function of a state_dict -> (the row of the script that it is, the settings of the
             recipe that its shapes give, the state_dict in the script's names), or None where the
             state_dict is not of the authors' release.
+        chunk: {data set: length of the pieces into which it cuts training tracklets}, where it is
+            not that of data.CHUNK.
         settings: what --release sets in the recipe, beside the form of the modules.
     """
 
-    def __init__(self, read, **settings):
+    def __init__(self, read, *, chunk=None, **settings):
         self.read = read
+        self.chunk = chunk or {}
         self.settings = settings
 
     def checkpoint(self, file, script):
@@ -1125,6 +1128,9 @@ def parse_args(recipe, rows, text, script, release=None):
         raise UserError("--split all: is for training, not for --evaluate, --export, --figure")
     small = chosen.get("small", saved.get("small", saved.get("data", data) == "synthetic"))
     row = vars(settings(recipe, rows, variant, small))
+    chunk = CHUNK.get(data, 0)
+    if release:
+        chunk = release.chunk.get(data, chunk)
     if chosen.get("release") and not saved:
         given = changed(rows, variant, small)
         row.update({k: v for k, v in release.settings.items() if k not in given})
@@ -1132,7 +1138,7 @@ def parse_args(recipe, rows, text, script, release=None):
     if run.init:
         row["weights"] = "none"
     return argparse.Namespace(**{
-        **default, "chunk": CHUNK.get(f"{script.stem} {data}", CHUNK.get(data, 0)), "small": small,
+        **default, "chunk": chunk, "small": small,
         "eval_first": data == "synthetic", **row, **saved, **chosen, "resume": resume,
         "evaluate": evaluate, "output": output, "chosen": [*chosen], "script": script.name,
         "checkpoint": checkpoint, "released": release, "recipe": recipe,

@@ -869,7 +869,7 @@ SPLIT_SETS = ("ilids", "prid")
 PRID_PERSONS = 178  # of persons 1 to 200, with at least 27 frames under both cameras
 NO_MATCH = ("no query has a match, a gallery tracklet of its identity under another camera (to "
             "rank within one camera, give each query tracklet a camera name of its own)")
-CHUNK = {"duke": 32, "lsvid": 64, "sinet lsvid": 48}  # default of --chunk; others: 0
+CHUNK = {"duke": 32, "lsvid": 64}  # default of --chunk; others: 0
 
 
 # ------------------------------------------------------------------------------------ clip sampling

@@ -701,7 +701,8 @@ def read_release(state):
     return row.get((sbm, idms), "sinet"), shaped, model
 
 
-RELEASE = Release(read_release, reduction=16, lambda2=0.001, scale="window", pool="max")
+RELEASE = Release(read_release, chunk={"lsvid": 48}, reduction=16, lambda2=0.001, scale="window",
+                  pool="max")
 
 
 def build(args, num_classes):

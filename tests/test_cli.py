@@ -270,9 +270,9 @@ def test_batches_clips_and_distance_of_the_papers(script, sampler, step, split, 
 
 
 def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
-    def parsed(*flags):
+    def parsed(*flags, release=None):
         monkeypatch.setattr(sys, "argv", ["sinet.py", *flags])
-        return common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py")
+        return common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py", release)
 
     args = parsed("--data", "mars", "--variant", "base+sbm", "--k", "5", "--beta", "3")
     assert (args.idms, args.sbm, args.k, args.beta) == (0, True, 5, 3.0)
@@ -288,8 +288,10 @@ def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
     assert (args.init, args.weights, args.lr) == ("last.pt", "none", 3e-4)  # nothing to download
     assert parsed("--init", "last.pt", "--weights", "imagenet").weights == "imagenet"
     assert [parsed("--data", name).small for name in ("synthetic", "folder")] == [True, False]
-    assert [parsed("--data", name).chunk for name in ("mars", "duke", "lsvid")] == [0, 32, 48]
-    assert parsed("--data", "lsvid", "--chunk", "9").chunk == 9
+    for name, others, ours in (("mars", 0, 0), ("duke", 32, 32), ("lsvid", 64, 48)):
+        assert parsed("--data", name).chunk == others
+        assert parsed("--data", name, release=sinet.RELEASE).chunk == ours
+    assert parsed("--data", "lsvid", "--chunk", "9", release=sinet.RELEASE).chunk == 9
 
 
 @pytest.mark.parametrize(

@@ -361,7 +361,7 @@ def test_the_last_piece_takes_the_remainder(tmp_path, frames, pieces):
 
 
 def test_chunks_of_the_published_sets():
-    assert data.CHUNK == {"duke": 32, "lsvid": 64, "sinet lsvid": 48}
+    assert data.CHUNK == {"duke": 32, "lsvid": 64}
 
 
 def test_seen_by_one_camera_only_is_counted(tmp_path):
