@@ -1,10 +1,15 @@
-"""Tracklets, clips and batches for video person re-identification.
+"""Everything between image files and training batches for video person re-identification.
 
-What the five paper scripts share on the way from files to batches: five public data sets, your own
-folder and a synthetic set; clips, (B, T, 3, H, W), uint8; augmentation, samplers.
+The five paper scripts share: loaders for five public data sets, for your own folder and for a
+synthetic set; clip sampling; decoding and augmentation; data sets of clips and batch samplers.
+A batch of clips is uint8, (B, T, 3, H, W).
 
-    python data.py --check --data mars --root DIR                          # decode every frame
-    python data.py --synthetic DIR --identities 64 --cameras 4 --seed 0    # draw a synthetic set
+Everything random depends on numbers that the caller gives: batches on the seed and the epoch, a
+training clip on the seed, the epoch and its position in the epoch, synthetic people on their seed.
+Neither the number of workers nor the order in which they finish matters.
+
+    python data.py --check --data mars --root DIR                          # decodes every frame
+    python data.py --synthetic DIR --identities 64 --cameras 4 --seed 0    # makes a synthetic set
 """
 import argparse
 import bisect
@@ -39,50 +44,73 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+# -------------------------------------------------------------------------------- errors and files
+
 class UserError(Exception):
-    """Something the user can mend; a script prints it as one line and exits with code 2."""
+    """An error that the user can fix; a script prints its one line and exits with code 2."""
 
     def __init__(self, message):
         text = str(message).strip()
-        if re.match(r"Caught \w+ in .*\nOriginal Traceback", text):  # from a DataLoader's worker
+        if re.match(r"Caught \w+ in .*\nOriginal Traceback", text):
+            # A DataLoader's worker wraps the message in a traceback, which ends with it.
             text = text.rsplit("\n", 1)[-1].removeprefix("data.UserError: ")
         super().__init__(printable(text))
 
 
 class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError instead of exiting."""
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def printable(text):
-    """The text in one line without control characters, which are written as escapes: the name of a
-    file can neither begin a new line nor send commands, such as a colour, to the terminal."""
-    return "".join(character if character.isprintable()
-                   else character.encode("unicode_escape").decode() for character in str(text))
+def printable(text) -> str:
+    """The text with control characters escaped, so that a file name can neither start a new line
+    nor send commands, such as a colour, to the terminal."""
+    escaped = []
+    for character in str(text):
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        escaped.append(character)
+    return "".join(escaped)
 
 
-def first_line(error):
-    """What an exception says, in one line of at most 160 characters."""
-    return printable(" ".join(str(error).split()))[:160] or type(error).__name__
+def first_line(error: Exception) -> str:
+    """The message of an exception on one line, cut to 160 characters; its class if it has none."""
+    text = printable(" ".join(str(error).split()))[:160]
+    if not text:
+        return type(error).__name__
+    return text
 
 
-def progress(items=None, what="", total=None, *, unit, hidden=False, **bar):
-    """How far long work is: tqdm's bar where somebody looks at a terminal, and elsewhere, in the
-    log of a cluster or of nohup, a line about once a minute.
+def progress(items=None, what: str = "", total: int = None, *, unit: str, hidden: bool = False,
+             **tqdm_options):
+    """Shows how far long work is: by a tqdm bar on a terminal, otherwise, as in the log of a
+    cluster or of nohup, by a line about once a minute.
 
-    It is used as tqdm's bar is: `for item in progress(items, ...)`, or `update` in a `with`.
-    items: what is worked through, None for `update`; what: the work; total: the number of items,
-    where `len` does not say it; unit: the name of an item, with a space before it; hidden: True in
-    processes that are not the first; bar: further options of tqdm's bar.
+    It is used like tqdm: iterate over it, or call `update` inside a `with` block.
+
+    Args:
+        items: iterable to go through; None if `update` is called instead.
+        what: name of the work.
+        total: number of items; by default len(items).
+        unit: name of an item, with a leading space.
+        hidden: True shows nothing, for processes other than the first.
+        tqdm_options: further options of the tqdm bar.
     """
     if hidden or sys.stderr.isatty():
-        return tqdm(items, what, total, unit=unit, disable=hidden, **bar)
-    return ProgressLines(items, what, len(items) if total is None else total, unit)
+        return tqdm(items, desc=what, total=total, unit=unit, disable=hidden, **tqdm_options)
+    if total is None:
+        total = len(items)
+    return ProgressLines(items, what, total, unit)
 
 
 class ProgressLines:
-    """Prints a line about once a minute: how far the work is, and how long the rest will take when
-    it goes on as fast as so far. See `progress`."""
+    """Prints about once a minute how much work is done and how long the rest is likely to take.
+
+    Args:
+        items, what, total, unit: as in `progress`, which makes the object.
+    """
 
     def __init__(self, items, what, total, unit):
         self.items = items
@@ -90,7 +118,8 @@ class ProgressLines:
         self.total = total
         self.unit = unit
         self.done = 0
-        self.start = self.printed = monotonic()
+        self.start = monotonic()
+        self.printed = self.start
 
     def __enter__(self):
         return self
@@ -103,19 +132,20 @@ class ProgressLines:
             yield item
             self.update()
 
-    def update(self, count=1):
-        """Counts items that are done."""
+    def update(self, count: int = 1):
+        """Adds `count` finished items."""
         self.done += count
         now = monotonic()
         if now - self.printed >= 60 and 0 < self.done < self.total:
             self.printed = now
-            left = (now - self.start) * (self.total - self.done) / self.done
+            elapsed = now - self.start
+            left = elapsed * (self.total - self.done) / self.done
             print(f"{self.what}: {self.done:,} of {self.total:,}{self.unit}, "
-                  f"{tqdm.format_interval(now - self.start)} gone, "
+                  f"{tqdm.format_interval(elapsed)} elapsed, "
                   f"about {tqdm.format_interval(left)} left", flush=True)
 
     def set_postfix(self, **_):
-        """What tqdm's bar shows beside it, the loss, stands in the line of each epoch."""
+        """Does nothing: what a tqdm bar shows here, the loss, is in the line of each epoch."""
 
 
 def last_line(error):
@@ -130,38 +160,45 @@ def last_line(error):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write, which takes the place of `path` when it is whole and on disk."""
-    aside = Path(f"{path}.tmp")
+    """Context manager: a binary file that replaces `path` once it is completely on disk.
+
+    Raises UserError if it cannot be written; the previous file is unchanged then.
+    """
+    temporary = Path(f"{path}.tmp")
     try:
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:  # Ctrl-C, too, leaves no half file behind
+        os.replace(temporary, path)
+    except BaseException as error:  # Ctrl-C, too, leaves no partial file
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        why = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(why, OSError):  # torch makes a RuntimeError of a full disk
+            temporary.unlink(missing_ok=True)
+        cause = error
+        if isinstance(error, RuntimeError):  # torch.save raises it while it handles a full disk
+            cause = error.__context__
+        if not isinstance(cause, OSError):
             raise
-        whole = "; the previous one is still whole" if os.path.exists(path) else ""
-        raise UserError(f"{path}: cannot be written ({first_line(why)}){whole}") from None
+        hint = ""
+        if os.path.exists(path):
+            hint = "; the previous file is unchanged"
+        raise UserError(f"{path}: cannot be written ({first_line(cause)}){hint}") from None
 
 
-def locked(path, text="", wait=False):
-    """An open file with this text, which no other process gets before this one closes it or ends;
-    wait: for another one that has it, which otherwise is a UserError."""
+def locked(path: Path, text: str = "", wait: bool = False):
+    """Opens a file that is locked for this process until it closes the file or ends.
+
+    Args:
+        path: the file, which is made if it does not exist.
+        text: its new contents.
+        wait: True waits while another process has the lock; False raises UserError then.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")
-        try:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"{path.parent}: another run is writing there") from None
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            pass
+        if not _lock(file, wait):
+            raise UserError(f"{path.parent}: another run is writing there")
         file.truncate(0)
         print(text, file=file, flush=True)
     except OSError as error:
@@ -169,17 +206,41 @@ def locked(path, text="", wait=False):
     return file
 
 
-def save_rows(rows, path):
-    """Dicts as a CSV file, with the keys of the first as its head; no rows, no file."""
-    if rows:
-        with replacing(path) as file:
-            text = codecs.getwriter("utf-8")(file, "surrogateescape")  # names may be no text
-            csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
+def _lock(file, wait):
+    """Locks an open file; returns whether no other process has it. Windows and some file systems
+    have no such locks, and nothing is locked there."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    flags = fcntl.LOCK_EX
+    if not wait:
+        flags |= fcntl.LOCK_NB
+    try:
+        fcntl.lockf(file, flags)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def save_rows(rows: list, path):
+    """Writes dicts to a CSV file; the keys of the first are its header. Writes nothing if there
+    are none."""
+    if not rows:
+        return
+    with replacing(path) as file:
+        # "surrogateescape", because file names are not always valid UTF-8
+        writer = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"))
+        writer.writerow(rows[0].keys())
+        for row in rows:
+            writer.writerow(row.values())
 
 
 def _numpy_scalar(module):
-    """What torch.load calls for the NumPy number in a file that says numpy.core (before NumPy 2) or
-    numpy._core: it reads numbers alone, never an object."""
+    """A function in the place of NumPy's `scalar`, which a file calls for a NumPy number. It reads
+    numbers, never objects. `module` is the name by which the file calls it."""
     def scalar(dtype, content):
         return np.frombuffer(content, dtype)[0]
     scalar.__module__ = module
@@ -187,46 +248,69 @@ def _numpy_scalar(module):
     return scalar
 
 
-NUMPY_NUMBERS = [np.dtype, *map(_numpy_scalar, ("numpy.core.multiarray", "numpy._core.multiarray")),
-                 *(type(np.dtype(kind)) for kind in "fdeilqhbIBQH?")]
+# what a checkpoint may name beside tensors: NumPy's numbers, of the kinds float, int, uint and bool
+SAFE_NUMPY_GLOBALS = [
+    np.dtype,
+    _numpy_scalar("numpy.core.multiarray"),   # before NumPy 2
+    _numpy_scalar("numpy._core.multiarray"),  # since NumPy 2
+]
+SAFE_NUMPY_GLOBALS += [type(np.dtype(code)) for code in "fdeilqhbIBQH?"]
 
 
-def load_file(path):
-    """A dict that torch.save wrote, as a zip file or in the older form, on the CPU.
+def load_file(path) -> dict:
+    """Loads a dict that torch.save has written, as a zip file or in the older format, to the CPU.
 
-    NumPy's numbers may be in it, beside the weights; nothing in the file is executed. The checksums
-    of a zip file are compared, which torch.load alone does not do.
+    The file may hold tensors and NumPy numbers; no code in it is run. Unlike torch.load, this
+    verifies the checksums of a zip file. The result is {} if the file holds anything but a dict.
+    Raises UserError if the file is missing or damaged.
     """
+    damaged = None
+    state = {}
     try:
         with open(path, "rb") as file:
             start = file.read(16)
-        if not start.startswith((b"PK", b"\x80")):  # a zip file, or a pickle as torch wrote before
+        if not start.startswith((b"PK", b"\x80")):  # neither a zip file nor a pickle
             raise ValueError(f"torch.save writes no file that begins with {start!r}")
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        state = {}
-        if not damaged:
-            with torch.serialization.safe_globals(NUMPY_NUMBERS):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # the name of the first damaged entry, or None
+        if damaged is None:
+            with torch.serialization.safe_globals(SAFE_NUMPY_GLOBALS):
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path or '(an empty name)'}: no such file") from None
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"{path}: not a readable checkpoint ({last_line(error)})") from None
-    if damaged:
-        raise UserError(f"{path}: is damaged, the checksum of its entry {damaged} does not fit")
-    return state if isinstance(state, dict) else {}
+    if damaged is not None:
+        raise UserError(f"{path}: damaged file, the checksum of its entry {damaged} is wrong")
+    if not isinstance(state, dict):
+        return {}
+    return state
 
 
 # ---------------------------------------------------------------------------------------- data sets
 
 class Tracklet(NamedTuple):
-    """The frames of one person under one camera, in temporal order."""
-    frames: tuple  # paths of the frames
-    pid: int       # identity; in `train` a label 0..n-1; in the gallery 0 is a distractor
-    cam: int       # camera
+    """The frames of one person under one camera, in temporal order.
+
+    Args:
+        frames: paths of the frames, or the frames themselves, uint8 arrays (H, W, 3).
+        pid: identity. In `train` it is a label 0..n-1 for the classifier. In `query` and `gallery`
+            it is a number of the test set; 0 is a distractor, which only MARS and the synthetic
+            set have.
+        cam: number of the camera.
+    """
+    frames: tuple
+    pid: int
+    cam: int
 
 
 class Dataset(NamedTuple):
-    """A data set: lists of `Tracklet`. Labels of `train` are 0..n-1 in the order of the pids."""
+    """A data set: its name and three lists of `Tracklet`.
+
+    The labels of `train` are 0..n-1 in the sorted order of the original identities. They have
+    nothing to do with the identities of `query` and `gallery`, which are other people.
+    """
     name: str
     train: list
     query: list
@@ -234,16 +318,20 @@ class Dataset(NamedTuple):
 
     @property
     def num_identities(self):
-        """Number of training identities, the classes of the classifier."""
+        """The number of training identities, which are the classes of the classifier."""
         return 1 + max((t.pid for t in self.train), default=-1)
 
     def ids(self):
-        """(query pids, query cameras, gallery pids, gallery cameras), arrays."""
-        return [np.array([getattr(t, key) for t in part])
-                for part in (self.query, self.gallery) for key in ("pid", "cam")]
+        """Four arrays: query pids, query cameras, gallery pids, gallery cameras."""
+        query_pids = np.array([t.pid for t in self.query])
+        query_cams = np.array([t.cam for t in self.query])
+        gallery_pids = np.array([t.pid for t in self.gallery])
+        gallery_cams = np.array([t.cam for t in self.gallery])
+        return [query_pids, query_cams, gallery_pids, gallery_cams]
 
     def has_a_match(self):
-        """Whether any query can be ranked: another camera must have seen the same identity."""
+        """Whether any query has a match: a gallery tracklet of its identity under another camera.
+        Without one there is nothing to rank."""
         cameras = collections.defaultdict(set)
         for t in self.gallery:
             cameras[t.pid].add(t.cam)
@@ -253,124 +341,162 @@ class Dataset(NamedTuple):
         """A table of the three subsets, ready to print."""
         lines = [f"{self.name:8} identities  tracklets  cameras     frames"
                  "   per tracklet: min   mean  max"]
-        for subset, tracklets in zip(self._fields[1:], self[1:]):
+        for subset in ("train", "query", "gallery"):
+            tracklets = getattr(self, subset)
             if not tracklets:
                 lines.append(f"  {subset:7}         -")
                 continue
             lengths = [len(t.frames) for t in tracklets]
-            # a pid of 0 is a label in `train` and the distractors elsewhere
+            # In `train` the pid 0 is an identity; elsewhere it marks the distractors.
             pids = {t.pid for t in tracklets if t.pid > 0 or subset == "train"}
             cams = {t.cam for t in tracklets}
             lines.append(f"  {subset:7}{len(pids):10,}{len(tracklets):11,}{len(cams):9}"
                          f"{sum(lengths):11,}{min(lengths):20}"
                          f"{sum(lengths) / len(lengths):7.1f}{max(lengths):5}")
-        cameras = collections.Counter(pid for pid, _ in {(t.pid, t.cam) for t in self.train})
-        if single := [*cameras.values()].count(1):
+        cameras_of = collections.defaultdict(set)
+        for t in self.train:
+            cameras_of[t.pid].add(t.cam)
+        single = sum(len(cameras) == 1 for cameras in cameras_of.values())
+        if single:
             lines.append(f"  {single:,} training identities are seen by one camera only")
-        own = {t.frames[0] for t in self.query} & {t.frames[0] for t in self.gallery}
+        shared = {t.frames[0] for t in self.query} & {t.frames[0] for t in self.gallery}
         distractors = sum(t.pid == 0 for t in self.gallery)
-        lines.append(f"  the gallery holds {len(own):,} of the query tracklets and {distractors:,} "
-                     "distractors; a query's own camera is left out of its ranking")
+        lines.append(f"  the gallery holds {len(shared):,} of the query tracklets and "
+                     f"{distractors:,} distractors; a query is not compared with its own identity "
+                     "under its own camera")
         return "\n".join(lines)
 
 
-def load_dataset(name, root, split=0, chunk=0, training=True, images=True):
-    """Reads the index of data set `name`, one of DATA_SETS, in `root`/`name` or in `root` itself.
+SPLIT_SETS = ("ilids", "prid")  # the data sets with ten splits into training and test
+CHUNK = {"duke": 32, "lsvid": 64}  # default of --chunk; for every other data set it is 0
+PRID_PERSONS = 178  # the number of persons that the published splits of PRID-2011 divide
+NO_MATCH = ("no query has a match, that is, a gallery tracklet of its identity under another "
+            "camera (to rank within one camera, give each query tracklet a camera name of its own)")
 
-    Prints a warning of what is odd. Raises UserError when a file is missing or the files disagree.
+
+def load_dataset(name: str, root, split: int = 0, chunk: int = 0, *, training: bool = True,
+                 images: bool = True) -> Dataset:
+    """Reads the index of a data set in `root`/`name`, or in `root` itself.
+
+    Prints a warning for what is unusual but usable. It is not for several threads at once, which
+    would mix their warnings.
 
     Args:
-        split: 0 to 9, which of the ten splits of "ilids" and "prid" is read.
-        chunk: training tracklets are cut into pieces of so many frames, of which the last takes
-            the remainder, too; 0 cuts nothing.
-        training: whether a network will be trained on the data set. Only then is a "synthetic" set
-            that is missing drawn, and only then does "folder" need its `train`.
-        images: whether the frames will be read. Then the first one of every tracklet must be there;
-            False is for work with the index alone.
+        name: one of DATA_SETS, the table after the loaders.
+        root: the folder that holds the folder `name`, or the data set's own folder.
+        split: number of the split of "ilids" and "prid" into training and test, 0 to 9.
+        chunk: training tracklets are cut into pieces of this many frames, the last of which also
+            takes the remainder; 0 keeps the tracklets whole.
+        training: whether a network will be trained on the data set. If so, a "synthetic" set that
+            is missing is made, and "folder" needs its subfolder `train`.
+        images: whether the frames will be read. If so, the first frame of every tracklet must
+            exist; False is for work with the index alone.
+
+    Raises UserError if a file is missing or the files contradict each other.
     """
-    loader, signs, published = DATA_SETS[name]
+    source = DATA_SETS[name]
     folder = Path(root) / name
     options = {}
     if name in SPLIT_SETS:
         options["split"] = split
     if name == "folder":
         options["training"] = training
-    if loader is load_mars:
+    if source.load is load_mars:
         options["images"] = images
-    _odd.clear()
+    _warnings.clear()
     try:
-        if not folder.is_dir() and any((Path(root) / sign).is_dir() for sign in signs):
-            folder = Path(root)  # the set itself
+        if not folder.is_dir() and source.is_in(root):
+            folder = Path(root)  # root is the data set's own folder
         if name == "synthetic" and training and not folder.exists():
             print(f"drawing the synthetic data set into {printable(folder)} (once)", flush=True)
             draw_synthetic(folder)
         if not folder.is_dir():
-            raise UserError(_where_it_should_be(name, root, signs))
-        dataset = loader(folder, name, **options)
+            raise UserError(_not_found_message(name, root))
+        dataset = source.load(folder, name, **options)
         if images:
-            _need_first_frames(folder, dataset[1:] if training else dataset[2:])
+            used = [dataset.query, dataset.gallery]
+            if training:
+                used.insert(0, dataset.train)
+            _check_first_frames(folder, used)
     except OSError as error:
         where = error.filename or folder
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
-    finally:  # before an error, too, of which the warnings may tell the cause
-        for what, places in _odd.items():
-            if places:
-                print(f"warning: {printable(places[0])}: {what} ({len(places):,} in all)",
-                      flush=True)
-    for subset, found, expected in zip(dataset._fields[1:], map(len, dataset[1:]), published):
-        if not found and (training or subset != "train"):
+    finally:  # also before an error, which the warnings may explain
+        for what, places in _warnings.items():
+            print(f"warning: {printable(places[0])}: {what} ({len(places):,} in all)", flush=True)
+    for subset, expected in zip(("train", "query", "gallery"), source.counts):
+        found = len(getattr(dataset, subset))
+        needed = training or subset != "train"
+        if needed and not found:
             raise UserError(f"{folder}: no {subset} tracklets")
-        if expected not in (None, found):
+        if expected is not None and expected != found:
             print(f"warning: {printable(folder)}: {expected:,} {subset} tracklets expected, "
                   f"{found:,} found")
     if not dataset.has_a_match():
         if name != "folder":
-            raise UserError(f"{folder}: no query has a match, a gallery tracklet of its identity "
-                            "under another camera")
-        so = "the training goes without its test" if training else "nothing can be ranked"
-        print(f"warning: {printable(folder)}: {NO_MATCH}; {so}", flush=True)
+            raise UserError(f"{folder}: no query has a match, that is, a gallery tracklet of its "
+                            "identity under another camera")
+        consequence = "the training runs without a test" if training else "nothing can be ranked"
+        print(f"warning: {printable(folder)}: {NO_MATCH}; {consequence}", flush=True)
     if chunk:
-        pieces = []
-        for t in dataset.train:
-            starts = range(0, max(1, len(t.frames) - chunk + 1), chunk)
-            for start, end in zip(starts, [*starts[1:], None]):
-                pieces.append(t._replace(frames=t.frames[start:end]))
-        dataset = dataset._replace(train=pieces)
+        dataset = dataset._replace(train=[p for t in dataset.train for p in _pieces(t, chunk)])
     return dataset
 
 
-def _where_it_should_be(name, root, signs):
-    """Says that a root holds no data set of this name, and what was looked for there."""
+def _pieces(tracklet, length):
+    """The tracklet cut into pieces of `length` frames; the last one also has the remainder."""
+    frames = tracklet.frames
+    pieces = []
+    for start in range(0, max(1, len(frames) - length + 1), length):
+        pieces.append(tracklet._replace(frames=frames[start:start + length]))
+    pieces[-1] = tracklet._replace(frames=frames[start:])
+    return pieces
+
+
+# what is missing in a data set
+
+def _not_found_message(name, root):
+    """The error message for a root that does not hold the data set `name`."""
+    source = DATA_SETS[name]
     here = os.path.abspath(root)
     if not os.path.exists(here):
-        says = f"{here}: no such folder"
+        message = f"{here}: no such folder;"
     elif not os.path.isdir(here):
-        says = f"{here}: is no folder"
+        message = f"{here}: not a folder;"
     else:
-        says = f"{here}: holds neither a folder {name} nor the data set itself"
-        below = [f"{here}/{inner}" for inner in sorted(os.listdir(here))
-                 if any(os.path.isdir(f"{here}/{inner}/{sign}") for sign in signs)]
-        if below:
-            says += f", but {below[0]} looks like it"
-    says += (f"; --root names the folder that holds {name}/, or the data set itself, which has "
-             f"the folders {', '.join(signs)}")
+        message = f"{here}: holds neither a folder {name} nor the data set itself;"
+        inner = [f"{here}/{entry}" for entry in sorted(os.listdir(here))]
+        candidates = [folder for folder in inner if source.is_in(folder)]
+        if candidates:
+            message += f" did you mean --root {candidates[0]}?"
+    message += (f" --root names the folder that holds {name}/, or the data set itself, which has "
+                f"the folders {', '.join(source.folders)}")
     if name == "synthetic":
-        says += "; only a training and data.py --synthetic draw it"
-    return says
+        message += "; only a training run or data.py --synthetic makes the synthetic set"
+    return message
 
 
-def _need_first_frames(folder, parts):
-    """Finds out in seconds, not after a long training, that a list names images that are not
-    there: the first frame of every tracklet must be."""
-    firsts = {t.frames[0]: None for part in parts for t in part}
-    missing = [frame for frame in firsts if not _is_there(frame)]
+def _check_layout(folder, wanted, layout):
+    """Raises UserError if one of the `wanted` paths in a data set's folder is missing. `layout`
+    describes in the message what the folder should hold."""
+    missing = [path for path in wanted if not (folder / path).exists()]
+    if missing:
+        raise UserError(f"{folder}: missing {', '.join(missing)}; expected {layout} in this folder"
+                        + _archive_hint(folder))
+
+
+def _check_first_frames(folder, parts):
+    """Raises UserError if the first frame of any tracklet is missing: an incomplete copy is found
+    in seconds, and not after hours of training."""
+    firsts = dict.fromkeys(t.frames[0] for part in parts for t in part)
+    missing = [frame for frame in firsts if not _exists(frame)]
     if missing:
         raise UserError(f"{folder}: {len(missing):,} of {len(firsts):,} tracklets lack their first "
-                        f"frame, as {missing[0]}{_why_missing(folder, missing[0])}")
+                        f"frame, such as {missing[0]}{_missing_frame_hint(folder, missing[0])}")
 
 
-def _is_there(path):
-    """As os.path.exists, which takes a file that may not be looked at for one that is missing."""
+def _exists(path):
+    """Like os.path.exists, but raises PermissionError where that would return False."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -378,461 +504,221 @@ def _is_there(path):
     return True
 
 
-def _why_missing(folder, frame):
-    """The cause, where it shows, why a frame of a data set is not there; it may be empty."""
+def _missing_frame_hint(folder, frame):
+    """A guess why a frame of a data set is missing, to end a message with; it may be empty."""
     parts = os.path.relpath(frame, folder).split(os.sep)
-    top, image = parts[0], parts[-1]
+    top = parts[0]
+    image = parts[-1]
     if os.path.islink(frame):
-        return ", which is a link to nothing"
+        return ", which is a broken symbolic link"
     if os.path.isdir(f"{folder}/{top}/{top}"):
-        return f": the images seem to lie in {folder}/{top}/{top}, move them one folder up"
+        return f": the images seem to be in {folder}/{top}/{top}, move them one folder up"
     if os.path.exists(f"{folder}/{top}/{image}"):
-        return f": the images lie in {folder}/{top} itself, not in a folder for each identity"
-    if archives := _archives(folder, folder / top):
-        return archives
-    return "" if os.listdir(folder / top) else f": {folder / top} is empty"
+        return f": the images are in {folder}/{top} itself, not in a folder for each identity"
+    archive = _archive_hint(folder, folder / top)
+    if archive:
+        return archive
+    if not os.listdir(folder / top):
+        return f": {folder / top} is empty"
+    return ""
 
 
-def _archives(*folders):
-    """Says that archives lie in these folders, which may hold what is missing; empty if none do."""
-    kinds = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
-    found = [f"{folder}/{name}" for folder in folders if os.path.isdir(folder)
-             for name in sorted(os.listdir(folder)) if name.lower().endswith(kinds)]
-    return f": {found[0]} seems not to be unpacked" if found else ""
+def _archive_hint(*folders):
+    """Names an archive in these folders that may not have been unpacked; empty if there is none."""
+    endings = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
+    for folder in filter(os.path.isdir, folders):
+        for name in sorted(os.listdir(folder)):
+            if name.lower().endswith(endings):
+                return f": {folder}/{name} seems not to be unpacked"
+    return ""
 
 
-def _need(folder, wanted, layout):
-    missing = [w for w in wanted if not (folder / w).exists()]
-    if missing:
-        raise UserError(f"{folder}: missing {', '.join(missing)}; expected {folder}/{layout}"
-                        + _archives(folder))
+def _similar_names_hint(folder, start=""):
+    """Names in a folder that begin with `start`, for the message that others are missing there."""
+    names = sorted(name for name in os.listdir(folder) if name.startswith(start))
+    if not names:
+        return ""
+    return f", but {len(names):,} like {names[0]}"
+
+
+# names of files and folders
+
+_warnings = {}  # {what is unusual but usable: places}; load_dataset clears and prints it
+
+
+def _warn(what, *places):
+    """Collects the places of a warning, which load_dataset prints once for each `what`."""
+    if places:
+        _warnings.setdefault(what, []).extend(places)
 
 
 def natural(name):
-    """A sorting key that takes numbers in a name as numbers: F2 before F10."""
+    """A sort key that compares the numbers in a name by value: F2 comes before F10."""
     parts = re.split(r"(\d+)", str(name))
-    parts[1::2] = map(int, parts[1::2])
+    parts[1::2] = [int(number) for number in parts[1::2]]
     return parts, str(name)
 
 
-def _numbered(key, first, *parts):
-    """Lists of tracklets with numbers from `first`, in natural order, in the place of the key."""
-    names = sorted({getattr(t, key) for part in parts for t in part}, key=natural)
-    numbers = {name: i for i, name in enumerate(names, first)}
-    return [[t._replace(**{key: numbers[getattr(t, key)]}) for t in part] for part in parts]
-
-
-_IMAGES = (".jpg", ".jpeg", ".png")
-_OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")  # as hidden files, no warning is due for these
-_NO_DIGITS = str.maketrans("", "", "0123456789")
-# A number with one dot or comma between its digits. A chain of three or more, as in the date
-# 2020.1.2 or in the version 1.10.2, is none.
-_WITH_A_DOT = re.compile(r"(?<![\d])(?<!\d[.,])(\d+)[.,](\d+)(?![.,]?\d)")
-_NUMBER = re.compile(_WITH_A_DOT.pattern + r"|(\d+)")
-_odd = collections.defaultdict(list)  # {what is odd, but usable: places}, for load_dataset to say
-_ANOTHER = "another person or camera in the file name than in the folder's"
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # skipped without a warning, like hidden files
+_NAME_MISMATCH = "the file name and its folder disagree on the person or the camera"
+_WITHOUT_DIGITS = str.maketrans("", "", "0123456789")
+# A decimal number, such as 12.25 or 12,25, but no part of a longer chain, such as the date 2020.1.2
+# or the version 1.10.2.
+_DECIMAL = re.compile(r"(?<![\d])(?<!\d[.,])(\d+)[.,](\d+)(?![.,]?\d)")
+_NUMBER = re.compile(_DECIMAL.pattern + r"|(\d+)")
 
 
 def _listing(folder):
-    """(names in a folder, those of them that are symbolic links)."""
+    """(the names in a folder, the set of those that are symbolic links)."""
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.is_symlink()) for entry in entries]
-    return [name for name, _ in found], {name for name, link in found if link}
+    names = [name for name, _ in found]
+    links = {name for name, is_link in found if is_link}
+    return names, links
 
 
 def _names(folder):
-    """The names in a folder, sorted, without hidden files. A link to nothing is left out, too,
-    which is odd."""
+    """The sorted names in a folder without hidden and system files. Broken symbolic links are
+    ignored with a warning."""
     names, links = _listing(folder)
-    names = sorted(n for n in names if n[0] != "." and n.lower() not in _OF_THE_SYSTEM)
-    dead = {name for name in links if not os.path.exists(f"{folder}/{name}")}
-    _odd["a link to nothing, left out"] += [f"{folder}/{name}" for name in names if name in dead]
-    return [name for name in names if name not in dead]
+    names = sorted(n for n in names if n[0] != "." and n.lower() not in _SYSTEM_FILES)
+    broken = {name for name in links if not os.path.exists(f"{folder}/{name}")}
+    _warn("a broken symbolic link, ignored",
+          *[f"{folder}/{name}" for name in names if name in broken])
+    return [name for name in names if name not in broken]
 
 
 def _folders(folder):
+    """The names of the folders in a folder, in natural order. Warns of files."""
     names = _names(folder)
     folders = {name for name in names if os.path.isdir(f"{folder}/{name}")}
     for name in names:
         if name not in folders:
-            kind = "an image" if name.lower().endswith(_IMAGES) else "a file"
-            _odd[f"{kind} beside the folders, left out"].append(f"{folder}/{name}")
+            kind = "an image" if name.lower().endswith(_IMAGE_SUFFIXES) else "a file"
+            _warn(f"{kind} next to the folders, ignored", f"{folder}/{name}")
     return sorted(folders, key=natural)
 
 
 def _images(folder):
+    """The sorted names of the images in a folder. Warns of everything else."""
     names = _names(folder)
-    images = [name for name in names if name.lower().endswith(_IMAGES)]
+    images = [name for name in names if name.lower().endswith(_IMAGE_SUFFIXES)]
     if len(images) < len(names):
-        _odd["no .jpg, .jpeg or .png file, left out"] += [
-            f"{folder}/{name}" for name in names if not name.lower().endswith(_IMAGES)]
+        others = [name for name in names if not name.lower().endswith(_IMAGE_SUFFIXES)]
+        _warn("not a .jpg, .jpeg or .png file, ignored", *[f"{folder}/{name}" for name in others])
     return images
 
 
-def _instead(folder, start=""):
-    """Says what a folder holds whose names start so, where something else is missing in it."""
-    names = sorted(name for name in os.listdir(folder) if name.startswith(start))
-    return f", but {len(names):,} like {names[0]}" if names else ""
-
-
 def _frames(folder, names):
-    """The paths of a tracklet's frames, in natural order, that of times where they are named so."""
-    same = len(os.path.commonprefix(names).rstrip("0123456789.,"))
-    plain = sorted(names, key=lambda name: natural(name[same:]))
-    names, form = plain, plain[-1].translate(_NO_DIGITS)
-    forms = [name.translate(_NO_DIGITS) for name in names]
+    """The paths of a tracklet's frames in temporal order, which is that of the numbers in their
+    names. Decimal numbers, such as 12.25, are taken for times. Warns if the form of the names, that
+    is, the name without its numbers, changes within the tracklet.
+    """
+    # Names are compared after what all have in common, which must not cut a number in two.
+    start = len(os.path.commonprefix(names).rstrip("0123456789.,"))
+    ordered = sorted(names, key=lambda name: natural(name[start:]))
     if re.search(r"\d[.,]\d", "\n".join(names)):
-        times = sorted(names, key=lambda name: _as_times(name[same:]))
-        if times != plain:
-            decimal, sure = _are_decimals([name[same:] for name in names])
+        by_time = sorted(names, key=lambda name: _decimal_key(name[start:]))
+        if by_time != ordered:
+            decimal, sure = _are_decimals([name[start:] for name in names])
             if not sure:
-                _odd["the numbers behind the dot have unequal lengths in this tracklet, they are "
-                     "taken as decimals: .25 before .5"].append(f"{folder}/{times[0]}")
-            names = times if decimal else plain
-        forms = [_NUMBER.sub("", name) for name in names]
-        form = forms[-1]
-    others = [f"{folder}/{name}" for name, own in zip(names, forms) if own != form]
-    _odd["a frame that is named otherwise than the last of its tracklet"] += others[:1]
-    return tuple([f"{folder}/{name}" for name in names])
+                _warn("the file names may be times or counters; the digits after the dot are read "
+                      "as decimals, .25 before .5", f"{folder}/{by_time[0]}")
+            if decimal:
+                ordered = by_time
+        forms = [_NUMBER.sub("", name) for name in ordered]
+    else:
+        forms = [name.translate(_WITHOUT_DIGITS) for name in ordered]
+    others = [name for name, form in zip(ordered, forms) if form != forms[-1]]
+    if others:
+        _warn("the file name has another form than that of the tracklet's last frame",
+              f"{folder}/{others[0]}")
+    return tuple([f"{folder}/{name}" for name in ordered])
 
 
-def _as_times(name):
-    """A sorting key that takes 12.25, but not 1.2.25, as a number with decimals: before 12.5."""
-    parts = _NUMBER.split(name)  # text, before the dot, behind it, a number without one, text ...
-    key = parts[:1]
-    for whole, decimals, number, text in zip(*(parts[i::4] for i in range(1, 5))):
-        key += [(int(number or whole), (decimals or "").rstrip("0")), text]
+def _decimal_key(name):
+    """A sort key that reads 12.25 as a decimal number, so that it comes before 12.5, but does not
+    read 1.2.25 so."""
+    parts = _NUMBER.split(name)
+    key = [parts[0]]
+    for i in range(1, len(parts), 4):
+        # either a decimal number or a whole one, and the text after it
+        before_dot, after_dot, whole, text = parts[i:i + 4]
+        if whole is not None:
+            key.append((int(whole), "", text))
+        else:
+            key.append((int(before_dot), after_dot.rstrip("0"), text))
     return key, name
 
 
 def _are_decimals(names):
-    """(whether the numbers behind the dots of these names are decimals, not counted from 1 on as
-    in a.1 to a.10; whether that is sure)."""
-    numbers = {found[2] for name in names for found in _WITH_A_DOT.finditer(name)}
-    shortest = min(map(len, numbers), default=0)
-    # Decimals of unequal lengths were cut behind their last digit that is not 0, as 0.05 and 0.5.
-    # Who counts reaches 10, and writes 05 only where the others have two digits or more as well.
-    decimal = any(len(number) > shortest and number[0] == "0" for number in numbers)
-    counted = any(len(number) > 1 and number[-1] == "0" for number in numbers)
-    return decimal or not counted, decimal != counted
+    """Whether the digits after the dots in these names are decimals, and not a counter, as in a.1
+    to a.10. Returns (decimal, sure); where it is not sure, they are taken for decimals."""
+    endings = {found[2] for name in names for found in _DECIMAL.finditer(name)}
+    shortest = min(map(len, endings), default=0)
+    # Decimals of unequal lengths, such as 0.05 and 0.5, have lost their trailing zeros. A counter
+    # reaches 10, and it writes 05 only if all its numbers have at least two digits.
+    looks_decimal = any(len(digits) > shortest and digits[0] == "0" for digits in endings)
+    looks_counted = any(len(digits) > 1 and digits[-1] == "0" for digits in endings)
+    if looks_decimal == looks_counted:
+        return True, False
+    return looks_decimal, True
 
 
-def _walk(folder, depth, layout, above=()):
-    """(names of the folders on the way, frames) of the tracklets, `depth` folders deep."""
-    names = _folders(folder) if depth else _images(folder)
-    if not names:
-        kind, ends = ("folders", "") if depth else ("images", " (.jpg, .jpeg or .png files)")
-        raise UserError(f"{folder}: no {kind} in it{_instead(folder)}; expected {layout}{ends}")
+def _walk(folder, depth, layout, parents=()):
+    """Yields (names of the folders above, paths of the frames) for each tracklet, whose folder is
+    `depth` levels below. `layout` describes in an error message what is expected."""
     if depth == 0:
-        yield above, _frames(folder, names)
+        names = _images(folder)
+        if not names:
+            raise UserError(f"{folder}: no images in it{_similar_names_hint(folder)}; expected "
+                            f"{layout} (.jpg, .jpeg or .png files)")
+        yield parents, _frames(folder, names)
         return
+    names = _folders(folder)
+    if not names:
+        raise UserError(f"{folder}: no folders in it{_similar_names_hint(folder)}; expected "
+                        f"{layout}")
     for name in names:
-        yield from _walk(f"{folder}/{name}", depth - 1, layout, (*above, name))
+        yield from _walk(f"{folder}/{name}", depth - 1, layout, (*parents, name))
 
 
-def _relabel(name, train, query, gallery):
-    """The data set with numbers for identities: those of `train` from 0, the others from 1."""
-    return Dataset(name, *_numbered("pid", 0, train), *_numbered("pid", 1, query, gallery))
+# from names to numbers
+
+def _numbered(field, first, *parts):
+    """Lists of tracklets whose `field`, "pid" or "cam", is a number in the place of a name. The
+    names of all parts are numbered together, from `first` on and in natural order."""
+    names = sorted({getattr(t, field) for part in parts for t in part}, key=natural)
+    numbers = {name: number for number, name in enumerate(names, first)}
+    return [[t._replace(**{field: numbers[getattr(t, field)]}) for t in part] for part in parts]
 
 
-def _queries(table, variable, persons):
-    """The tracklets whose numbers a table holds; persons: {number: tracklet}."""
+def _with_numbers(name, train, query, gallery):
+    """The data set with numbers for the names of identities: from 0 in `train`, as the labels of
+    the classifier, and from 1 in `query` and `gallery`, where 0 would be a distractor."""
+    (train,) = _numbered("pid", 0, train)
+    query, gallery = _numbered("pid", 1, query, gallery)
+    return Dataset(name, train, query, gallery)
+
+
+def _query_tracklets(table, variable, person_of):
+    """The tracklets of the queries: `table` holds their numbers, and `person_of` has the tracklet
+    of each number that belongs to a person."""
     numbers = _read_table(table, variable).ravel().tolist()
-    for number, times in collections.Counter(numbers).items():
-        if number not in persons or times > 1:
-            raise UserError(f"{table}: {number} is not a tracklet of a person, or stands twice")
-    return [persons[number] for number in numbers]
-
-
-def load_mars(folder, name="mars", images=True):
-    """MARS (Zheng et al., ECCV 2016): the true layout, read without touching an image.
-
-    Of the 12,180 test tracklets the 870 junk ones (pid -1, false detections) are dropped and the
-    3,248 distractors (pid 0) kept. Only here and in the synthetic set these two numbers mean so.
-    The gallery contains the query tracklets (9,330 + 1,980): without them 140 queries have no
-    match. 6 cameras, 625 training identities.
-    """
-    wanted = ["bbox_train", "bbox_test", "info/train_name.txt", "info/test_name.txt",
-              "info/tracks_train_info.mat", "info/tracks_test_info.mat", "info/query_IDX.mat"]
-    if not images:
-        wanted = wanted[2:]
-    _need(folder, wanted, "{bbox_train/0001/*.jpg, bbox_test/0000/*.jpg, info/*} (the info folder "
-          "is the one of MARS-evaluation)")
-    train, = _numbered("pid", 0, [t for t in _mars_part(folder, "train") if t.pid > 0])
-    test = _mars_part(folder, "test")
-    persons = {number: t for number, t in enumerate(test, 1) if t.pid > 0}
-    query = _queries(folder / "info/query_IDX.mat", "query_IDX", persons)
-    return Dataset(name, train, query, [t for t in test if t.pid >= 0])
-
-
-def _mars_part(folder, part):
-    """All tracklets of "train" or "test" in MARS' layout, with the pids of the table, whose rows
-    are first and last line of the name list, pid, camera."""
-    table = folder / f"info/tracks_{part}_info.mat"
-    listing = folder / f"info/{part}_name.txt"
-    names = listing.read_text("utf-8-sig", "replace").split()
-    rows = _read_table(table, f"track_{part}_info", columns=4)
-    if rows.shape[1:] != (4,):
-        raise UserError(f"{table}: found shape {rows.shape}, not rows of four numbers")
-    well_formed = re.compile(r"(\d+|0*-1)C\d+T\d+F\d+\.jpg").fullmatch
-    free = set(range(1, len(names) + 1))  # lines of the name list
-    tracklets = []
-    for number, (first, last, pid, cam) in enumerate(rows.tolist(), 1):
-        lines = range(first, last + 1)
-        if not lines or not free.issuperset(lines):
-            raise UserError(f"{table}: row {number} takes lines {first} to {last} of "
-                            f"{listing.name}, some of which are not there or another row's")
-        free.difference_update(lines)
-        frames = names[first - 1:last]
-        person = f"{pid:0>4}"  # 0001, 0000 for distractors, 00-1 for junk
-        written = frames[0].partition("C")[0]
-        if written and written.lstrip("0") == person.lstrip("0"):
-            person = written  # with another number of zeros, as in a set of five-digit identities
-        prefix = f"{person}C{cam}T"
-        for line, frame in enumerate(frames, first):
-            if not (frame.startswith(prefix) and well_formed(frame)):
-                raise UserError(f"{listing}: line {line} is {frame[:60]!r}, no file name like "
-                                f"{prefix}0001F001.jpg, as row {number} of {table.name} says")
-        if frames[0].split("F")[0] != frames[-1].split("F")[0] or sorted(set(frames)) != frames:
-            _odd["mixes tracklets, or is not in the order of its frames"].append(
-                f"{table}: row {number}")
-        start = f"{folder}/bbox_{part}/{person}/"
-        tracklets.append(Tracklet(tuple([start + frame for frame in frames]), pid, cam))
-    _odd[f"belongs to no row of {table.name}"] += [f"{listing}: line {i}" for i in sorted(free)]
-    return tracklets
-
-
-def load_duke(folder, name="duke"):
-    """DukeMTMC-VideoReID (Wu et al., CVPR 2018): {train,query,gallery}/<pid>/<tracklet>/*.jpg.
-
-    8 cameras; file names carry them and the frame, 0001C6F0099X30823.jpg or
-    0001_C6_F0099_X30823.jpg; as in MARS' names, 0001C6T0001F0099.jpg, there may be something in
-    between. The queries are not in the gallery.
-    """
-    layout = "{train,query,gallery}/<pid>/<tracklet>/*.jpg"
-    _need(folder, ("train", "query", "gallery"), layout)
-    marks = re.compile(r"(\d*)_?(?<![A-Z])C(\d+)(?:\D.*?)??F\d", re.IGNORECASE).search
-
-    def tracklets(part):
-        found = []
-        for (pid, _), frames in _walk(folder / part, 2, layout):
-            cam = None
-            for frame in frames:
-                mark = marks(os.path.basename(frame))
-                if not mark:
-                    raise UserError(f"{frame}: the file name carries no camera and frame, as "
-                                    "0001C6F0099X30823.jpg does: C6 and F0099")
-                if cam not in (None, int(mark[2])):
-                    raise UserError(f"{frame}: the file name carries another camera, {mark[2]}, "
-                                    f"than those before it in its tracklet, {cam}")
-                if mark[1] not in ("", pid):
-                    _odd[_ANOTHER].append(frame)
-                cam = int(mark[2])
-            found.append(Tracklet(frames, pid, cam))
-        return found
-    return _relabel(name, *map(tracklets, ("train", "query", "gallery")))
-
-
-def load_lsvid(folder, name="lsvid"):
-    """LS-VID (Li et al., ICCV 2019): text lists of tracklets, and an HDF5 table of the queries.
-
-    15 cameras. A line of list_sequence/list_seq_{train,test}.txt is "<path prefix> <pid>", the
-    frames are the files with that prefix, the camera is the third field of the file name. The
-    gallery contains the queries, as for MARS.
-    """
-    wanted = ["list_sequence/list_seq_train.txt", "list_sequence/list_seq_test.txt",
-              "test/data/info_test.mat"]
-    _need(folder, wanted, f"{{{', '.join(wanted)}}} and the frames")
-    images = functools.cache(_images)
-    taken = set()  # frames of the lines so far
-
-    def tracklets(listing):
-        found = []
-        text = listing.read_text("utf-8-sig", "replace").rstrip()
-        for number, line in enumerate(text.splitlines(), 1):
-            where = f"{listing}: line {number}"
-            try:
-                prefix, pid = line.split()
-                pid = int(pid)
-            except ValueError:
-                raise UserError(f"{where} is not '<path prefix> <pid>': {line[:80]!r}") from None
-            path = folder / prefix.replace("\\", "/")
-            start = path.name
-            try:
-                names = images(path.parent)
-                last = bisect.bisect_left(names, start + "\U0010ffff")
-                names = names[bisect.bisect_left(names, start):last]
-                if start[-1:].isdecimal():  # ..._1 is not the start of ..._10
-                    names = [name for name in names if not name[len(start)].isdecimal()]
-                cam, = {int(name.split("_")[2]) for name in names}
-            except (OSError, IndexError, ValueError):
-                instead = _instead(path.parent, start) if path.parent.is_dir() else ""
-                raise UserError(f"{where}: no frames start with {path}{instead}, or the third "
-                                "field of their names is not one camera") from None
-            frames = _frames(path.parent, names)
-            if not taken.isdisjoint(frames):
-                raise UserError(f"{where}: frames of {start} belong to another line, too")
-            taken.update(frames)
-            found.append(Tracklet(frames, pid, cam))
-        return found
-
-    train, test = (tracklets(folder / path) for path in wanted[:2])
-    query = _queries(folder / wanted[2], "query", dict(enumerate(test, 1)))
-    return _relabel(name, train, query, test)
-
-
-def load_ilids(folder, name="ilids", split=0):
-    """iLIDS-VID (Wang et al., ECCV 2014): i-LIDS-VID/sequences/cam{1,2}/person*/*.png.
-
-    Query: camera 1, gallery: camera 2. split: row of `ls_set`, 0 to 9, whose first half are the
-    persons of the test, 1-based in the order of the sorted folders.
-    """
-    cams = [f"i-LIDS-VID/sequences/cam{cam}" for cam in (1, 2)]
-    table = "train-test people splits/train_test_splits_ilidsvid.mat"
-    _need(folder, [*cams, table], f"{{i-LIDS-VID/sequences/cam{{1,2}}/person*/*.png, {table}}}")
-    tracks = _two_cameras(folder, cams, 1)
-    for person, pair in tracks.items():
-        for cam, frames in enumerate(pair, 1):
-            start = f"/cam{cam}_{person}_"
-            _odd[_ANOTHER] += [frame for frame in frames if start not in frame]
-    train, test = _split_of_table(folder / table, split, list(tracks),
-                                  "persons with images under both cameras")
-    return _halves(name, tracks, train, test)
-
-
-def _split_of_table(table, split, persons, who):
-    """(persons of the training, of the test) by row `split` of a table `ls_set`, whose first half
-    are those of the test, as 1-based numbers of the sorted persons. who: says who they are."""
-    rows = _read_table(table, "ls_set", columns=len(persons))
-    order = rows[split:split + 1].ravel().tolist()
-    if sorted(order) != list(range(1, len(persons) + 1)):
-        raise UserError(f"{table}: row {split} of ls_set is no order of the {len(persons)} {who}")
-    order = [persons[number - 1] for number in order]
-    return order[len(order) // 2:], order[:len(order) // 2]
-
-
-def load_prid(folder, name="prid", split=0):
-    """PRID-2011 (Hirzer et al., SCIA 2011): multi_shot/cam_{a,b}/person_NNNN/*.png.
-
-    Only persons 1 to 200 are the same under both cameras: a larger number is one person under
-    camera a and another one under camera b. Used are the 178 of them with at least 27 frames under
-    both cameras. (Wang et al., ECCV 2014, write "more than 21", which is true of up to 183, but
-    their splits are of 178.) Query: camera a, gallery: camera b.
-
-    split: 0 to 9, of splits_prid2011.json, a list of {"train": [...], "test": [...]}, or of
-    train_test_splits_prid.mat, which comes with iLIDS-VID's archive. The file lies beside
-    multi_shot or one folder up. Where there is none, ten splits are drawn with a fixed seed.
-    """
-    cams = ["multi_shot/cam_a", "multi_shot/cam_b"]
-    _need(folder, cams, "multi_shot/cam_{a,b}/person_0001/*.png")
-    tracks = {}
-    for person, pair in _two_cameras(folder, cams, 27).items():
-        number = re.fullmatch(r"person_(\d+)", person)
-        if not number:
-            _odd["no folder like person_0001, left out"].append(f"{folder / cams[0]}/{person}")
-        elif 1 <= int(number[1]) <= 200:
-            tracks[person] = pair
-    who = "persons 1 to 200 with at least 27 frames under both cameras"
-    above = Path(os.path.abspath(folder)).parent  # where torchreid puts the file
-    names = ("splits_prid2011.json", "train_test_splits_prid.mat")
-    files = [place / file for file in names for place in (folder, above)
-             if (place / file).exists()]
-    if files and files[0].suffix == ".mat":
-        train, test = _split_of_table(files[0], split, list(tracks), who)
-        return _halves(name, tracks, train, test)
-    path = files[0] if files else folder / "drawn_splits_prid.json"
-    if not files:
-        print(f"warning: neither {' nor '.join(names)} is in {printable(folder)} or one folder up: "
-              f"split {split} is one of ten drawn with a fixed seed, not one of the published ones",
-              flush=True)
-    try:
-        splits = (json.loads(path.read_text("utf-8-sig", "replace")) if path.exists()
-                  else _draw_splits(path, list(tracks)))
-        train, test = (splits[split][part] for part in ("train", "test"))
-        named = collections.Counter([*train, *test])
-    except (ValueError, LookupError, TypeError) as error:
-        layout = '{"train": [...], "test": [...]}'
-        raise UserError(f"{path}: not JSON, or no split {split} like {layout} ({error})") from None
-    for person, times in named.items():
-        if person not in tracks or times > 1:
-            raise UserError(f"{path}: split {split} names {str(person)[:60]!r}, who is none of the "
-                            f"{who}, or is named twice")
-    return _halves(name, tracks, train, test)
-
-
-def _draw_splits(path, persons):
-    """Ten random halvings of PRID's persons; written to `path` when no person is missing, so that
-    another version of NumPy draws no others."""
-    rng = np.random.default_rng(0)
-    half = len(persons) // 2
-    orders = [rng.permutation(persons).tolist() for _ in range(10)]
-    splits = [{"train": sorted(order[:half]), "test": sorted(order[half:])} for order in orders]
-    if len(persons) == PRID_PERSONS:
-        try:
-            with replacing(path) as file:
-                file.write(json.dumps(splits, indent=1).encode() + b"\n")
-        except UserError as error:
-            print(f"warning: {error}; next time the same are drawn")
-    return splits
-
-
-def _two_cameras(folder, cams, least):
-    """{person: frames under each of two cameras}, of those with `least` or more under both."""
-    tracks = collections.defaultdict(list)
-    for cam in cams:
-        for person in _folders(folder / cam):
-            path = folder / cam / person
-            names = _images(path)
-            if len(names) >= least:
-                tracks[person].append(_frames(path, names))
-    return {person: pair for person, pair in tracks.items() if len(pair) == 2}
-
-
-def _halves(name, tracks, train, test):
-    """The data set of a split of `_two_cameras`: query is the first camera, gallery the second."""
-    def tracklets(persons, cam):
-        return [Tracklet(tracks[p][cam - 1], p, cam) for p in sorted(persons, key=natural)]
-    return _relabel(name, tracklets(train, 1) + tracklets(train, 2), tracklets(test, 1),
-                    tracklets(test, 2))
-
-
-def load_folder(folder, name="folder", training=True):
-    """Your own tracklets: {train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}, any names.
-
-    Names are names: every identity is a person, also one called 0000 or -1, which in MARS are no
-    persons. An identity of the gallery without a query is a distractor. Without `query`, the
-    first tracklet of each (pid, cam) of `gallery` is a query, too. `train` is needed for training.
-    """
-    layout = "{train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}"
-    _need(folder, ("train", "gallery") if training else ("gallery",), layout)
-
-    def tracklets(part):
-        return [Tracklet(frames, pid, cam)
-                for (pid, cam, _), frames in _walk(folder / part, 3, layout)]
-    train = tracklets("train") if (folder / "train").is_dir() else []
-    gallery = tracklets("gallery")
-    if (folder / "query").is_dir():
-        query = tracklets("query")
-    else:
-        query = list({(t.pid, t.cam): t for t in reversed(gallery)}.values())[::-1]
-        print(f"{printable(folder)}/query is missing: the first of the gallery's tracklets of each "
-              f"identity and camera is a query, {len(query):,} in all", flush=True)
-    shared = {t.pid for t in train} & {t.pid for t in query + gallery}
-    _odd["a training identity of the same name as one of the test"] += [
-        f"{folder}/train/{pid}" for pid in sorted(shared)]
-    for part, members in (("train", train), ("query", query), ("gallery", gallery)):
-        _odd["an identity named like the junk or the distractors of MARS, but a person here, like "
-             "every other; remove its folder if it is none"] += [
-            f"{folder}/{part}/{pid}" for pid in sorted({t.pid for t in members})
-            if re.fullmatch("0+|0*-1", pid) and (folder / part).is_dir()]
-    return _relabel(name, *_numbered("cam", 1, train, query, gallery))
+    for number, count in collections.Counter(numbers).items():
+        if number not in person_of or count > 1:
+            raise UserError(f"{table}: {number} is not the number of a person's tracklet, or "
+                            "occurs twice")
+    return [person_of[number] for number in numbers]
 
 
 def _read_table(path, variable, columns=None):
-    """The whole numbers of a variable of a .mat file, int64: of MATLAB 7.3 (HDF5) or earlier.
+    """Reads a matrix of whole numbers, int64, from a .mat file of MATLAB 7.3 (HDF5) or earlier.
 
-    columns: how many the matrix should have. An HDF5 file of MATLAB holds its dimensions in reverse
-    order; one that does not bear MATLAB's mark is taken as it is when that has so many columns.
+    `columns` is the number of columns that the matrix should have. MATLAB stores matrices
+    transposed in HDF5. A file without MATLAB's attribute may have been written by something
+    else: it is not transposed if it has this number of columns as it is.
     """
     import h5py
     from scipy.io import loadmat
@@ -846,85 +732,487 @@ def _read_table(path, variable, columns=None):
         else:
             values = np.asarray(loadmat(path, variable_names=[variable])[variable])
     except Exception as error:  # a damaged file raises many kinds
-        says = first_line(error)
-        raise UserError(f"{path}: not a readable .mat file with {variable} ({says})") from None
-    if (values.dtype.kind not in "iuf"
-            or not ((abs(values) < 2 ** 53) & (values == np.rint(values))).all()):
-        raise UserError(f"{path}: {variable} is no matrix of whole numbers")
+        raise UserError(f"{path}: not a readable .mat file with {variable} ({first_line(error)})"
+                        ) from None
+    numeric = values.dtype.kind in "iuf"
+    if not numeric or not ((abs(values) < 2 ** 53) & (values == np.rint(values))).all():
+        raise UserError(f"{path}: {variable} is not a matrix of whole numbers")
     return values.astype(np.int64)
 
 
-# name: loader; folders in it, each of which tells it from the folder above; published numbers of
-# training, query and gallery tracklets
+# the loaders
+
+def load_mars(folder: Path, name: str = "mars", *, images: bool = True) -> Dataset:
+    """MARS (Zheng et al., ECCV 2016), from its official lists; no image is opened.
+
+    Of the 12,180 test tracklets the 870 junk ones (pid -1, false detections) are dropped and the
+    3,248 distractors (pid 0) are kept. Only in MARS and in the synthetic set do these two numbers
+    mean that. The gallery consists of 9,330 tracklets and the 1,980 queries: without the queries in
+    it 140 of them would have no match. 6 cameras, 625 training identities.
+
+    Args:
+        folder: holds bbox_train, bbox_test and info.
+        name: name of the data set.
+        images: False allows the folders of the images to be missing.
+    """
+    wanted = ["info/train_name.txt", "info/test_name.txt", "info/tracks_train_info.mat",
+              "info/tracks_test_info.mat", "info/query_IDX.mat"]
+    if images:
+        wanted = ["bbox_train", "bbox_test", *wanted]
+    _check_layout(folder, wanted, "bbox_train/0001/*.jpg, bbox_test/0000/*.jpg and info/*, which "
+                  "is the folder info of MARS-evaluation,")
+    persons = [t for t in _mars_part(folder, "train") if t.pid > 0]
+    (train,) = _numbered("pid", 0, persons)
+    test = _mars_part(folder, "test")
+    person_of = {number: t for number, t in enumerate(test, 1) if t.pid > 0}
+    query = _query_tracklets(folder / "info/query_IDX.mat", "query_IDX", person_of)
+    gallery = [t for t in test if t.pid >= 0]
+    return Dataset(name, train, query, gallery)
+
+
+def _mars_part(folder, part):
+    """All tracklets of `part`, "train" or "test", with the pids of MARS.
+
+    A row of the table is a tracklet: (first line, last line, pid, camera). The lines are those of
+    the list of file names, from 1.
+    """
+    table = folder / f"info/tracks_{part}_info.mat"
+    list_file = folder / f"info/{part}_name.txt"
+    names = list_file.read_text("utf-8-sig", "replace").split()
+    rows = _read_table(table, f"track_{part}_info", columns=4)
+    if rows.shape[1:] != (4,):
+        raise UserError(f"{table}: found shape {rows.shape}, not rows of four numbers")
+    well_formed = re.compile(r"(\d+|0*-1)C\d+T\d+F\d+\.jpg").fullmatch
+    unused_lines = set(range(1, len(names) + 1))  # no row so far has used them
+    tracklets = []
+    for number, (first, last, pid, cam) in enumerate(rows.tolist(), 1):
+        lines = range(first, last + 1)
+        if not lines or not unused_lines.issuperset(lines):
+            raise UserError(f"{table}: row {number} refers to lines {first} to {last} of "
+                            f"{list_file.name}, some of which do not exist or belong to another "
+                            "row")
+        unused_lines.difference_update(lines)
+        frames = names[first - 1:last]
+        person = f"{pid:0>4}"  # 0001, 0000 for distractors, 00-1 for junk
+        in_name = frames[0].partition("C")[0]
+        if in_name and in_name.lstrip("0") == person.lstrip("0"):
+            person = in_name  # its zero padding may differ, as in a set of five-digit identities
+        prefix = f"{person}C{cam}T"
+        for line, frame in enumerate(frames, first):
+            if not (frame.startswith(prefix) and well_formed(frame)):
+                raise UserError(f"{list_file}: line {line} is {frame[:60]!r}, but row {number} of "
+                                f"{table.name} needs a file name like {prefix}0001F001.jpg")
+        mixed = frames[0].split("F")[0] != frames[-1].split("F")[0]
+        if mixed or sorted(set(frames)) != frames:
+            _warn("the frames of a row are of several tracklets or not in temporal order",
+                  f"{table}: row {number}")
+        folder_of_person = f"{folder}/bbox_{part}/{person}/"
+        paths = tuple([folder_of_person + frame for frame in frames])
+        tracklets.append(Tracklet(paths, pid, cam))
+    _warn(f"no row of {table.name} refers to this line",
+          *[f"{list_file}: line {line}" for line in sorted(unused_lines)])
+    return tracklets
+
+
+_DUKE_NAME = re.compile(r"""
+    (\d*)_?             # the number of the person, which may be missing
+    (?<![A-Z])C(\d+)    # the camera, such as C6; no letter stands directly before the C
+    (?:\D.*?)??         # other fields, such as T0001
+    F\d                 # the frame, such as F0099
+    """, re.IGNORECASE | re.VERBOSE)
+
+
+def load_duke(folder: Path, name: str = "duke") -> Dataset:
+    """DukeMTMC-VideoReID (Wu et al., CVPR 2018): {train,query,gallery}/<pid>/<tracklet>/*.jpg.
+
+    8 cameras. A file name holds the camera and the frame, as 0001C6F0099X30823.jpg and
+    0001_C6_F0099_X30823.jpg do. Other fields may stand between the two, as in the names of MARS,
+    0001C6T0001F0099.jpg. The queries are not in the gallery.
+    """
+    layout = "{train,query,gallery}/<pid>/<tracklet>/*.jpg"
+    _check_layout(folder, ("train", "query", "gallery"), layout)
+    train = _duke_part(folder / "train", layout)
+    query = _duke_part(folder / "query", layout)
+    gallery = _duke_part(folder / "gallery", layout)
+    return _with_numbers(name, train, query, gallery)
+
+
+def _duke_part(folder, layout):
+    """The tracklets of one of Duke's three folders, with names for pids."""
+    tracklets = []
+    for (pid, _), frames in _walk(folder, 2, layout):
+        cam = None
+        for frame in frames:
+            fields = _DUKE_NAME.search(os.path.basename(frame))
+            if not fields:
+                raise UserError(f"{frame}: no camera and frame number in the file name; expected a "
+                                "name like 0001C6F0099X30823.jpg, camera 6 and frame 99")
+            if cam is not None and cam != int(fields[2]):
+                raise UserError(f"{frame}: is of camera {fields[2]} by its file name, but earlier "
+                                f"frames of this tracklet are of camera {cam}")
+            if fields[1] not in ("", pid):
+                _warn(_NAME_MISMATCH, frame)
+            cam = int(fields[2])
+        tracklets.append(Tracklet(frames, pid, cam))
+    return tracklets
+
+
+def load_lsvid(folder: Path, name: str = "lsvid") -> Dataset:
+    """LS-VID (Li et al., ICCV 2019): text lists of tracklets, and an HDF5 table of the queries.
+
+    15 cameras. A line of list_sequence/list_seq_{train,test}.txt is "<path prefix> <pid>". The
+    frames of the tracklet are the files with that prefix; the third field of their names is the
+    camera. The gallery contains the queries, as in MARS.
+    """
+    train_list = "list_sequence/list_seq_train.txt"
+    test_list = "list_sequence/list_seq_test.txt"
+    query_table = "test/data/info_test.mat"
+    wanted = [train_list, test_list, query_table]
+    _check_layout(folder, wanted, f"{', '.join(wanted)} and the frames")
+    images = functools.cache(_images)  # the tracklets of a person are in one folder
+    used_frames = set()
+    train = _lsvid_part(folder, folder / train_list, images, used_frames)
+    test = _lsvid_part(folder, folder / test_list, images, used_frames)
+    query = _query_tracklets(folder / query_table, "query", dict(enumerate(test, 1)))
+    return _with_numbers(name, train, query, test)
+
+
+def _lsvid_part(folder, list_file, images, used_frames):
+    """The tracklets of a list of LS-VID. `images` lists the images of a folder; `used_frames` are
+    the frames of all tracklets so far, and those of the new ones are added to it."""
+    tracklets = []
+    text = list_file.read_text("utf-8-sig", "replace").rstrip()
+    for number, line in enumerate(text.splitlines(), 1):
+        where = f"{list_file}: line {number}"
+        try:
+            prefix, pid = line.split()
+            pid = int(pid)
+        except ValueError:
+            raise UserError(f"{where}: expected '<path prefix> <pid>', found {line[:80]!r}"
+                            ) from None
+        path = folder / prefix.replace("\\", "/")
+        start = path.name
+        try:
+            names = _names_with_prefix(images(path.parent), start)
+        except (OSError, ValueError):  # ValueError: a path with a null byte
+            names = []
+        if not names:
+            hint = _similar_names_hint(path.parent, start) if path.parent.is_dir() else ""
+            raise UserError(f"{where}: no frames start with {path}{hint}")
+        cam = _lsvid_camera(names)
+        if cam is None:
+            raise UserError(f"{where}: the third field of the file names that start with {path} is "
+                            "not the same camera in all of them")
+        frames = _frames(path.parent, names)
+        if not used_frames.isdisjoint(frames):
+            raise UserError(f"{where}: frames of {start} are also in another line")
+        used_frames.update(frames)
+        tracklets.append(Tracklet(frames, pid, cam))
+    return tracklets
+
+
+def _names_with_prefix(names, start):
+    """The names, of a sorted list, that begin with `start`, which does not end within a number: the
+    prefix ..._1 does not match ..._10. The search is by bisection, as a folder can hold 5,000."""
+    first = bisect.bisect_left(names, start)
+    end = bisect.bisect_left(names, start + "\U0010ffff")
+    found = names[first:end]
+    if start[-1:].isdecimal():
+        found = [name for name in found if not name[len(start)].isdecimal()]
+    return found
+
+
+def _lsvid_camera(names):
+    """The camera in the third field of these file names; None if it is not one and the same."""
+    try:
+        cams = {int(name.split("_")[2]) for name in names}
+    except (IndexError, ValueError):
+        return None
+    if len(cams) > 1:
+        return None
+    return cams.pop()
+
+
+def load_ilids(folder: Path, name: str = "ilids", *, split: int = 0) -> Dataset:
+    """iLIDS-VID (Wang et al., ECCV 2014): i-LIDS-VID/sequences/cam{1,2}/person*/*.png.
+
+    The queries are of camera 1, the gallery is of camera 2.
+
+    Args:
+        folder: holds i-LIDS-VID and the folder of the splits.
+        name: name of the data set.
+        split: row of the matrix `ls_set`, 0 to 9. A row is a permutation of the persons' numbers,
+            from 1 in the order of the sorted folders, and its first half is the test set.
+    """
+    cams = [f"i-LIDS-VID/sequences/cam{cam}" for cam in (1, 2)]
+    table = "train-test people splits/train_test_splits_ilidsvid.mat"
+    _check_layout(folder, [*cams, table],
+                  f"i-LIDS-VID/sequences/cam{{1,2}}/person*/*.png and {table}")
+    tracks = _two_cameras(folder, cams, min_frames=1)
+    for person, pair in tracks.items():
+        for cam, frames in enumerate(pair, 1):
+            _warn(_NAME_MISMATCH, *[f for f in frames if f"/cam{cam}_{person}_" not in f])
+    train, test = _split_of_table(folder / table, split, list(tracks),
+                                  "persons with images under both cameras")
+    return _of_two_cameras(name, tracks, train, test)
+
+
+def load_prid(folder: Path, name: str = "prid", *, split: int = 0) -> Dataset:
+    """PRID-2011 (Hirzer et al., SCIA 2011): multi_shot/cam_{a,b}/person_NNNN/*.png.
+
+    Only the numbers 1 to 200 are the same person under both cameras; a larger one is one person
+    under camera a and another one under camera b. The data set uses the 178 of these 200 persons
+    who have at least 27 frames under both cameras. (Wang et al., ECCV 2014, write "more than 21",
+    which up to 183 persons have, but their splits divide 178.) The queries are of camera a, the
+    gallery is of camera b.
+
+    The splits are read from splits_prid2011.json, a list of {"train": [...], "test": [...]}, or
+    from train_test_splits_prid.mat, which comes with the archive of iLIDS-VID. Either file is
+    looked for next to multi_shot and one folder up. Without them ten splits are drawn with a fixed
+    seed.
+
+    Args:
+        folder: holds multi_shot.
+        name: name of the data set.
+        split: number of the split, 0 to 9.
+    """
+    cams = ["multi_shot/cam_a", "multi_shot/cam_b"]
+    _check_layout(folder, cams, "multi_shot/cam_{a,b}/person_0001/*.png")
+    tracks = {}
+    for person, pair in _two_cameras(folder, cams, min_frames=27).items():
+        number = re.fullmatch(r"person_(\d+)", person)
+        if not number:
+            _warn("not a folder name like person_0001, ignored", f"{folder / cams[0]}/{person}")
+        elif 1 <= int(number[1]) <= 200:
+            tracks[person] = pair
+    description = "persons 1 to 200 with at least 27 frames under both cameras"
+    one_up = Path(os.path.abspath(folder)).parent  # where torchreid keeps the file of the splits
+    names = ("splits_prid2011.json", "train_test_splits_prid.mat")
+    candidates = [place / file for file in names for place in (folder, one_up)]
+    files = [file for file in candidates if file.exists()]
+    if files and files[0].suffix == ".mat":
+        train, test = _split_of_table(files[0], split, list(tracks), description)
+        return _of_two_cameras(name, tracks, train, test)
+    if files:
+        path = files[0]
+    else:
+        path = folder / "drawn_splits_prid.json"
+        print(f"warning: neither {' nor '.join(names)} is in {printable(folder)} or one folder up: "
+              f"split {split} is one of ten drawn with a fixed seed, not one of the published ones",
+              flush=True)
+    try:
+        if path.exists():
+            splits = json.loads(path.read_text("utf-8-sig", "replace"))
+        else:
+            splits = _draw_splits(path, list(tracks))
+        train = splits[split]["train"]
+        test = splits[split]["test"]
+        counts = collections.Counter([*train, *test])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not a JSON list whose entry {split} is like "
+                        f'{{"train": [...], "test": [...]}} ({error})') from None
+    for person, count in counts.items():
+        if person not in tracks or count > 1:
+            raise UserError(f"{path}: split {split} names {str(person)[:60]!r}, who is listed "
+                            f"twice or is not one of the {description}")
+    return _of_two_cameras(name, tracks, train, test)
+
+
+def _draw_splits(path, persons):
+    """Draws ten random splits of PRID's persons into halves. They are saved to `path` if no person
+    is missing, so that they do not change with the version of NumPy."""
+    rng = np.random.default_rng(0)
+    half = len(persons) // 2
+    orders = [rng.permutation(persons).tolist() for _ in range(10)]
+    splits = [{"train": sorted(order[:half]), "test": sorted(order[half:])} for order in orders]
+    if len(persons) == PRID_PERSONS:
+        try:
+            with replacing(path) as file:
+                file.write(json.dumps(splits, indent=1).encode() + b"\n")
+        except UserError as error:
+            print(f"warning: {error}; the splits are not saved, the next run draws the same ones")
+    return splits
+
+
+def _split_of_table(table, split, persons, description):
+    """(persons of the training, persons of the test) by row `split` of the matrix `ls_set`.
+
+    The row is a permutation of the numbers of the sorted persons, from 1, and its first half is the
+    test. `description` says in an error message who the persons are.
+    """
+    rows = _read_table(table, "ls_set", columns=len(persons))
+    numbers = rows[split:split + 1].ravel().tolist()
+    if sorted(numbers) != list(range(1, len(persons) + 1)):
+        raise UserError(f"{table}: row {split} of ls_set is not a permutation of the "
+                        f"{len(persons)} {description}")
+    order = [persons[number - 1] for number in numbers]
+    half = len(order) // 2
+    return order[half:], order[:half]
+
+
+def _two_cameras(folder, cams, min_frames):
+    """{person: (frames under the first camera, frames under the second)} of the persons who have at
+    least `min_frames` under both."""
+    tracks = collections.defaultdict(list)
+    for cam in cams:
+        for person in _folders(folder / cam):
+            path = folder / cam / person
+            names = _images(path)
+            if len(names) >= min_frames:
+                tracks[person].append(_frames(path, names))
+    return {person: pair for person, pair in tracks.items() if len(pair) == 2}
+
+
+def _of_two_cameras(name, tracks, train, test):
+    """The data set for `tracks` of `_two_cameras` and a split into persons of the training and of
+    the test. The queries are of the first camera, the gallery is of the second."""
+    def tracklets(persons, cam):
+        ordered = sorted(persons, key=natural)
+        return [Tracklet(tracks[person][cam - 1], person, cam) for person in ordered]
+    return _with_numbers(
+        name,
+        train=tracklets(train, 1) + tracklets(train, 2),
+        query=tracklets(test, 1),
+        gallery=tracklets(test, 2),
+    )
+
+
+def load_folder(folder: Path, name: str = "folder", *, training: bool = True) -> Dataset:
+    """Your own tracklets: {train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}, any names.
+
+    No name has a special meaning: every identity is a person, also one called 0000 or -1, as the
+    distractors and the junk of MARS are. An identity of the gallery without a query is a
+    distractor. Without the folder `query`, the first gallery tracklet of each identity and camera
+    is also a query.
+
+    Args:
+        folder: holds train, gallery and, if there is one, query.
+        name: name of the data set.
+        training: whether the folder `train` is needed.
+    """
+    layout = "{train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}"
+    wanted = ["gallery"]
+    if training:
+        wanted.insert(0, "train")
+    _check_layout(folder, wanted, layout)
+    found = {}
+    for part in ("train", "query", "gallery"):
+        found[part] = []
+        if (folder / part).is_dir():
+            for (pid, cam, _), frames in _walk(folder / part, 3, layout):
+                found[part].append(Tracklet(frames, pid, cam))
+    for part, tracklets in found.items():
+        _warn("this identity is named like the junk or the distractors of MARS, but is treated as "
+              "a person; remove its folder if that is wrong",
+              *[f"{folder}/{part}/{pid}" for pid in sorted({t.pid for t in tracklets})
+                if re.fullmatch("0+|0*-1", pid)])
+    if not (folder / "query").is_dir():
+        first = {}
+        for t in found["gallery"]:
+            first.setdefault((t.pid, t.cam), t)
+        found["query"] = list(first.values())
+        print(f"{printable(folder)}/query is missing: the first gallery tracklet of each identity "
+              f"and camera is a query, {len(first):,} in all", flush=True)
+    tested = {t.pid for t in found["query"] + found["gallery"]}
+    shared = {t.pid for t in found["train"]} & tested
+    _warn("this identity is in both the training and the test set",
+          *[f"{folder}/train/{pid}" for pid in sorted(shared)])
+    train, query, gallery = _numbered("cam", 1, found["train"], found["query"], found["gallery"])
+    return _with_numbers(name, train, query, gallery)
+
+
+class Source(NamedTuple):
+    """How a data set is read.
+
+    Args:
+        load: its loader, a function of (folder, name).
+        folders: the folders in it, by any of which it is recognised.
+        counts: the published numbers of training, query and gallery tracklets, None where there
+            are none.
+    """
+    load: object
+    folders: tuple
+    counts: tuple
+
+    def is_in(self, folder):
+        """Whether a folder looks like the data set itself."""
+        return any(os.path.isdir(f"{folder}/{name}") for name in self.folders)
+
+
 DATA_SETS = {
-    "mars": (load_mars, ("info", "bbox_train", "bbox_test"), (8298, 1980, 11310)),
-    "duke": (load_duke, ("train", "query", "gallery"), (2196, 702, 2636)),
-    "lsvid": (load_lsvid, ("list_sequence", "test"), (2831, 3504, 11333)),
-    "ilids": (load_ilids, ("i-LIDS-VID", "train-test people splits"), (300, 150, 150)),
-    "prid": (load_prid, ("multi_shot",), (178, 89, 89)),
-    "synthetic": (load_mars, ("info", "bbox_train", "bbox_test"), (None, None, None)),
-    "folder": (load_folder, ("train", "query", "gallery"), (None, None, None)),
+    "mars": Source(load_mars, ("info", "bbox_train", "bbox_test"), (8298, 1980, 11310)),
+    "duke": Source(load_duke, ("train", "query", "gallery"), (2196, 702, 2636)),
+    "lsvid": Source(load_lsvid, ("list_sequence", "test"), (2831, 3504, 11333)),
+    "ilids": Source(load_ilids, ("i-LIDS-VID", "train-test people splits"), (300, 150, 150)),
+    "prid": Source(load_prid, ("multi_shot",), (178, 89, 89)),
+    "synthetic": Source(load_mars, ("info", "bbox_train", "bbox_test"), (None, None, None)),
+    "folder": Source(load_folder, ("train", "query", "gallery"), (None, None, None)),
 }
-SPLIT_SETS = ("ilids", "prid")
-PRID_PERSONS = 178  # of persons 1 to 200, with at least 27 frames under both cameras
-NO_MATCH = ("no query has a match, a gallery tracklet of its identity under another camera (to "
-            "rank within one camera, give each query tracklet a camera name of its own)")
-CHUNK = {"duke": 32, "lsvid": 64}  # default of --chunk; others: 0
 
 
 # ------------------------------------------------------------------------------------ clip sampling
-# From a tracklet's number of frames n to frame indices: in training (T,), in the test (clips, T).
+# From n, the number of frames of a tracklet, to indices of frames. A sample_* function draws one
+# training clip of T frames, (T,). A split_* function gives all test clips, (clips, T).
 
-def sample_strided(n, T, rng, stride=4):
+def sample_strided(n: int, T: int, rng, stride: int = 4):
     """T frames, `stride` apart, from a random start.
 
-    A tracklet of fewer than T * stride frames gives T different ones, drawn at random, in order;
-    one of fewer than T frames gives some of them twice or more.
+    A tracklet with fewer than T * stride frames gives T different frames, drawn at random and put
+    in order. If it has fewer than T frames, some of them repeat.
     """
     if n < T * stride:
         return np.sort(rng.choice(n, T, replace=n < T))
-    return rng.integers(n - (T - 1) * stride) + stride * np.arange(T)
+    start = rng.integers(n - (T - 1) * stride)
+    return start + stride * np.arange(T)
 
 
-def sample_adjacent(n, T, rng):
-    """T consecutive frames from a random start; a tracklet with fewer than T frames is cycled."""
-    return (rng.integers(max(1, n - T + 1)) + np.arange(T)) % n
+def sample_adjacent(n: int, T: int, rng):
+    """T consecutive frames from a random start. If n < T, the tracklet is repeated."""
+    start = rng.integers(max(1, n - T + 1))
+    return (start + np.arange(T)) % n
 
 
-def sample_segments(n, T, rng):
-    """A random frame of each of T equal parts, in order (TSN, ECCV 2016); n < T: some repeat."""
+def sample_segments(n: int, T: int, rng):
+    """A random frame of each of T equal parts, in order (TSN, ECCV 2016). If n < T, some frames
+    repeat."""
     edges = np.arange(T + 1) * n // T
     return rng.integers(edges[:-1], np.maximum(edges[1:], edges[:-1] + 1))
 
 
-def split_consecutive(n, T):
-    """ceil(n/T) clips of T consecutive frames; the last one is filled by cycling the tracklet."""
-    return (np.arange(-(-n // T) * T) % n).reshape(-1, T)
+def split_consecutive(n: int, T: int):
+    """ceil(n / T) clips of T consecutive frames. The last clip is completed with the first frames
+    of the tracklet, which is repeated as often as needed."""
+    clips = math.ceil(n / T)
+    return (np.arange(clips * T) % n).reshape(clips, T)
 
 
-def split_whole(n, T):
-    """floor(n/T) clips of T consecutive frames, the rest dropped; fewer than T are cycled."""
-    return (np.arange(max(n // T, 1) * T) % n).reshape(-1, T)
+def split_whole(n: int, T: int):
+    """floor(n / T) clips of T consecutive frames; the remaining frames are dropped. If n < T, there
+    is one clip, of the repeated tracklet."""
+    clips = max(n // T, 1)
+    return (np.arange(clips * T) % n).reshape(clips, T)
 
 
-def split_segments(n, T):
-    """ceil(n/T) clips, each with one frame of each of T equal parts, in order, as in training;
-    every frame used, some of them twice where T does not divide n."""
-    places = -(-n // T) * T
-    return (np.arange(places) * n // places).reshape(T, -1).T
+def split_segments(n: int, T: int):
+    """ceil(n / T) clips, each with one frame of each of T equal parts, in order, as in training.
+    Every frame is used. If T does not divide n, some are used twice."""
+    clips = math.ceil(n / T)
+    frames = np.arange(clips * T) * n // (clips * T)
+    return frames.reshape(T, clips).T
 
 
 # -------------------------------------------------------------------------- frames and augmentation
 
-def _need_believable_size(width, height):
-    """Raises ValueError where Pillow merely warns of a "decompression bomb"."""
+def _check_image_size(width, height):
+    """Raises ValueError if an image claims more pixels than Image.MAX_IMAGE_PIXELS, where Pillow
+    only warns."""
     if width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{width} x {height} pixels by its header, too many to be true")
+        raise ValueError(f"its header claims {width} x {height} pixels, which is implausible")
 
 
 def _orientation(image):
-    """How a camera was held, 1 to 8, by an image's Exif or XMP data; 1, upright, without them. What
-    cannot be read there is no damage of the picture."""
+    """The orientation, 1 to 8, in the Exif or XMP data of an image; 1, which is upright, if there
+    is none or if it cannot be read, which does not mean that the picture is damaged."""
     try:
         return image.getexif().get(0x0112, 1)
     except Exception:  # the readers of Exif raise many kinds
@@ -932,8 +1220,8 @@ def _orientation(image):
 
 
 def _upright(frame, orientation):
-    """A frame (H, W, 3) as it is to be seen: orientations from 5 on are stored lying."""
-    if orientation in (5, 6, 7, 8):
+    """A frame (H, W, 3), turned and mirrored as its Exif orientation demands."""
+    if orientation in (5, 6, 7, 8):  # rows and columns are exchanged
         frame = frame.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         frame = frame[::-1]
@@ -943,57 +1231,80 @@ def _upright(frame, orientation):
 
 
 def _decode(path):
-    """A frame, uint8 (H, W, 3), upright. What a decoder complains of is an error: JPEGs go to
-    simplejpeg, because Pillow keeps libjpeg's complaints to itself."""
+    """Reads a frame, uint8 (H, W, 3), upright. A warning of the decoder is an error here: a damaged
+    frame is not used. JPEGs go to simplejpeg, because Pillow hides the warnings of libjpeg."""
     with open(path, "rb") as file:
         content = file.read()
     if content.startswith(b"\xff\xd8"):  # a JPEG, whatever its name
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-            _need_believable_size(width, height)
-            four = colours in ("CMYK", "YCCK")
-            frame = simplejpeg.decode_jpeg(content, "CMYK" if four else "RGB", strict=True)
-            # APP1, in which Exif and XMP are, stands before the scan; most crops have none
-            if b"\xff\xe1" in content[:content.find(b"\xff\xda")] and not four:
-                with contextlib.suppress(OSError), Image.open(io.BytesIO(content)) as image:
-                    return _upright(frame, _orientation(image))
-            if not four:
-                return frame
-        except ValueError as error:
-            if "subsampling" not in str(error):  # an unusual one, which simplejpeg does not take
-                raise
-    if content.startswith(b"\x89PNG"):  # before Pillow warns of its size
-        _need_believable_size(*(int.from_bytes(content[i:i + 4], "big") for i in (16, 20)))
+        frame = _decode_jpeg(content)
+        if frame is not None:
+            return frame
+    if content.startswith(b"\x89PNG"):  # checked here, before Pillow warns of its size
+        width = int.from_bytes(content[16:20], "big")
+        height = int.from_bytes(content[20:24], "big")
+        _check_image_size(width, height)
     with Image.open(path) as image:
-        _need_believable_size(*image.size)
-        image.verify()  # the checksums of a PNG; the image has to be opened again
+        _check_image_size(*image.size)
+        image.verify()  # compares the checksums of a PNG; the image has to be opened again
     with Image.open(path) as image:
-        image.load()  # raises here what is wrong; Exif may stand behind the pixels
+        image.load()  # decodes now, so that errors are raised here and Exif at the end is read
         orientation = _orientation(image)
         if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
         return _upright(np.asarray(image.convert("RGB")), orientation)
 
 
-def _pixels(frame):
-    """A frame that is in memory, an array or a tensor, as an array (H, W, 3)."""
-    pixels = frame.numpy(force=True) if torch.is_tensor(frame) else frame
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise UserError("a frame in memory is RGB, uint8 (height, width, 3), not "
-                        f"{pixels.dtype} {pixels.shape}")
-    return pixels
+def _decode_jpeg(content):
+    """The frame (H, W, 3) in the bytes of a JPEG. None leaves to Pillow what simplejpeg does not
+    convert to RGB: CMYK colours, which it only checks for damage, and unusual chroma subsampling.
+    """
+    try:
+        height, width, colour_space, _ = simplejpeg.decode_jpeg_header(content)
+        _check_image_size(width, height)
+        if colour_space in ("CMYK", "YCCK"):
+            simplejpeg.decode_jpeg(content, "CMYK", strict=True)
+            return None
+        frame = simplejpeg.decode_jpeg(content, "RGB", strict=True)
+    except ValueError as error:
+        if "subsampling" in str(error):
+            return None
+        raise
+    # Exif and XMP are in the segment APP1, which comes before the image; most crops have none.
+    header = content[:content.find(b"\xff\xda")]
+    if b"\xff\xe1" in header:
+        with contextlib.suppress(OSError), Image.open(io.BytesIO(content)) as image:
+            return _upright(frame, _orientation(image))
+    return frame
 
 
-def read_clip(paths, size):
-    """Frames of `size` (height, width), resized where they are not: uint8 (T, 3, H, W). Raises
-    UserError with the file's name when one is missing or damaged: a clip is never shortened.
+def _as_array(frame):
+    """A frame in memory, an array or a tensor, as an array (H, W, 3)."""
+    if torch.is_tensor(frame):
+        frame = frame.numpy(force=True)
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
+        raise UserError("a frame in memory must be RGB, uint8 (height, width, 3), not "
+                        f"{frame.dtype} {frame.shape}")
+    return frame
 
-    paths: files, or frames that are in memory, uint8 (h, w, 3)."""
+
+def read_clip(frames, size: tuple):
+    """Reads a clip, uint8 (T, 3, H, W).
+
+    Args:
+        frames: T paths, or frames in memory, uint8 arrays or tensors (height, width, 3).
+        size: (H, W); frames of another size are resized to it.
+
+    Raises UserError, with the name of the file, if a frame is missing or damaged. It is never
+    skipped.
+    """
     height, width = size
-    clip = np.empty((len(paths), height, width, 3), np.uint8)
-    for t, path in enumerate(paths):
+    clip = np.empty((len(frames), height, width, 3), np.uint8)
+    for t, path in enumerate(frames):
         try:
-            frame = _pixels(path) if hasattr(path, "dtype") else _decode(path)
+            if hasattr(path, "dtype"):
+                frame = _as_array(path)
+            else:
+                frame = _decode(path)
         except UserError:
             raise
         except FileNotFoundError:
@@ -1007,61 +1318,78 @@ def read_clip(paths, size):
 
 
 def _is_dark_16_bit(path):
-    """Whether a frame is a PNG of 16 bits that becomes nearly black in 8 bits, as that of a sensor
-    of 12 bits does, whose white is 4095."""
+    """Whether a file is a PNG of 16 bits that becomes nearly black in 8 bits, such as that of a
+    sensor of 12 bits, whose white is 4095."""
     with open(path, "rb") as file:
-        head = file.read(25)
-    return head.startswith(b"\x89PNG") and head[24:] == b"\x10" and 0 < _decode(path).max() < 64
+        header = file.read(25)
+    bit_depth = header[24:]
+    if not header.startswith(b"\x89PNG") or bit_depth != b"\x10":
+        return False
+    return 0 < _decode(path).max() < 64
 
 
-# How many frames of a kind `check_images` names before it only counts them: what is missing is
-# missing by folders, while each damaged frame has to be mended.
-NAMED = {"missing": 5, "damaged": 100}
+# How many frames of a kind check_images names before it only counts them. Missing frames usually
+# are whole folders, while damaged ones are repaired one by one.
+MAX_NAMED = {"missing": 5, "damaged": 100}
 
 
-def check_images(dataset):
-    """Decodes every frame of a data set, names bad ones, and returns their number. Warns of frames
-    that are probably not meant as they are read."""
-    def look(path):
-        """(kind of the problem or None, what it is)"""
-        try:
-            read_clip([path], (1, 1))
-        except UserError as error:
-            return "damaged" if os.path.exists(path) else "missing", str(error)
-        return "dark" if _is_dark_16_bit(path) else None, path
-
-    paths = sorted({frame for tracklets in dataset[1:] for t in tracklets for frame in t.frames})
-    count, first_dark = collections.Counter(), None
+def check_images(dataset: Dataset) -> int:
+    """Decodes every frame of a data set, prints the bad ones and returns their number. Also warns
+    of PNGs of 16 bits that become nearly black. Decodes in 16 threads."""
+    paths = sorted({frame for part in (dataset.train, dataset.query, dataset.gallery)
+                    for tracklet in part for frame in tracklet.frames})
+    count = collections.Counter()
+    first_dark = None
     with ThreadPool(16) as pool:
-        found = progress(pool.imap(look, paths, 64), "checking", len(paths), unit=" frames")
-        for kind, text in found:
+        results = pool.imap(_check_frame, paths, chunksize=64)
+        for kind, text in progress(results, "checking", len(paths), unit=" frames"):
             count[kind] += 1
-            if kind in NAMED and count[kind] <= NAMED[kind]:
+            if kind in MAX_NAMED and count[kind] <= MAX_NAMED[kind]:
                 tqdm.write(text)
-            if kind == "dark":
-                first_dark = first_dark or text
-    for kind, most in NAMED.items():
-        if count[kind] > most:
-            print(f"... and {count[kind] - most:,} more that are {kind}")
-    if first_dark:
-        print(f"warning: {printable(first_dark)}: a PNG of 16 bits that becomes nearly black, as "
-              f"one with values of 12 bits does ({count['dark']:,} in all): 65535 is taken for "
-              "white")
+            if kind == "dark" and first_dark is None:
+                first_dark = text
+    for kind, limit in MAX_NAMED.items():
+        if count[kind] > limit:
+            print(f"... and {count[kind] - limit:,} more that are {kind}")
+    if first_dark is not None:
+        print(f"warning: {printable(first_dark)}: a PNG of 16 bits that is nearly black when 65535 "
+              f"is white, as one with values of 12 bits is ({count['dark']:,} in all)")
     bad = count["missing"] + count["damaged"]
     print(f"{len(paths):,} frames checked, {bad:,} bad")
     return bad
 
 
-def random_flip(clip, rng, p=0.5):
-    """Mirrors all frames of a clip (..., W), with probability p."""
-    return clip.flip(-1) if rng.random() < p else clip
+def _check_frame(path):
+    """(kind, text) for a frame: "missing" or "damaged" and the message, "dark" and the path, or
+    None and the path of a frame in order."""
+    try:
+        read_clip([path], (1, 1))
+    except UserError as error:
+        kind = "damaged" if os.path.exists(path) else "missing"
+        return kind, str(error)
+    if _is_dark_16_bit(path):
+        return "dark", path
+    return None, path
 
 
-def random_erase(clip, rng, p=0.5, area=(0.02, 0.4), aspect=(0.3, 1 / 0.3)):
-    """Erases one box, the same in all frames of a uint8 clip (T, 3, H, W), with probability p.
+def random_flip(clip, rng, p: float = 0.5):
+    """Mirrors all frames of a clip (..., W) with probability p."""
+    if rng.random() >= p:
+        return clip
+    return clip.flip(-1)
 
-    Random erasing (Zhong et al., AAAI 2020) with ImageNet's mean colour; area: the box's share of
-    the frame; aspect: its height over width.
+
+def random_erase(clip, rng, p: float = 0.5, *, area: tuple = (0.02, 0.4),
+                 aspect: tuple = (0.3, 1 / 0.3)):
+    """Erases one box, the same in all frames, with probability p (Zhong et al., AAAI 2020). The box
+    is filled with ImageNet's mean colour.
+
+    Args:
+        clip: uint8 (T, 3, H, W).
+        rng: NumPy's random generator.
+        p: probability, 0 to 1.
+        area: range of the box's area, as a share of the frame's.
+        aspect: range of the box's height divided by its width.
     """
     if rng.random() >= p:
         return clip
@@ -1082,24 +1410,31 @@ def random_erase(clip, rng, p=0.5, area=(0.02, 0.4), aspect=(0.3, 1 / 0.3)):
 
 
 def normalize(clips):
-    """uint8 clips (..., 3, H, W) -> float32 by ImageNet's mean and standard deviation."""
+    """Converts uint8 clips (..., 3, H, W) to float32, normalised with ImageNet's mean and standard
+    deviation."""
     mean = torch.tensor(IMAGENET_MEAN, device=clips.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=clips.device)[:, None, None]
     return (clips.float() / 255 - mean) / std
 
 
-# --------------------------------------------------------------------- clip data sets and samplers
+# --------------------------------------------------------------------- data sets of clips, samplers
 
 class TrainClips(torch.utils.data.Dataset):
-    """Augmented training clips; an item is (clip uint8 (T, 3, H, W), pid).
+    """Augmented training clips. An item is (clip uint8 (T, 3, H, W), pid).
 
-    It is asked with what `PKSampler` yields, (tracklet, seed, epoch, place): the frames and the
-    augmentation depend on these numbers alone, not on the worker.
+    An item is asked for by what a sampler yields: (tracklet, seed, epoch, position in the epoch).
+    Its frames and its augmentation depend on these numbers alone. Nothing is kept between items, so
+    that any number of workers may read them, in any order.
 
-    sample: a function of (n, T, rng) that draws frame indices; erase: probability.
+    Args:
+        tracklets: list of Tracklet.
+        sample: a function of (n, T, rng) that draws frame indices, such as sample_strided.
+        T: number of frames in a clip.
+        size: (height, width) of the frames.
+        erase: probability of random erasing, 0 to 1.
     """
 
-    def __init__(self, tracklets, sample, T, size, erase=0.5):
+    def __init__(self, tracklets, sample, T: int, size: tuple, *, erase: float = 0.5):
         self.tracklets = tracklets
         self.sample = sample
         self.T = T
@@ -1107,131 +1442,164 @@ class TrainClips(torch.utils.data.Dataset):
         self.erase = erase
 
     def __getitem__(self, item):
-        index, *seed = item
-        rng = np.random.default_rng([_CLIP_SEED, *seed])
+        index, seed, epoch, position = item
+        rng = np.random.default_rng([_CLIP_SEED, seed, epoch, position])
         frames, pid, _ = self.tracklets[index]
-        clip = read_clip([frames[i] for i in self.sample(len(frames), self.T, rng)], self.size)
-        return random_erase(random_flip(clip, rng), rng, self.erase), pid
+        indices = self.sample(len(frames), self.T, rng)
+        clip = read_clip([frames[i] for i in indices], self.size)
+        clip = random_flip(clip, rng)
+        clip = random_erase(clip, rng, self.erase)
+        return clip, pid
 
 
 class AllClips(torch.utils.data.Dataset):
-    """All clips of all tracklets in turn; an item is (clip uint8 (T, 3, H, W), its tracklet's
-    number). split: a function of (n, T) that gives all clips' frame indices, (clips, T)."""
+    """All test clips of all tracklets in turn. An item is (clip uint8 (T, 3, H, W), index of its
+    tracklet).
 
-    def __init__(self, tracklets, split, T, size):
+    Args:
+        tracklets: list of Tracklet.
+        split: a function of (n, T) that gives the frame indices of all clips, (clips, T), such as
+            split_consecutive.
+        T: number of frames in a clip.
+        size: (height, width) of the frames.
+    """
+
+    def __init__(self, tracklets, split, T: int, size: tuple):
         self.tracklets = tracklets
         self.size = size
-        self.clips = [(number, clip) for number, tracklet in enumerate(tracklets)
-                      for clip in split(len(tracklet.frames), T)]
+        self.clips = []  # (index of the tracklet, indices of the frames)
+        for index, tracklet in enumerate(tracklets):
+            for clip in split(len(tracklet.frames), T):
+                self.clips.append((index, clip))
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, item):
-        number, clip = self.clips[item]
-        frames = self.tracklets[number].frames
-        return read_clip([frames[i] for i in clip], self.size), number
+        index, clip = self.clips[item]
+        frames = self.tracklets[index].frames
+        return read_clip([frames[i] for i in clip], self.size), index
 
 
-# NumPy takes [seed, epoch] and [seed, epoch, 0] for the same seed: what each is for stands first
-_BATCHES_SEED, _CLIP_SEED = 1, 2
+# The first number of a generator's seed separates batches from clips, because NumPy makes the same
+# generator of [seed, epoch] and of [seed, epoch, 0].
+_BATCHES_SEED = 1
+_CLIP_SEED = 2
 
 
 class PKSampler(torch.utils.data.Sampler):
     """Batches of P distinct identities with K clips each (Hermans et al., 2017).
 
-    Yields lists of (tracklet, seed, epoch, the clip's place in the epoch). Call
-    `set_epoch(epoch, start)` before each epoch; `start` skips batches. The batches of an epoch
-    depend on the seed and the epoch alone.
+    Yields lists of (tracklet, seed, epoch, position of the clip in the epoch), for TrainClips. The
+    batches of an epoch depend on the seed and the epoch alone. Call `set_epoch` before each epoch.
 
-    shows="tracklets": an epoch shows all tracklets, as those of the authors' releases do. The
-    tracklets of each identity are shuffled and cut into groups of K. What remains waits for the
-    next epoch's shuffle; an identity with fewer than K tracklets fills its group by showing them
-    again. A batch is P groups of P distinct identities; an incomplete last batch is left out. An
-    identity with more groups than there are batches cannot be in a batch twice: its other groups
-    are left out of this epoch, too.
+    With shows="tracklets", an epoch goes through the tracklets, as in the authors' releases. The
+    tracklets of each identity are shuffled and cut into groups of K. An identity with fewer than K
+    tracklets has one group, in which they repeat. A batch has one group of each of P identities.
+    Left out of the epoch are the tracklets that do not fill a group, the groups that do not fill a
+    last batch, and the groups of an identity beyond the number of batches, as it is at most once in
+    a batch. The next epoch shuffles again, so that all tracklets are shown in the long run.
 
-    shows="identities": an epoch shows every identity at least once, in ceil(identities / P)
-    batches, the last one filled up with identities of the first.
+    With shows="identities", an epoch has every identity at least once, in ceil(identities / P)
+    batches. The last batch is completed with the epoch's first identities.
 
     Args:
-        pids: label of every training tracklet.
-        P, K: identities a batch, and clips of each of them.
+        pids: labels of the training tracklets.
+        P: number of identities in a batch.
+        K: number of clips of each of them.
         shows: "tracklets" or "identities".
-        seed: a whole number.
-        rank, world: this process is number `rank` of `world` and takes P / world identities of each
-            batch.
+        seed: a whole number from 0 on.
+        rank: number of this process, from 0. It takes P / world identities of each batch.
+        world: number of processes.
 
-    Raises UserError when P or K do not fit the identities or the processes.
+    Raises UserError if P or K do not fit the identities or the number of processes.
     """
-    unit = "identities"
+    unit = "identities"  # what P counts in a message
+    flags = "--ids"      # what makes P smaller
 
-    def __init__(self, pids, P, K, *, shows="tracklets", seed=0, rank=0, world=1):
-        self.tracklets = collections.defaultdict(list)
+    def __init__(self, pids, P: int, K: int, *, shows: str = "tracklets", seed: int = 0,
+                 rank: int = 0, world: int = 1):
+        self.tracklets_of = collections.defaultdict(list)
         for index, pid in enumerate(pids):
-            self.tracklets[pid].append(index)
-        if P > len(self.tracklets):
+            self.tracklets_of[pid].append(index)
+        if P > len(self.tracklets_of):
             raise UserError(f"a batch needs {P} {self.unit}, the training set has "
-                            f"{len(self.tracklets)}: use fewer --ids or --clips")
+                            f"{len(self.tracklets_of)}: use fewer {self.flags}")
         if P % world:
-            raise UserError(f"{P} {self.unit} a batch do not divide over {world} processes: "
-                            f"use a multiple of {world}")
+            raise UserError(f"{P} {self.unit} in a batch cannot be divided evenly among {world} "
+                            f"processes: use a multiple of {world}")
         if P * K == world:
-            raise UserError(f"a batch of {P * K} leaves each of {world} processes a single clip, "
-                            "BatchNorm needs two: use more --ids or --clips")
+            raise UserError(f"a batch of {P * K} clips leaves each of {world} processes a single "
+                            "clip, but BatchNorm needs at least two: use more --ids or --clips")
         self.P = P
         self.K = K
         self.shows = shows
         self.seed = seed
         self.rank = rank
         self.world = world
-        self.pids = sorted(self.tracklets)
+        self.pids = sorted(self.tracklets_of)
         if shows == "tracklets":
-            groups = np.array([max(1, len(self.tracklets[pid]) // K) for pid in self.pids])
-            # b batches need P * b groups, of each identity b at the most
-            self.batches = groups.sum() // P
-            while np.minimum(groups, self.batches).sum() < P * self.batches:
-                self.batches -= 1
-            self.groups = np.minimum(groups, self.batches)
+            groups = np.array([max(1, len(self.tracklets_of[pid]) // K) for pid in self.pids])
+            self.batches = self._most_batches(groups)
+            self.groups = np.minimum(groups, self.batches)  # of each identity, in an epoch
         else:
-            self.batches = -(-len(self.pids) // P)
+            self.batches = math.ceil(len(self.pids) / P)
         self.set_epoch(0)
 
-    def set_epoch(self, epoch, start=0):
+    def _most_batches(self, groups):
+        """How many batches these numbers of groups fill: b batches need P * b groups, to which an
+        identity contributes at most b."""
+        batches = groups.sum() // self.P
+        while np.minimum(groups, batches).sum() < self.P * batches:
+            batches -= 1
+        return int(batches)
+
+    def set_epoch(self, epoch: int, start: int = 0):
+        """Chooses the epoch, whose first `start` batches are skipped, as a resumed run does."""
         self.epoch = epoch
         self.start = start
 
     def __len__(self):
-        return int(self.batches) - self.start
+        return self.batches - self.start
 
     def _batches_of_identities(self, rng):
-        """P identities for each batch, so that every identity is there at least once."""
+        """Yields batches of P pairs (pid, its K tracklets), in which every identity occurs at least
+        once."""
         order = rng.permutation(self.pids)
-        fill = order[:-len(order) % self.P]  # other identities than those of the last batch
-        for batch in np.concatenate([order, fill]).reshape(-1, self.P):
-            yield [(pid, np.resize(rng.permutation(self.tracklets[pid]), self.K)) for pid in batch]
+        free = -len(order) % self.P  # places in the last batch, 0 if it is full
+        order = np.concatenate([order, order[:free]])
+        for batch in order.reshape(-1, self.P):
+            groups = []
+            for pid in batch:
+                shuffled = rng.permutation(self.tracklets_of[pid])
+                groups.append((pid, np.resize(shuffled, self.K)))  # repeats them where K is more
+            yield groups
 
     def _batches_of_tracklets(self, rng):
-        """P identities for each batch, each as often in the epoch as it has groups of tracklets."""
-        shuffled = [rng.permutation(self.tracklets[pid]) for pid in self.pids]
-        left = self.groups.copy()  # groups that are still to be shown
-        surplus = left.sum() - self.P * self.batches  # of the incomplete last batch
-        dropped = rng.choice(np.repeat(np.arange(len(left)), left), surplus, replace=False)
+        """Yields batches of P pairs (pid, its K tracklets), in which each identity occurs once for
+        each of its groups."""
+        shuffled = [rng.permutation(self.tracklets_of[pid]) for pid in self.pids]
+        left = self.groups.copy()  # groups that are still to be shown, of each identity
+        surplus = left.sum() - self.P * self.batches  # groups that do not fill a last batch
+        each_group = np.repeat(np.arange(len(left)), left)  # its identity
+        dropped = rng.choice(each_group, surplus, replace=False)
         np.subtract.at(left, dropped, 1)
-        for more in range(int(self.batches) - 1, -1, -1):  # batches after this one
-            # whoever has a group for each of these batches and for this one has to be in this one
-            batch = np.flatnonzero(left > more)
+        for batches_after in reversed(range(self.batches)):
+            # An identity with more groups left than there are batches after this one is in it.
+            batch = np.flatnonzero(left > batches_after)
             if len(batch) < self.P:
-                others = np.flatnonzero((left > 0) & (left <= more))
-                drawn = rng.choice(others, self.P - len(batch), replace=False,
-                                   p=left[others] / left[others].sum())
+                others = np.flatnonzero((left > 0) & (left <= batches_after))
+                share = left[others] / left[others].sum()
+                drawn = rng.choice(others, self.P - len(batch), replace=False, p=share)
                 batch = np.concatenate([batch, drawn])
             left[batch] -= 1
             groups = []
             for i in batch:
+                tracklets = shuffled[i]
+                if len(tracklets) < self.K:
+                    tracklets = np.resize(tracklets, self.K)  # repeats them
                 first = left[i] * self.K
-                group = np.resize(shuffled[i], max(self.K, len(shuffled[i])))[first:first + self.K]
-                groups.append((self.pids[i], group))
+                groups.append((self.pids[i], tracklets[first:first + self.K]))
             yield groups
 
     def __iter__(self):
@@ -1241,230 +1609,292 @@ class PKSampler(torch.utils.data.Sampler):
         else:
             batches = self._batches_of_identities(rng)
         for number, batch in enumerate(batches):
-            if number >= self.start:
-                first = number * self.P * self.K
-                yield [(int(batch[p][1][k]), self.seed, self.epoch, first + p * self.K + k)
-                       for p in range(self.rank, self.P, self.world) for k in range(self.K)]
+            if number < self.start:
+                continue
+            items = []
+            for p in range(self.rank, self.P, self.world):
+                _, tracklets = batch[p]
+                for k in range(self.K):
+                    position = (number * self.P + p) * self.K + k
+                    items.append((int(tracklets[k]), self.seed, self.epoch, position))
+            yield items
 
 
 class TrackletSampler(PKSampler):
-    """Batches of P * K tracklets, whatever their identities; an epoch shows every tracklet once,
-    the last batch is filled up with the first ones. Otherwise as PKSampler."""
-    unit = "tracklets"
+    """Batches of P * K different tracklets of any identities. An epoch shows every tracklet once;
+    its last batch is completed with its first tracklets. Yields the same items as PKSampler.
 
-    def __init__(self, pids, P, K, *, seed=0, rank=0, world=1):
+    Args:
+        pids: labels of the training tracklets, of which only the number matters.
+        P, K: their product is the number of tracklets in a batch.
+        seed: a whole number from 0 on.
+        rank: number of this process, from 0. It takes P * K / world tracklets of each batch.
+        world: number of processes.
+
+    Raises UserError if P * K does not fit the tracklets or the number of processes.
+    """
+    unit = "tracklets"
+    flags = "--ids or --clips"
+
+    def __init__(self, pids, P: int, K: int, *, seed: int = 0, rank: int = 0, world: int = 1):
+        # every tracklet is an identity of its own, with one clip in a batch
         super().__init__(range(len(pids)), P * K, 1, shows="identities", seed=seed, rank=rank,
                          world=world)
 
 
-# ------------------------------------------------------------------------------ the synthetic set
-# Small drawn pedestrians, in look-alike groups that share the upper clothes, which are salient.
+# ------------------------------------------------------------------------------- synthetic people
+# Small pedestrians in groups of people who wear the same upper clothes, which are most of what one
+# sees of a person. The people of a group differ in their lower clothes, hair, skin, build and gait.
 
-_UPPER = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
-_LOWER = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
-# in a group each has the next ones of _IN_TURN; of the others everyone has his own
-_IN_TURN = dict(lower=_LOWER, cut="trousers shorts skirt coat".split(),
-                head="short long bun cap bald".split(), bag="none backpack shoulder hand".split())
-_TINTS = dict(bag_colour=_UPPER, cap=_UPPER, hair="#1c1816 #54361e #cea85c sienna #9c9c9e".split(),
-              skin="#f0ccb2 #d8a882 #a87450 #62402c".split(), shoes=_LOWER)
-_BODY = dict(build=(0.82, 1.25), height=(0.9, 1.04), leg=(0.47, 0.53))
-_GAIT = dict(frequency=(0.55, 1.0), stride=(0.3, 0.6), arms=(0.15, 0.7))
-_GAITS = dict(frequency=(0.3, 1.6), stride=(0.2, 0.7), arms=(0.0, 0.8))  # with gait
-_SUPER = 3  # frames are drawn three times as large and averaged down
+_UPPER = ("#c4242a", "#2a54ba", "#248442", "gold", "#ececdf", "#26262a", "#e87624", "hotpink")
+_LOWER = ("#2c3e70", "#222226", "#84848a", "#ccb892", "#68462e", "#e4e4de", "#5c6238", "#86222c")
+_HAIR = ("#1c1816", "#54361e", "#cea85c", "sienna", "#9c9c9e")
+_SKIN = ("#f0ccb2", "#d8a882", "#a87450", "#62402c")
+_SUPERSAMPLING = 3  # frames are drawn three times as large and averaged down
 
 
-def _shade(colour, factor):
-    colour = ImageColor.getrgb(colour) if isinstance(colour, str) else colour
-    return tuple(int(min(255, c * factor)) for c in colour)
-
-
-def _draw_people(count, rng, group=4, gait=False):
-    """Looks and gaits of people in look-alike groups; gait: all but it is the same in a group."""
-    people, walks = [], _GAITS if gait else _GAIT
+def _random_people(count, rng, group=4, gait=False):
+    """People in groups of `group` who look alike; with `gait` they differ in their gait only."""
+    people = []
     while len(people) < count:
-        upper, second = rng.choice(_UPPER, 2, replace=False)
-        shared = dict(upper=upper, second=second, sleeves=rng.random() < 0.65,
-                      pattern=rng.choice(("plain", "plain", "hoops", "stripes", "halves")))
-        orders = {what: rng.permutation(looks) for what, looks in _IN_TURN.items()}
+        shirt, hem = rng.choice(_UPPER, 2, replace=False)
+        lower = rng.permutation(_LOWER)  # the people of a group take these in turn
+        hair = rng.permutation(_HAIR)
         for i in range(min(group, count - len(people))):
             if i == 0 or not gait:
-                own = {what: order[i % len(order)] for what, order in orders.items()}
-                own |= {what: rng.choice(colours) for what, colours in _TINTS.items()}
-                own |= {what: rng.uniform(*limits) for what, limits in _BODY.items()}
-            walk = {what: rng.uniform(*limits) for what, limits in walks.items()}
-            people.append(SimpleNamespace(**shared, **own, **walk))
+                looks = dict(shirt=shirt, hem=hem, lower=lower[i % len(lower)],
+                             hair=hair[i % len(hair)], skin=rng.choice(_SKIN),
+                             shoes=rng.choice(_LOWER), shorts=rng.random() < 0.4,
+                             build=rng.uniform(0.82, 1.25), height=rng.uniform(0.9, 1.04))
+            walk = dict(frequency=rng.uniform(0.55, 1.0), stride=rng.uniform(0.3, 0.6),
+                        arms=rng.uniform(0.15, 0.7))
+            if gait:
+                walk = dict(frequency=rng.uniform(0.3, 1.6), stride=rng.uniform(0.2, 0.7),
+                            arms=rng.uniform(0.0, 0.8))
+            people.append(SimpleNamespace(**looks, **walk))
     return people
 
 
-def _draw_camera(index, rng, zoom):
-    """A camera: its look and the scene along which people walk, `zoom` times 420 x 150 pixels."""
-    def colour(low, high):
-        return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), 0.12, rng.uniform(low, high)))
-    wall, floor, edge = colour(0.5, 0.8), colour(0.4, 0.7), int(rng.integers(52, 90))
-    image = Image.new("RGB", (420, 150), _shade(wall, 1))
+def _shade(colour, factor):
+    """A colour, a name or (red, green, blue), made lighter or darker."""
+    if isinstance(colour, str):
+        colour = ImageColor.getrgb(colour)
+    return tuple(int(min(255, channel * factor)) for channel in colour)
+
+
+def _draw_person(image, person, *, phase, yaw, x, y, height):
+    """Draws a person of `height` pixels whose feet are at the pixel (x, y).
+
+    `phase` is that of the gait and `yaw` the direction of the walk, in radians: 0 is towards the
+    camera, pi / 2 to the right. Lengths below are shares of the height, from the feet.
+    """
     draw = ImageDraw.Draw(image)
-    step, wide, high = ((16, 14, 6), (60, 40, 46))[index % 2]  # bricks or windows
-    for y in range(edge - high - 2, -high, -high - 2):
-        for x in range(y % 2 * step // 2, 420, step):
-            draw.rectangle([x, y, x + wide, y + high], _shade(wall, rng.uniform(0.8, 1.05)))
-    draw.rectangle([0, edge, 420, 150], _shade(floor, 1))
-    for x in rng.integers(0, 420, 5).tolist():
-        draw.rectangle([x, edge, x + 30, 150], _shade(floor, rng.uniform(0.8, 1.1)))
-        if index % 3 == 0:  # a tree
-            draw.rectangle([x - 3, edge - 40, x + 3, edge], (84, 62, 44))
-            draw.ellipse([x - 18, edge - 58, x + 18, edge - 22], (50, 85, 45))
-    pixels = (np.asarray(image) + rng.normal(0, 6, (150, 420, 1))).clip(0, 255).astype(np.uint8)
-    hue = np.array(colorsys.hsv_to_rgb(rng.random(), 1, 1))
-    return SimpleNamespace(
-        cast=(1 + 0.16 * (hue - 0.5)) * rng.uniform(0.9, 1.1), gamma=rng.uniform(0.9, 1.1),
-        light=0.15 * rng.choice([-1, 1]), scale=rng.uniform(0.85, 0.97),
-        yaw=[0.25, 1.35, 2.75, -1.1, 0.9, -2.2][index % 6] + rng.uniform(-0.15, 0.15),
-        blur=rng.uniform(0.0, 0.7), noise=rng.uniform(1, 3),
-        scene=Image.fromarray(pixels).resize((round(420 * zoom), round(150 * zoom))))
+    sine, cosine = math.sin(yaw), math.cos(yaw)
+    near = math.copysign(1, sine)  # the side of the body that is nearer to the camera
+    hip, shoulder, head = (level + 0.008 * math.cos(2 * phase) for level in (0.5, 0.82, 0.905))
+    chest = 0.14 * person.build * (0.6 * abs(sine) + abs(cosine))  # flatter from the side
 
+    def pixels(points):
+        return [(x + right * height, y - up * height) for right, up in points]
 
-def _draw_person(image, who, phase, yaw, x, y, h):
-    """Draws `who`, h pixels tall, the feet at (x, y), at `phase` of the gait; yaw 0 faces the
-    camera, pi/2 walks right. Places are in heights, upwards from the feet; `at` makes pixels."""
-    draw = ImageDraw.Draw(image)
-    s, c = math.sin(yaw), math.cos(yaw)
-    ahead = math.copysign(1, s)  # where the person walks, and the side nearer to the camera
-    across = who.build * (0.6 * abs(s) + abs(c))  # a body is flatter from the side
-    hip, shoulder, head = (high + 0.008 * math.cos(2 * phase) for high in (who.leg, 0.82, 0.905))
-    chest, waist = 0.145 * across, 0.11 * across
-
-    def at(dx, dy):
-        return x + dx * h, y - dy * h
-
-    def limb(a, b, width, colour):  # a bar with round ends
-        r = width * h / 2
-        draw.line([at(*a), at(*b)], colour, round(2 * r))
-        for px, py in (at(*a), at(*b)):
+    def bar(start, end, thickness, colour):
+        """Draws a straight bar with round ends."""
+        r = thickness * height / 2
+        draw.line(pixels([start, end]), colour, round(2 * r))
+        for px, py in pixels([start, end]):
             draw.ellipse([px - r, py - r, px + r, py + r], colour)
 
-    def oval(dx, dy, r, colour, half=False):
-        px, py = at(dx, dy)
-        shape = [px - 0.9 * r * h, py - r * h, px + 0.9 * r * h, py + r * h]
-        draw.pieslice(shape, 180, 360 if half else 540, colour)
+    def torso(top, low, colour):
+        corners = [(-chest, top), (chest, top), (0.8 * chest, low), (-0.8 * chest, low)]
+        draw.polygon(pixels(corners), colour)
 
-    def joint(start, length, swing):  # a limb's other end
-        return start[0] + 1.25 * length * math.sin(swing) * s, start[1] - length * math.cos(swing)
+    def limb(top, length, *, swing, bend, thickness, colours):
+        """Draws an arm or a leg of two equal parts; returns its end."""
+        points = [top]
+        for angle in (swing, swing + bend):
+            right = points[-1][0] + 0.6 * length * math.sin(angle) * sine
+            points.append((right, points[-1][1] - 0.5 * length * math.cos(angle)))
+        bar(points[1], points[2], thickness, colours[1])
+        bar(points[0], points[1], 1.3 * thickness, colours[0])
+        return points[2]
 
     def leg(side):
-        swing = who.stride * math.sin(phase) * side
-        bend = 0.9 * who.stride * max(0.0, math.cos(phase) * side) + 0.05
-        top = side * 0.055 * who.build * c, hip
-        knee = joint(top, 0.5 * hip, swing)
-        ankle = joint(knee, 0.46 * hip, swing - bend)
-        dark = 1.0 if side == ahead else 0.82
-        cloth, bare = _shade(who.lower, dark), _shade(who.skin, dark)
-        limb(knee, ankle, 0.06 * who.build, bare if who.cut in ("shorts", "skirt") else cloth)
-        limb(top, knee, 0.09 * who.build, bare if who.cut == "skirt" else cloth)
-        toe = ankle[0] + 0.07 * s, ankle[1] - 0.012 - 0.018 * max(c, 0)
-        limb(ankle, toe, 0.045, _shade(who.shoes, dark))
+        light = 1.0 if side == near else 0.82
+        cloth = _shade(person.lower, light)
+        shin = _shade(person.skin, light) if person.shorts else cloth
+        ankle = limb((side * 0.055 * person.build * cosine, hip), 0.96 * hip,
+                     swing=person.stride * math.sin(phase) * side,
+                     bend=-0.9 * person.stride * max(0.0, math.cos(phase) * side) - 0.05,
+                     thickness=0.065 * person.build,
+                     colours=(cloth, shin))
+        bar(ankle, (ankle[0] + 0.07 * sine, ankle[1] - 0.015), 0.045, _shade(person.shoes, light))
 
     def arm(side):
-        swing = -who.arms * math.sin(phase) * side
-        dark = 0.95 if side == ahead else 0.78
-        sleeve, bare = _shade(who.upper, dark), _shade(who.skin, dark)
-        top = side * (chest - 0.01) * c, shoulder - 0.025
-        elbow = joint(top, 0.16, swing)
-        hand = joint(elbow, 0.14, swing + 0.3)
-        limb(elbow, hand, 0.05 * who.build, sleeve if who.sleeves else bare)
-        limb(top, elbow, 0.06 * who.build, sleeve)
-        limb(hand, hand, 0.045, bare)
-        if who.bag == "hand" and side == 1:
-            limb((hand[0], hand[1] - 0.06), (hand[0], hand[1] - 0.11), 0.12, who.bag_colour)
+        light = 0.95 if side == near else 0.78
+        sleeve = _shade(person.shirt, light)
+        hand = limb((side * chest * cosine, shoulder - 0.03), 0.3,
+                    swing=-person.arms * math.sin(phase) * side,
+                    bend=0.3,
+                    thickness=0.05 * person.build,
+                    colours=(sleeve, sleeve))
+        bar(hand, hand, 0.045, person.skin)
 
-    def band(top, low, colour):  # of the body between two heights
-        wide = [chest + (waist - chest) * (shoulder - v) / (shoulder - hip) for v in (top, low)]
-        draw.polygon([at(-wide[0], top), at(wide[0], top), at(wide[1], low), at(-wide[1], low)],
-                     colour)
-
-    def backpack(seen):
-        if who.bag == "backpack" and seen:
-            limb((-0.16 * s, shoulder - 0.06), (-0.16 * s, hip + 0.12), 0.15, who.bag_colour)
-
-    limb((-0.12, 0), (0.12, 0), 0.025, (60, 60, 64))  # the shadow
-    arm(-ahead)  # from the far side to the near one
-    leg(-ahead)
-    leg(ahead)
-    backpack(c > 0)
-    if who.cut == "coat":
-        limb((0, hip), (0, hip - 0.12), 2 * waist, _shade(who.upper, 0.9))
-    limb((-0.8 * chest, shoulder - 0.015), (0.8 * chest, shoulder - 0.015), 0.05, who.upper)
-    band(shoulder, hip - 0.02, who.upper)
-    if who.pattern == "hoops":
-        for i in range(4):
-            band(shoulder - 0.03 - 0.08 * i, shoulder - 0.065 - 0.08 * i, who.second)
-    elif who.pattern == "stripes":
-        for u in (-0.6, 0, 0.6):
-            limb((u * chest, shoulder - 0.02), (u * waist, hip), 0.025, who.second)
-    elif who.pattern == "halves":
-        band((shoulder + hip) / 2, hip - 0.02, who.second)
-    if who.cut == "skirt":
-        draw.polygon([at(-waist, hip + 0.03), at(waist, hip + 0.03), at(1.4 * waist, hip / 2),
-                      at(-1.4 * waist, hip / 2)], who.lower)
-    backpack(c <= 0)
-    limb((0, shoulder), (0, head), 0.06, _shade(who.skin, 0.85))
-    if who.head == "long":
-        limb((-0.02 * s, head), (-0.03 * s, shoulder - 0.03), 0.13, who.hair)
-    elif who.head == "bun":
-        oval(-0.06 * s, head + 0.07, 0.035, who.hair)
-    oval(0.015 * s, head, 0.06, who.skin)
-    if who.head == "cap":
-        oval(0, head + 0.01, 0.066, who.cap, half=True)
-        limb((0, head + 0.015), (0.09 * s, head + 0.015), 0.02, _shade(who.cap, 0.75))
-    elif who.head != "bald":
-        oval(-0.012 * s, head + 0.008, 0.064, who.hair, half=c > -0.3)
-    arm(ahead)
-    if who.bag == "shoulder":
-        side = math.copysign(waist, c)
-        limb((-side, shoulder), (side, hip), 0.02, _shade(who.bag_colour, 0.7))
-        limb((side, hip), (side, hip - 0.04), 0.12, who.bag_colour)
+    arm(-near)  # from back to front
+    leg(-near)
+    leg(near)
+    bar((-0.8 * chest, shoulder - 0.01), (0.8 * chest, shoulder - 0.01), 0.05, person.shirt)
+    torso(shoulder, hip + 0.12, person.shirt)
+    torso(hip + 0.12, hip - 0.02, person.hem)
+    bar((0, head), (0, head - 0.06), 0.06, _shade(person.skin, 0.85))
+    bar((0, head), (0, head), 0.125, person.hair)
+    if cosine > -0.3:  # the face is in sight
+        bar((0.03 * sine, head - 0.02), (0.03 * sine, head - 0.02), 0.09, person.skin)
+    arm(near)
 
 
-def _draw_tracklet(who, passer, camera, frames, size, occlusion, rng):
-    """The frames, of (height, width) `size`, of `who` (None: a false detection) past `camera`; with
-    probability `occlusion` a pole, a box on a cart or the person `passer` gets in the way."""
-    height, width = size
-    unit = _SUPER * height / 128
-    h, w = _SUPER * height, _SUPER * width
+def _random_camera(index, rng, zoom):
+    """A camera with its own view and colours. Its scene, along which people walk, has 420 x 150
+    units of `zoom` pixels; a frame is 128 units high."""
+    wall = rng.uniform(120, 200) + rng.uniform(-15, 15, 3)
+    floor = rng.uniform(100, 170) + rng.uniform(-15, 15, 3)
+    horizon = rng.integers(52, 90)
+    scene = Image.new("RGB", (420, 150), _shade(wall, 1))
+    draw = ImageDraw.Draw(scene)
+    for x, y, width, height in rng.integers((-40, -40, 8, 8), (420, 80, 40, 40), (80, 4)):
+        draw.rectangle([x, y, x + width, y + height], _shade(wall, rng.uniform(0.75, 1.1)))
+    draw.rectangle([0, horizon, 420, 150], _shade(floor, 1))
+    for x in rng.integers(0, 420, 5):
+        draw.rectangle([x, horizon, x + 30, 150], _shade(floor, rng.uniform(0.8, 1.1)))
+    return SimpleNamespace(
+        scene=scene.resize((round(420 * zoom), round(150 * zoom))),
+        yaw=(0.25, 1.35, 2.75, -1.1, 0.9, -2.2)[index % 6] + rng.uniform(-0.15, 0.15),
+        light=rng.uniform(0.9, 1.1) * rng.uniform(0.93, 1.07, 3),
+        scale=rng.uniform(0.85, 0.97),  # height of a person, as a share of the frame's
+        blur=rng.uniform(0.0, 0.7),
+        noise=rng.uniform(1, 3),
+    )
+
+
+def _draw_tracklet(person, camera, *, frames, size, occlusion, rng):
+    """Yields the frames of a person, or of nobody (None), who walks past a camera. `size` is
+    (height, width). With probability `occlusion` a pole or a box passes in front."""
+    h, w = _SUPERSAMPLING * size[0], _SUPERSAMPLING * size[1]
+    unit = h / 128
     yaw = camera.yaw + rng.choice([0, 0.5], p=[0.8, 0.2]) + rng.uniform(-0.2, 0.2)
-    phase, start = rng.uniform(0, 2 * math.pi), rng.uniform(40, 280)
-    kind = rng.choice(["pole", "box", "passer"]) if rng.random() < occlusion else "none"
-    when = rng.uniform(0, frames)
-    tint = _shade((1, 1, 1), rng.uniform(50, 150))
-    light = 1 + camera.light * np.linspace(-1, 1, width)[:, None]
-    colour = (camera.cast * rng.uniform(0.9, 1.1) * light / 255).astype(np.float32)
-    drift = rng.normal(0, 1, 2)
+    phase = rng.uniform(0, 2 * math.pi)
+    start = rng.uniform(40, 280)
+    occluded = rng.random() < occlusion
+    when = rng.uniform(0, frames)  # it is in the middle of the frame
+    pole, box = (0.06 * w, 0), (0.3 * w, 0.6 * h)  # (half of its width, its upper edge)
+    half_width, top = (pole, box)[rng.integers(2)]
+    light = (camera.light * rng.uniform(0.9, 1.1)).astype(np.float32)
+    jitter = rng.normal(0, 1, 2)  # of the detector's box
     for i in range(frames):
-        drift = 0.7 * drift + rng.normal(0, 1, 2)  # the detector's box trembles
-        left = (start + 2.5 * i * math.sin(yaw) + drift[0]) * unit
+        jitter = 0.7 * jitter + rng.normal(0, 1, 2)
+        left = (start + 2.5 * i * math.sin(yaw) + jitter[0]) * unit
         left = int(np.clip(left, 0, camera.scene.width - w))
         image = camera.scene.crop((left, 5, left + w, 5 + h))
-        middle, feet = w / 2 + 1.2 * drift[0] * unit, 0.965 * h + drift[1] * unit
-        if who:
-            step = phase + 2 * math.pi * who.frequency * i / 8
-            tall = h * camera.scale * who.height * rng.uniform(0.96, 1.04)
-            _draw_person(image, who, step, yaw, middle, feet, tall)
-        x = w * (0.5 + (i - when) / 6)
-        if kind == "pole":
-            ImageDraw.Draw(image).rectangle([x - 0.06 * w, 0, x + 0.06 * w, h], tint)
-        elif kind == "box":
-            ImageDraw.Draw(image).rectangle([x - 0.3 * w, 0.7 * h, x + 0.3 * w, h], tint)
-        elif kind == "passer":
-            _draw_person(image, passer, i, math.pi / 2, x, 1.02 * h, 0.95 * h)
-        image = image.reduce(_SUPER)
-        blur = camera.blur + (rng.uniform(0.4, 1.0) if rng.random() < 0.12 else 0)
-        image = image.filter(ImageFilter.GaussianBlur(blur * height / 128))
-        pixels = 255 * (np.asarray(image) * colour).clip(0, 1) ** np.float32(camera.gamma)
-        pixels += camera.noise * rng.standard_normal((height, width, 1), np.float32)
+        if person:
+            _draw_person(image, person, phase=phase + 2 * math.pi * person.frequency * i / 8,
+                         yaw=yaw, x=w / 2 + 1.2 * jitter[0] * unit, y=0.965 * h + jitter[1] * unit,
+                         height=h * camera.scale * person.height * rng.uniform(0.96, 1.04))
+        if occluded:
+            x = w * (0.5 + (i - when) / 6)
+            ImageDraw.Draw(image).rectangle([x - half_width, top, x + half_width, h], (90, 95, 90))
+        image = image.reduce(_SUPERSAMPLING)
+        image = image.filter(ImageFilter.GaussianBlur(camera.blur * size[0] / 128))
+        noise = camera.noise * rng.standard_normal((*size, 1), np.float32)
+        pixels = np.asarray(image) * light + noise
         yield Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, cameras: int = 4, *,
+                   frames: tuple = (5, 12), size: tuple = (128, 64), group: int = 4,
+                   occlusion: float = 0.2, gait: bool = False, seed: int = 0):
+    """Makes a data set of synthetic pedestrians in the layout of MARS.
+
+    Every identity has one or two tracklets under each camera; in the test part the first of them
+    is a query. The test part also has a junk tracklet and two distractors for each camera. The same
+    arguments give the same bytes. Only one process draws at a time. It draws into a temporary
+    folder and renames it at the end, so that an interrupted drawing leaves no incomplete set.
+
+    Args:
+        folder: the folder to make, which must not exist yet.
+        identities: number of training identities, at least 1.
+        test_identities: number of test identities, who are other people, at least 1.
+        cameras: number of cameras, 2 to 9.
+        frames: the least and the largest number of frames in a tracklet, 1 to 999.
+        size: (height, width) of a frame in pixels.
+        group: number of people in a group, who share the upper clothes.
+        occlusion: probability that something passes in front of a tracklet, 0 to 1.
+        gait: True lets the people of a group differ in their gait only.
+        seed: a whole number from 0 on.
+
+    Raises UserError if the folder exists already or cannot be written.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.part")
+    lock_file = None
+    try:
+        if folder.exists():
+            raise UserError(f"{folder} exists already: name another folder, or remove it first")
+        lock_file = locked(folder.with_name(f".{folder.name}.lock"), wait=True)
+        if folder.exists():  # another process has made it while this one waited
+            return
+        shutil.rmtree(temporary, ignore_errors=True)  # left over from one that was killed
+        strangers = _random_people(2 * cameras, np.random.default_rng([seed, 1]), group=1)
+        trained = _random_people(identities, np.random.default_rng([seed, 2]), group, gait)
+        tested = _random_people(test_identities, np.random.default_rng([seed, 3]), group, gait)
+        people = [(-1, None)]  # (pid, person): junk, which is nobody
+        people += [(0, person) for person in strangers]  # distractors, each under one camera
+        people += enumerate(trained + tested, 1)
+        views = [_random_camera(cam, np.random.default_rng([seed, 4, cam]),
+                                zoom=_SUPERSAMPLING * size[0] / 128) for cam in range(cameras)]
+        names = {"train": [], "test": []}
+        rows = {"train": [], "test": []}  # of MARS' tables, and the rows that are queries
+        queries = []
+        for number, (pid, person) in enumerate(progress(people, "drawing", unit=" people")):
+            part = "train" if 0 < pid <= identities else "test"
+            images = temporary / f"bbox_{part}/{pid:0>4}"
+            images.mkdir(parents=True, exist_ok=True)
+            for cam, tracklet in itertools.product(range(cameras), (1, 2)):
+                rng = np.random.default_rng([seed, 5, number, cam, tracklet])
+                if pid == 0 and cam != number % cameras:
+                    continue
+                if tracklet == 2 and (pid < 1 or rng.random() < 0.75):
+                    continue
+                # distractors share the pid 0, and their tracklets have numbers of their own
+                start = f"{pid:0>4}C{cam + 1}T{number if pid == 0 else tracklet:04}"
+                first = len(names[part]) + 1
+                for i, image in enumerate(_draw_tracklet(
+                        person, views[cam], frames=rng.integers(*frames, endpoint=True), size=size,
+                        occlusion=occlusion, rng=rng), 1):
+                    names[part].append(f"{start}F{i:03}.jpg")
+                    image.save(images / names[part][-1], quality=90)
+                rows[part].append((first, len(names[part]), pid, cam + 1))
+                if part == "test" and pid > 0 and tracklet == 1:
+                    queries.append(len(rows[part]))
+        (temporary / "info").mkdir()
+        for part in names:
+            (temporary / f"info/{part}_name.txt").write_text("\n".join(names[part]) + "\n")
+            _write_mat(temporary / f"info/tracks_{part}_info.mat", f"track_{part}_info",
+                       np.array(rows[part], np.int32))
+        _write_mat(temporary / "info/query_IDX.mat", "query_IDX", np.array([queries], np.uint16))
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot draw the synthetic data set there "
+                        f"({error.strerror or error})") from None
+    finally:
+        if lock_file:
+            shutil.rmtree(temporary, ignore_errors=True)
+            # The file of the lock is not deleted: a process that waits for it would get the lock of
+            # a deleted file, while a third one makes and locks a new file.
+            lock_file.close()
+
+
 def _write_mat(path, variable, values):
-    """As scipy's savemat, without the time in the header."""
+    """Like scipy's savemat, but without the time in the header: the same values give the same
+    bytes."""
     from scipy.io import savemat
     with open(path, "wb") as file:
         savemat(file, {variable: values})
@@ -1472,123 +1902,75 @@ def _write_mat(path, variable, values):
         file.write(b"MATLAB 5.0 MAT-file, synthetic pedestrians".ljust(116))
 
 
-def draw_synthetic(folder, identities=64, test_identities=20, cameras=4, frames=(5, 12),
-                   size=(128, 64), group=4, occlusion=0.2, gait=False, seed=0):
-    """Draws a set of synthetic pedestrians in MARS' layout into `folder`, which must not exist yet:
-    by one process at a time, aside, so that an interrupted drawing leaves no half data set.
+# ------------------------------------------------------------------------------- the command line
 
-    Every identity has one or two tracklets of frames[0] to frames[1] frames under each camera, the
-    first of which is a query. The test part has a junk tracklet and two distractors for each
-    camera, too. The same arguments give the same bytes. size: (height, width) in pixels; group:
-    people in a group who share the upper clothes, or with gait all but their way to walk;
-    occlusion: probability that something passes in front of a tracklet.
-    """
-    folder, file = Path(folder), None
-    aside, lock = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "lock"))
-    people = [None, *_draw_people(2 * cameras, np.random.default_rng([seed, 1]), group=1)]
-    people += _draw_people(identities, np.random.default_rng([seed, 2]), group, gait)
-    people += _draw_people(test_identities, np.random.default_rng([seed, 3]), group, gait)
-    views = [_draw_camera(cam, np.random.default_rng([seed, 4, cam]), _SUPER * size[0] / 128)
-             for cam in range(cameras)]
-    names, rows, query = {"train": [], "test": []}, {"train": [], "test": []}, []
-    try:
-        if folder.exists():
-            raise UserError(f"{folder} exists already: name another folder, or remove it first")
-        file = locked(lock, wait=True)
-        if folder.exists():  # by another process, meanwhile
-            return
-        shutil.rmtree(aside, ignore_errors=True)  # left by one that was killed
-        (aside / "info").mkdir(parents=True)
-        for number, who in enumerate(progress(people, "drawing", unit=" people")):
-            pid = max(0, number - 2 * cameras) if who else -1  # 0: the strangers, -1: nobody
-            part = "train" if 0 < pid <= identities else "test"
-            where = aside / f"bbox_{part}/{pid:0>4}"
-            where.mkdir(parents=True, exist_ok=True)
-            cams = [number % cameras] if pid == 0 else range(cameras)
-            for cam, tracklet in itertools.product(cams, (1, 2)):
-                rng = np.random.default_rng([seed, 5, number, cam, tracklet])
-                if tracklet == 2 and (pid < 1 or rng.random() < 0.75):
-                    continue
-                start = f"{pid:0>4}C{cam + 1}T{tracklet if pid else number:04}"
-                first = len(names[part]) + 1
-                count = rng.integers(*frames, endpoint=True)
-                passer = people[1 + rng.integers(2 * cameras)]
-                images = _draw_tracklet(who, passer, views[cam], count, size, occlusion, rng)
-                for i, image in enumerate(images, 1):
-                    names[part].append(f"{start}F{i:03}.jpg")
-                    image.save(where / names[part][-1], quality=90)
-                rows[part].append((first, len(names[part]), pid, cam + 1))
-                if part == "test" and pid > 0 and tracklet == 1:
-                    query.append(len(rows[part]))
-        for part in names:
-            (aside / f"info/{part}_name.txt").write_text("\n".join(names[part]) + "\n")
-            _write_mat(aside / f"info/tracks_{part}_info.mat", f"track_{part}_info",
-                       np.array(rows[part], np.int32))
-        _write_mat(aside / "info/query_IDX.mat", "query_IDX", np.array([query], np.uint16))
-        aside.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot draw the synthetic data set there "
-                        f"({error.strerror or error})") from None
-    finally:
-        if file:
-            shutil.rmtree(aside, ignore_errors=True)
-            # The lock's file stays: another process may have opened it and wait for its lock, and
-            # a third one would make and lock a new file beside it.
-            file.close()
+def _whole_number(low, high):
+    """The type of a flag: a whole number from `low` to `high`."""
+    def parse(text):
+        if not re.fullmatch(r"[+-]?\d+", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}")
+        return int(text)
+    return parse
 
-
-# ------------------------------------------------------------------------------ the command line
 
 def _main():
     parser = Parser(
-        description="Draws a synthetic data set of pedestrians in MARS' layout, or checks a set.",
+        description="Makes a data set of synthetic pedestrians in the layout of MARS, or checks "
+                    "the images of a data set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--synthetic", metavar="DIR", type=os.path.expanduser,
-                      help="folder to make; must not exist yet")
+                      help="make a synthetic data set in this folder, which must not exist yet")
     what.add_argument("--check", action="store_true",
-                      help="decode every frame of --data; exit code 1 when one is bad")
+                      help="decode every frame of --data; the exit code is 1 if any is bad")
     parser.add_argument("--data", choices=DATA_SETS, default="mars", help="data set to check")
     parser.add_argument("--root", metavar="DIR", default="datasets", type=os.path.expanduser,
-                        help="folder that holds the data sets, or the set itself")
-    parser.add_argument("--frames", type=int, nargs=2, default=(5, 12), metavar=("MIN", "MAX"),
-                        help="frames a tracklet, 1 to 999")
-    numbers = {
-        "identities": (64, 1, 4999, "training identities"),
-        "test_identities": (20, 1, 4999, "test identities, others than those of the training"),
-        "cameras": (4, 2, 9, "cameras"),
-        "height": (128, 32, 1024, "height of a frame in pixels"),
-        "width": (64, 8, 1024, "width of a frame in pixels, a quarter to all of the height"),
-        "group": (4, 1, 4999, "people in a group who share the upper clothes"),
-        "occlusion": (20, 0, 100, "percent of the tracklets with something passing in front"),
-        "seed": (0, 0, 2 ** 32, "same seed, same bytes"),
-    }
-    for name, (default, low, high, meaning) in numbers.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N",
+                        help="folder that holds the data sets, or the data set itself")
+    parser.add_argument("--frames", type=_whole_number(1, 999), nargs=2, default=(5, 12),
+                        metavar=("MIN", "MAX"), help="number of frames in a tracklet, 1 to 999")
+    for name, default, low, high, meaning in (
+        ("--identities", 64, 1, 4999, "number of training identities"),
+        ("--test-identities", 20, 1, 4999, "number of test identities, who are other people"),
+        ("--cameras", 4, 2, 9, "number of cameras"),
+        ("--height", 128, 32, 1024, "height of a frame in pixels"),
+        ("--width", 64, 8, 1024, "width of a frame in pixels; at least a quarter of the height and "
+                                 "at most the height"),
+        ("--group", 4, 1, 4999, "number of people in a group, who share the upper clothes"),
+        ("--occlusion", 20, 0, 100, "percentage of the tracklets that are occluded"),
+        ("--seed", 0, 0, 2 ** 32, "seed of all random numbers; the same seed gives the same files"),
+    ):
+        parser.add_argument(name, type=_whole_number(low, high), default=default, metavar="N",
                             help=f"{meaning}, {low} to {high}")
     parser.add_argument("--gait", action="store_true",
-                        help="people of a group differ in their way to walk only")
+                        help="let the people of a group differ in their gait only")
     args = parser.parse_args()
     if args.check:
-        # the images that are missing are counted below
+        # check_images counts the images that are missing
         dataset = load_dataset(args.data, args.root, training=False, images=False)
         print(dataset.summary())
         return check_images(dataset) > 0
-    for name, (_, low, high, _) in numbers.items():
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')} must be {low} to {high}")
-    if not 1 <= args.frames[0] <= args.frames[1] <= 999:
-        parser.error("--frames must be 1 <= MIN <= MAX <= 999")
+    if args.frames[0] > args.frames[1]:
+        parser.error("--frames must be MIN and MAX, and MIN at most MAX")
     if not args.height <= 4 * args.width <= 4 * args.height:
-        parser.error("--width must be a quarter to all of the height")
-    draw_synthetic(args.synthetic, args.identities, args.test_identities, args.cameras,
-                   args.frames, (args.height, args.width), args.group, args.occlusion / 100,
-                   args.gait, args.seed)
+        parser.error("--width must be at least a quarter of the height and at most the height")
+    draw_synthetic(
+        args.synthetic,
+        args.identities,
+        args.test_identities,
+        args.cameras,
+        frames=args.frames,
+        size=(args.height, args.width),
+        group=args.group,
+        occlusion=args.occlusion / 100,
+        gait=args.gait,
+        seed=args.seed,
+    )
     print(load_dataset("synthetic", args.synthetic).summary())
+    return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names are not always valid UTF-8
     try:
         sys.exit(_main())
     except UserError as error:

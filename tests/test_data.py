@@ -157,19 +157,19 @@ def repeat_a_query(folder):
 @pytest.mark.parametrize("damage, says", [
     (shutil.rmtree, "missing bbox_train, bbox_test, info/train_name.txt"),
     (lambda f: (f / QUERIES).unlink(), "missing info/query_IDX.mat; expected"),
-    (drop_last_line, "of test_name.txt, some of which are not there"),
+    (drop_last_line, "of test_name.txt, some of which do not exist"),
     (change_a_name, "train_name.txt: line "),
     (cut_test_table(150), "tracks_test_info.mat: not a readable .mat file"),
     (cut_test_table(0), "tracks_test_info.mat: not a readable .mat file"),
     (train_table("tracks", np.ones((1, 4))), "not a readable .mat file with track_train_info"),
     (train_table("track_train_info", np.ones((1, 3))), "found shape (1, 3)"),
-    (queries([[9999]]), "9999 is not a tracklet of a person"),
-    (queries([[1]]), "1 is not a tracklet of a person"),  # junk
-    (repeat_a_query, "or stands twice"),
-    (change_rows(repeat_a_row), "tracks_train_info.mat: row 2 takes lines 1 to"),
+    (queries([[9999]]), "9999 is not the number of a person's tracklet"),
+    (queries([[1]]), "1 is not the number of a person's tracklet"),  # junk
+    (repeat_a_query, "or occurs twice"),
+    (change_rows(repeat_a_row), "tracks_train_info.mat: row 2 refers to lines 1 to"),
     (put_in_a_name("../../etc/passwd"),
-     "train_name.txt: line 1 is '../../etc/passwd', no file name like"),
-    (put_in_a_name("0001C1T../../x"), "train_name.txt: line 1 is '0001C1T../../x', no file name"),
+     "train_name.txt: line 1 is '../../etc/passwd', but row 1 of"),
+    (put_in_a_name("0001C1T../../x"), "train_name.txt: line 1 is '0001C1T../../x', but row 1"),
 ])
 def test_damaged_sets_are_one_line(small_root, tmp_path, damage, says):
     shutil.copytree(small_root / "synthetic", tmp_path / "synthetic")
@@ -193,8 +193,10 @@ def test_what_is_odd_but_usable_is_a_warning(small_root, tmp_path, capsys):
     (folder / TRAIN_NAMES).write_text("\ufeff" + swapped, "utf-8")  # with a byte-order mark
     train = load_dataset("synthetic", tmp_path).train
     out = capsys.readouterr().out
-    left = f"{folder / TRAIN_NAMES}: line {last}: belongs to no row of tracks_train_info.mat"
-    mixed = f"{folder / TRAIN_TABLE}: row 1: mixes tracklets, or is not in the order of its frames"
+    left = (f"{folder / TRAIN_NAMES}: line {last}: no row of tracks_train_info.mat refers to this "
+            "line")
+    mixed = (f"{folder / TRAIN_TABLE}: row 1: the frames of a row are of several tracklets or not "
+             "in temporal order")
     assert f"warning: {left} (1 in all)" in out and f"warning: {mixed} (1 in all)" in out
     assert len(train[0].frames) == last - 1
 
@@ -259,12 +261,12 @@ def unlink_the_target(folder):
 
 
 @pytest.mark.parametrize("damage, says", [
-    (move_down, "14 of 28 .*: the images seem to lie in .*/bbox_train/bbox_train, move"),
-    (put_flat, "14 of 28 .*: the images lie in .*/bbox_train itself, not in a folder for each"),
+    (move_down, "14 of 28 .*: the images seem to be in .*/bbox_train/bbox_train, move"),
+    (put_flat, "14 of 28 .*: the images are in .*/bbox_train itself, not in a folder for each"),
     (keep_in_archive, "14 of 28 .*/bbox_train.zip seems not to be unpacked$"),
     (lose_all, "14 of 28 .*/bbox_train is empty$"),
-    (lose_a_person, "2 of 28 tracklets lack their first frame, as .*/0003/0003C1T0001F001.jpg$"),
-    (unlink_the_target, "1 of 28 .*/0001C1T0001F001.jpg, which is a link to nothing$"),
+    (lose_a_person, "2 of 28 tracklets lack their first frame, such as .*/0003C1T0001F001.jpg$"),
+    (unlink_the_target, "1 of 28 .*/0001C1T0001F001.jpg, which is a broken symbolic link$"),
 ])
 def test_frames_that_are_not_there_are_found_at_loading(small_root, tmp_path, damage, says):
     folder = tmp_path / "mars"
@@ -784,7 +786,7 @@ def test_train_clips_do_not_depend_on_the_workers(small_root):
 
 def test_a_training_clip_is_flipped_and_erased_as_a_whole(small_root):
     train = load_dataset("synthetic", small_root).train
-    plain, erased = (TrainClips(train, sample_segments, 4, (64, 32), p) for p in (0, 1))
+    plain, erased = (TrainClips(train, sample_segments, 4, (64, 32), erase=p) for p in (0, 1))
     flips = 0
     for item in [(0, 5, epoch, place) for epoch in (1, 2) for place in range(4)]:
         frames = sample_segments(len(train[0].frames), 4, np.random.default_rng([2, *item[1:]]))
@@ -964,10 +966,11 @@ def test_batches_are_the_same_as_ever():
 def test_samplers_refuse():
     for says, sampler, arguments in (
         ("a batch needs 8 identities, the training set has 7", PKSampler, (PIDS, 8, 2)),
-        ("4 identities a batch do not divide over 3 processes", PKSampler, (PIDS, 4, 2, 3)),
+        ("4 identities in a batch cannot be divided evenly among 3", PKSampler, (PIDS, 4, 2, 3)),
         ("leaves each of 4 processes a single clip", PKSampler, (PIDS, 4, 1, 4)),
         ("a batch needs 27 tracklets, the training set has 25", TrackletSampler, (PIDS, 9, 3)),
-        ("3 tracklets a batch do not divide over 2 processes", TrackletSampler, (PIDS, 3, 1, 2)),
+        ("3 tracklets in a batch cannot be divided evenly among 2",
+         TrackletSampler, (PIDS, 3, 1, 2)),
         ("leaves each of 4 processes a single clip", TrackletSampler, (PIDS, 4, 1, 4)),
     ):
         pids, P, K, *world = arguments
@@ -1004,26 +1007,26 @@ def test_synthetic_is_reproducible_and_in_mars_layout(tmp_path):
 
 
 def test_synthetic_identities_look_alike_in_groups():
-    people = data._draw_people(12, np.random.default_rng(0))
+    people = data._random_people(12, np.random.default_rng(0))
     for group in (people[:4], people[4:8], people[8:]):
-        looks = {(p.upper, p.second, p.pattern, p.sleeves) for p in group}
+        looks = {(p.shirt, p.hem) for p in group}
         assert len(looks) == 1
-        for what in ("lower", "cut", "head", "bag", "frequency", "stride", "arms", "build"):
+        for what in ("lower", "hair", "build", "height", "frequency", "stride", "arms"):
             assert len({getattr(p, what) for p in group}) == 4, what
 
 
 def test_synthetic_people_may_differ_in_their_gait_only():
-    group = data._draw_people(20, np.random.default_rng(0), group=20, gait=True)
+    group = data._random_people(20, np.random.default_rng(0), group=20, gait=True)
     for what in vars(group[0]).keys() - {"frequency", "stride", "arms"}:
         assert len({getattr(p, what) for p in group}) == 1, what
-    others = data._draw_people(200, np.random.default_rng(0))
+    others = data._random_people(200, np.random.default_rng(0))
     for what in ("frequency", "stride", "arms"):
         mine, theirs = ({getattr(p, what) for p in people} for people in (group, others))
         assert len(mine) == 20 and min(mine) < min(theirs) < max(theirs) < max(mine), what
 
 
 def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
-    def stop(*arguments):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "_draw_person", stop)
@@ -1081,7 +1084,7 @@ for step in sys.stdin:
 
 def test_a_failed_drawing_lets_no_two_others_in(tmp_path, monkeypatch):
     """One waits for the lock, the one that has it fails, a third one starts."""
-    def fail(*arguments):
+    def fail(*_, **__):
         raise KeyboardInterrupt
 
     lock = tmp_path / ".set.lock"
@@ -1117,7 +1120,7 @@ def test_data_command_line(run, tmp_path):
     assert len(load_mars(tmp_path / "s").query) == 4
     for arguments, says in (
         ((tmp_path / "s",), "exists already"),
-        ((tmp_path / "t", "--cameras", 1), "--cameras must be 2 to 9"),
+        ((tmp_path / "t", "--cameras", 1), "--cameras: must be a whole number from 2 to 9"),
         ((tmp_path / "t", "--frames", 5, 2), "--frames must be"),
     ):
         failed = run("data.py", "--synthetic", *arguments)

@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(trained, start, tmp_path):
     process = start("--resume", "run/last.pt", "--epochs", 3, before=small_files)
     assert process.wait(120) == 2
     assert re.search(
-        r"^sinet.py: run/last.pt: cannot be written \(.*\); the previous one is still whole$",
+        r"^sinet.py: run/last.pt: cannot be written \(.*\); the previous file is unchanged$",
         (tmp_path / "out").read_text(),
         re.M,
     )
@@ -857,19 +857,20 @@ def test_long_work_says_how_far_it_is(small, small_root, tmp_path, monkeypatch, 
         for _ in range(150):
             bar.update(2)
     assert capsys.readouterr().out == (
-        "work: 120 of 7,200 pieces, 01:00 gone, about 59:00 left\n"
-        "work: 240 of 7,200 pieces, 02:00 gone, about 58:00 left\n"
+        "work: 120 of 7,200 pieces, 01:00 elapsed, about 59:00 left\n"
+        "work: 240 of 7,200 pieces, 02:00 elapsed, about 58:00 left\n"
     )
     # a minute passes between two looks at the clock
     clock = itertools.count(0, 60)
     out = small("--epochs", 1, "--output", "a")
-    done = re.findall(r"^epoch 1/1: (\d+) of 12 clips, 0\d:00 gone, about 0\d:00 left$", out, re.M)
+    line = r"^epoch 1/1: (\d+) of 12 clips, 0\d:00 elapsed, about 0\d:00 left$"
+    done = re.findall(line, out, re.M)
     assert done == ["4", "8"]
-    assert re.search(r"^features: 4 of \d+ clips, 01:00 gone, about 0\d:\d\d left$", out, re.M)
+    assert re.search(r"^features: 4 of \d+ clips, 01:00 elapsed, about 0\d:\d\d left$", out, re.M)
     data.check_images(data.load_dataset("synthetic", small_root))
-    assert re.search(r"^checking: 2 of \d+ frames, 02:00 gone", capsys.readouterr().out, re.M)
+    assert re.search(r"^checking: 2 of \d+ frames, 02:00 elapsed", capsys.readouterr().out, re.M)
     data.draw_synthetic(tmp_path / "set", 2, 2, 2, frames=(1, 1), size=(32, 16))
-    assert re.search(r"^drawing: 3 of 9 people, 03:00 gone", capsys.readouterr().out, re.M)
+    assert re.search(r"^drawing: 3 of 9 people, 03:00 elapsed", capsys.readouterr().out, re.M)
     # processes that are not the first say nothing
     for _ in data.progress([1, 2], unit=" pieces", hidden=True):
         pass
@@ -973,7 +974,7 @@ def test_only_a_training_draws(refuses, tmp_path, script, monkeypatch):
     for flags in (("--evaluate",), ("--export", "x"), ("--figure", "f")):
         for root in ("nowhere", "."):
             says = f"{tmp_path}{'/nowhere: no such folder' * (root == 'nowhere')}"
-            refuses((*flags, "--root", root), says, "only a training and", script=script)
+            refuses((*flags, "--root", root), says, "only a training run", script=script)
     refuses(("--root", "nowhere"), "draws nowhere/synthetic", script=script)
     refuses(("--root", "nowhere", "--export", "x", "--no-evaluate"), "draws", script=script)
     assert not os.listdir(tmp_path)
@@ -1019,7 +1020,7 @@ def test_without_a_match_the_training_leaves_out_its_test(small, tmp_path, scrip
     if script is m3d:  # a line of each of its three parts, of which the last is only a test
         assert out.count("epoch 2/2") == 2 and out.count(says) == 3
         return
-    assert out.count(says) == out.count("the training goes without its test") == 1
+    assert out.count(says) == out.count("the training runs without a test") == 1
     assert len(torch.load(tmp_path / "a/last.pt")["history"]) == 2
     assert "epoch 3/3" in small(*flags, "--epochs", 3, "--resume", "a")
     again = small(*flags, "--epochs", 3, "--resume", "a")
@@ -1504,7 +1505,7 @@ def test_a_flipped_bit_is_named(small, refuses, tmp_path):
         place = entry.header_offset + 30 + name + extra + rng.randrange(entry.file_size)
         damaged[place] ^= 1 << rng.randrange(8)
         (tmp_path / "bad.pt").write_bytes(damaged)
-        says = f"bad.pt: is damaged, the checksum of its entry {entry.filename} does not fit"
+        says = f"bad.pt: damaged file, the checksum of its entry {entry.filename} is wrong"
         refuses(("--resume", "bad.pt", "--evaluate"), says)
         if n < 3:
             refuses(("--resume", "bad.pt", "--epochs", 2), says)

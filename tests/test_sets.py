@@ -216,7 +216,7 @@ def test_ilids_and_its_splits(tmp_path):
         assert {t.cam for t in d.query} == {1}
         assert {t.cam for t in d.gallery} == {2}
         assert numbers(d.train[0]) == [2, 9, 10]
-    with pytest.raises(UserError, match="row 10 of ls_set is no order"):
+    with pytest.raises(UserError, match="row 10 of ls_set is not a permutation"):
         load_dataset("ilids", tmp_path, 10)
 
 
@@ -249,7 +249,7 @@ def test_prid_draws_splits_and_says_so(tmp_path, capsys, monkeypatch):
     assert load_dataset("prid", tmp_path, 3) == d
     assert (folder / DRAWN).read_text() == text  # a fixed seed
     (folder / DRAWN).write_text("[{")
-    with pytest.raises(UserError, match=f"{DRAWN}: not JSON"):
+    with pytest.raises(UserError, match=f"{DRAWN}: not a JSON list"):
         load_dataset("prid", tmp_path, 3)
 
 
@@ -306,7 +306,7 @@ def test_in_a_folder_every_identity_is_a_person_and_marss_names_are_warned_of(
     for cam in ("door", "hall 2"):
         image(folder / part / junk / cam / "t one/1.jpg")
     d = load_dataset("folder", tmp_path)
-    says = f"warning: {folder}/{part}/{junk}: an identity named like the junk or the distractors"
+    says = f"warning: {folder}/{part}/{junk}: this identity is named like the junk or the "
     assert says in capsys.readouterr().out
     more = [len(getattr(d, p)) - len(getattr(plain, p)) for p in ("train", "query", "gallery")]
     assert more == [2 * (p == part) for p in ("train", "query", "gallery")]
@@ -430,7 +430,7 @@ def test_frames_named_by_times_are_in_the_order_of_time(tmp_path, names, warned,
     (found,) = [t.frames for t in train if "/t two/" in t.frames[0]]
     assert [Path(f).stem for f in found] == names
     out = capsys.readouterr().out
-    says = f"warning: {folder}/{names[0]}.jpg: the numbers behind the dot have unequal lengths"
+    says = f"warning: {folder}/{names[0]}.jpg: the file names may be times or counters"
     assert (says in out) == warned and out.count("warning") == warned, out
 
 
@@ -475,10 +475,10 @@ def rename_frame(path, name):
 
 TRACK = "train/0001/0001"  # of Duke
 CAM = "i-LIDS-VID/sequences/cam1"
-FOREIGN = "another person or camera in the file name"
-BESIDE = "an image beside the folders"
-OTHERWISE = "a frame that is named otherwise than the last"
-IGNORED = "no .jpg, .jpeg or .png file, left out"
+FOREIGN = "the file name and its folder disagree on the person or the camera"
+BESIDE = "an image next to the folders, ignored"
+OTHERWISE = "the file name has another form than that of the tracklet's last frame"
+IGNORED = "not a .jpg, .jpeg or .png file, ignored"
 
 
 @pytest.mark.parametrize("name, damage, first, says", [
@@ -512,7 +512,7 @@ IGNORED = "no .jpg, .jpeg or .png file, left out"
     ("folder", lambda f: image(f / "train/bob/door/t one/3.png"),
      "train/bob/door/t one/3.png", OTHERWISE),
     ("folder", lambda f: shutil.copytree(f / "train/bob", f / "gallery/bob"),
-     "train/bob", "a training identity of the same name as one of the test"),
+     "train/bob", "this identity is in both the training and the test set"),
 ])
 def test_what_is_odd_but_usable_is_one_warning(tmp_path, name, damage, first, says, capsys):
     folder = WRITE[name](tmp_path)
@@ -560,7 +560,7 @@ def test_links_to_nothing_are_left_out_with_a_warning(tmp_path, name, link, caps
     (folder / link).symlink_to(tmp_path / "gone")
     assert load_dataset(name, tmp_path) == whole
     new = [line for line in capsys.readouterr().out.splitlines() if line not in before]
-    assert new == [f"warning: {folder}/{link}: a link to nothing, left out (1 in all)"]
+    assert new == [f"warning: {folder}/{link}: a broken symbolic link, ignored (1 in all)"]
 
 
 def test_links_to_frames_and_folders_are_followed(tmp_path, capsys):
@@ -581,7 +581,7 @@ def test_links_to_frames_and_folders_are_followed(tmp_path, capsys):
      "train/bob/door/t one: no images in it, but 2 like a.jfif; expected"),
     ("folder", "train/bob/door", "train/bob/door: no folders in it, but 2 like a.jfif; expected"),
     ("lsvid", "tracklet_train/0003", "no frames start with"),
-    ("ilids", f"{CAM}/person003", "is no order of the 7 persons"),
+    ("ilids", f"{CAM}/person003", "is not a permutation of the 7 persons"),
 ])
 def test_a_folder_of_other_files_only_says_what_it_holds(tmp_path, name, inside, says, capsys):
     folder = WRITE[name](tmp_path) / inside
@@ -592,7 +592,7 @@ def test_a_folder_of_other_files_only_says_what_it_holds(tmp_path, name, inside,
     with pytest.raises(UserError, match=re.escape(says)):
         load_dataset(name, tmp_path)
     out = capsys.readouterr().out  # what is odd is said before an error, too
-    assert f"warning: {folder}/a.jfif: " in out and "left out (2 in all)" in out
+    assert f"warning: {folder}/a.jfif: " in out and "ignored (2 in all)" in out
 
 
 def test_many_odd_frames_are_one_line(tmp_path, capsys):
@@ -600,7 +600,7 @@ def test_many_odd_frames_are_one_line(tmp_path, capsys):
     for f in range(7):
         image(folder / f"train/0001/0001/0001C2F{f:04}X1.bmp")
     load_dataset("duke", tmp_path)
-    odd = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    odd = [line for line in capsys.readouterr().out.splitlines() if "ignored" in line]
     assert len(odd) == 1
     assert f"{folder}/train/0001/0001/0001C2F0000X1.bmp" in odd[0] and "7 in all" in odd[0]
 
@@ -669,7 +669,7 @@ def test_to_train_a_folder_needs_no_match(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"warning: {folder}: no query has a match" in out
     assert "give each query tracklet a camera name of its own" in out
-    assert "the training goes without its test" in out
+    assert "the training runs without a test" in out
 
 
 def test_within_one_camera_as_the_warning_says(tmp_path, capsys):
@@ -692,10 +692,10 @@ BAD = {
         (remove("query"), "missing query; expected"),
         (remove("train/0001/0001/*"), "train/0001/0001: no images in it"),
         (lambda f: image(f / "train/0001/0001/x.jpg"),
-         "x.jpg: the file name carries no camera and frame"),
+         "x.jpg: no camera and frame number in the file name"),
         (lambda f: image(f / "train/0001/0001/0001C7F0001X1.jpg"),
-         "0001C7F0001X1.jpg: the file name carries another camera, 7, than those before it in its "
-         "tracklet, 2"),
+         "0001C7F0001X1.jpg: is of camera 7 by its file name, but earlier frames of this tracklet "
+         "are of camera 2"),
         (remove("train/*"), "duke/train: no folders in it"),
         (rename_gallery, "no query has a match"),
         (lambda f: image(f / "train/0900/0900C1F0001X1.jpg"),
@@ -705,26 +705,26 @@ BAD = {
     "lsvid": [
         (remove(LIST), f"missing {LIST}"),
         (rows_of(lambda rows: [*rows[:2], rows[2].split()[0], *rows[3:]]),
-         f"{LIST}: line 3 is not '<path prefix> <pid>'"),
-        (first_row(lambda row: row + "x"), f"{LIST}: line 1 is not"),
+         f"{LIST}: line 3: expected '<path prefix> <pid>', found"),
+        (first_row(lambda row: row + "x"), f"{LIST}: line 1: expected"),
         (first_row(lambda row: "../" + row), f"{LIST}: line 1: no frames start with"),
         (first_row(lambda row: "/etc/passwd 1"), f"{LIST}: line 1: no frames start with"),
         (first_row(lambda row: "a\0b/c_1_2 1"), f"{LIST}: line 1: no frames start with"),
         (first_row(lambda row: row.replace("_1 ", "_4 ")), f"{LIST}: line 1: no frames start with"),
         (rows_of(lambda rows: ["tracklet_train/0003/0003 3", *rows]),
-         "the third field of their names is not one camera"),
+         "is not the same camera in all of them"),
         (rows_of(lambda rows: []), "no train tracklets"),
         (rows_of(lambda rows: [*rows, rows[0]]), f"{LIST}: line 5: "),
         (rows_of(lambda rows: [rows[0].replace("_1 ", "_ "), *rows]),
-         "belong to another line, too"),
+         "are also in another line"),
         (remove("tracklet_train/0003/0003_20_02_1_*"), "line 1: no frames start with"),
-        (hdf5([[0.0]]), "info_test.mat: 0 is not a tracklet"),
-        (hdf5([[7.0]]), "info_test.mat: 7 is not a tracklet"),
-        (hdf5([[1.0], [1.0]]), "or stands twice"),
-        (hdf5(np.ones(99)), "or stands twice"),
-        (hdf5([[1.5]]), "query is no matrix of whole numbers"),
-        (hdf5([[np.nan]]), "query is no matrix of whole numbers"),
-        (hdf5(b"text"), "query is no matrix of whole numbers"),
+        (hdf5([[0.0]]), "info_test.mat: 0 is not the number of a person's tracklet"),
+        (hdf5([[7.0]]), "info_test.mat: 7 is not the number of a person's tracklet"),
+        (hdf5([[1.0], [1.0]]), "or occurs twice"),
+        (hdf5(np.ones(99)), "or occurs twice"),
+        (hdf5([[1.5]]), "query is not a matrix of whole numbers"),
+        (hdf5([[np.nan]]), "query is not a matrix of whole numbers"),
+        (hdf5(b"text"), "query is not a matrix of whole numbers"),
         (hdf5([1.0], "q"), "not a readable .mat file with query"),
         (hdf5([1.0], "query/deeper"), "not a readable .mat file"),
         (cut(QUERIES, 900), "not a readable .mat file"),
@@ -736,24 +736,25 @@ BAD = {
         (cut(SPLITS, 200), "not a readable .mat file"),
         (lambda f: savemat(f / SPLITS, {"set": np.ones((10, 8))}),
          "not a readable .mat file with ls_set"),
-        (ls_set(np.ones((10, 8))), "row 0 of ls_set is no order of the 8 persons"),
-        (ls_set(np.full((10, 8), 1.5)), "ls_set is no matrix of whole numbers"),
-        (ls_set(np.full((10, 8), np.inf)), "ls_set is no matrix of whole numbers"),
-        (ls_set(np.full((10, 8), 1e300)), "ls_set is no matrix of whole numbers"),
-        (ls_set(np.full((10, 8), 1j)), "ls_set is no matrix of whole numbers"),
-        (ls_set("text"), "ls_set is no matrix of whole numbers"),
-        (remove("i-LIDS-VID/sequences/cam2/person006"), "no order of the 7 persons"),
-        (remove("i-LIDS-VID/sequences/cam2/person006/*"), "no order of the 7 persons"),
+        (ls_set(np.ones((10, 8))), "row 0 of ls_set is not a permutation of the 8 persons"),
+        (ls_set(np.full((10, 8), 1.5)), "ls_set is not a matrix of whole numbers"),
+        (ls_set(np.full((10, 8), np.inf)), "ls_set is not a matrix of whole numbers"),
+        (ls_set(np.full((10, 8), 1e300)), "ls_set is not a matrix of whole numbers"),
+        (ls_set(np.full((10, 8), 1j)), "ls_set is not a matrix of whole numbers"),
+        (ls_set("text"), "ls_set is not a matrix of whole numbers"),
+        (remove("i-LIDS-VID/sequences/cam2/person006"), "not a permutation of the 7 persons"),
+        (remove("i-LIDS-VID/sequences/cam2/person006/*"), "not a permutation of the 7 persons"),
     ],
     "prid": [
-        (splits("[{"), "splits_prid2011.json: not JSON, or no split 0 like"),
-        (splits("[]"), "no split 0 like"),
-        (splits('{"train": 1}'), "no split 0 like"),
+        (splits("[{"), "splits_prid2011.json: not a JSON list whose entry 0 is like"),
+        (splits("[]"), "whose entry 0 is like"),
+        (splits('{"train": 1}'), "whose entry 0 is like"),
         (splits('[{"train": ["../../etc"], "test": ["person_0001"]}]'),
-         "names '../../etc', who is none of the persons 1 to 200 with at least 27 frames"),
+         "names '../../etc', who is listed twice or is not one of the persons 1 to 200 with at "
+         "least 27 frames"),
         (splits('[{"train": ["person_0201"], "test": ["person_0001"]}]'),
-         "names 'person_0201', who is none of the persons 1 to 200"),
-        (splits('[{"train": ["person_0001"], "test": ["person_0001"]}]'), "or is named twice"),
+         "names 'person_0201', who is listed twice or is not one of the persons 1 to 200"),
+        (splits('[{"train": ["person_0001"], "test": ["person_0001"]}]'), "who is listed twice or"),
         (splits('[{"train": ["person_0001"], "test": []}]'), "no query tracklets"),
     ],
     "folder": [
@@ -772,19 +773,20 @@ def test_a_root_that_is_not_there_is_said_so(tmp_path, name, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     signs = ", ".join(data.DATA_SETS[name][1])
-    for root, says in (("mine2", "no such folder; "), ("file", "is no folder; "),
-                       ("empty", f"holds neither a folder {name} nor the data set itself; ")):
+    for root, says in (("mine2", "no such folder;"), ("file", "not a folder;"),
+                       ("empty", f"holds neither a folder {name} nor the data set itself;")):
         with pytest.raises(UserError) as error:
             load_dataset(name, root, training=False)
         assert str(error.value).startswith(
-            f"{tmp_path}/{root}: {says}--root names the folder that holds {name}/, or the data "
+            f"{tmp_path}/{root}: {says} --root names the folder that holds {name}/, or the data "
             f"set itself, which has the folders {signs}")
         assert os.listdir("empty") == [] and not os.path.exists("mine2")
 
 
 def test_a_set_one_folder_further_down_is_named(tmp_path):
     write_prid(tmp_path, folder="prid2011/prid_2011")
-    with pytest.raises(UserError, match=f"but {tmp_path}/prid2011/prid_2011 looks like it; "):
+    says = f"; did you mean --root {tmp_path}/prid2011/prid_2011[?] --root names"
+    with pytest.raises(UserError, match=says):
         load_dataset("prid", tmp_path / "prid2011")
 
 
