@@ -2,63 +2,114 @@
 
 Aich, Zheng, Karanam, Chen, Roy-Chowdhury, Wu. ICCV 2021. https://arxiv.org/abs/2107.11878
 
-A unit in front of a temporal convolution mixes the positions of a map by four attention masks: for
-what changes over time and what does not, for what is fine in space and what is coarse. A mask
-compares the positions by features that were pooled over time or over space, little or much, and
-makes every position an average of those like it. The unit learns four 1x1 convolutions, no more.
+STRF is a unit in front of a temporal convolution. It computes four masks that compare the positions
+of a feature map with each other: two after pooling over time, for dynamic and for static content,
+and two after pooling over space, for fine and for coarse content. Multiplying the map by a mask
+replaces each position by a weighted average of the positions that are like it. The only learnable
+parameters of a unit are four 1x1 convolutions.
 
-    python strf.py                            # a small run on synthetic data, on any machine
+    python strf.py                            # quick run on synthetic data, also without a GPU
     python strf.py --data mars --gpu 0        # the paper's recipe
-    python strf.py --data mars --plan         # what that would train and test, without doing it
-    python strf.py --data mars --gpu 0 --variant strf-i3d --order st    # a row, changed
+    python strf.py --data mars --plan         # only print what the line above trains and tests
+    python strf.py --data mars --gpu 0 --variant strf-i3d --order st    # one setting changed
+    python strf.py --help                     # all settings and variants
 
-Sec. 3.1, Eq. 1            times_mask
-Sec. 3.2, Eq. 5, 7         FeatureFactorizationModule (FFM)
-Sec. 3.2, Eq. 2-4, 6       FactorizedAttentionMask (FAM); SelfProduct: Sec. 4.2, Fig. 6 (a)
-Sec. 3.2, Eq. 8, Fig. 2    STRF
-Sec. 3.2, Fig. 3           InflatedConv (I3D), P3DConv (P3D-A, -B, -C)
-Sec. 3.3                   NonLocalBlock
-Sec. 4.1, Fig. 3           STRFNet, with STRF in blocks 1, 3 of stage 2 and 1, 3, 5 of stage 3
-Sec. 3.2, Eq. 9            losses
-Sec. 4                     RECIPE, as far as it is printed; Tables 2-5, Fig. 4, 6: ROWS
-To copy                    a class with what it names above it: STRF all, 3D layers strf_conv3d
+Where the parts of the paper are:
+  Sec. 3.1, Eq. 1; Eq. 5, 7   FeatureFactorizationModule (FFM)
+  Sec. 3.2, Eq. 2-4, 6        FactorizedAttentionMask (FAM)
+  Sec. 3.2, Eq. 8, Fig. 2     STRF
+  Sec. 3.2, Fig. 3 (B)        InflatedConv (I3D), P3DConv (P3D-A, P3D-B, P3D-C)
+  Sec. 3.2, Eq. 9             losses
+  Sec. 3.3                    NonLocalBlock, with which the paper compares STRF
+  Sec. 4                      RECIPE; the paper prints only a part of it
+  Sec. 4.1, Fig. 3 (A)        STRFNet, with its shapes and a sketch of where a unit is
+  Sec. 4.2, Fig. 6 (a)        SelfProductMask, which replaces FAM in this ablation
+  Tables 2-5, Fig. 4, 6 (a)   ROWS
+  Fig. 5                      picture
 
-Deviations from the paper (its sentence, what we do, the flag for the paper's form):
-  Eq. 3         "the unnormalized sample covariance matrix": the columns of T are L2-normalised
-                first, over channels and frames, because kappa = 4 is taken from works [14, 19] that
-                apply it to cosine similarity. --no-normalize
-  Sec. 4.1      "We then replace stage 2 and stage 3": only two and three blocks of them fit Table
-                2's parameters, every second is taken. --blocks 1 2 3 4 5 6
+Notation:
+  paper                   here              meaning
+  t, h, w, c              T, H, W, C        frames, height, width and channels of a map
+  T_d^k, Eq. 2            features          pooled features, a matrix (c/n t) x (h w); the variable
+                                            T is always the number of frames
+  C_dk, Eq. 3             scores            similarities of the positions, (h w) x (h w)
+  M_dk, Eq. 1             mask              weights of the positions, (h w) x (h w)
+  d = t or s              dimension         G pools over time (t) or over space (s)
+  k = tau or varsigma     resolutions       a small or a large window of G; the code calls varsigma
+                                            sigma, which in the paper is the softmax
+  (t, tau), (t, varsigma)  "t-dynamic", "t-static"
+  (s, tau), (s, varsigma)  "s-fine", "s-coarse"
+  H_dk, n                 h, reduction      1x1 convolution from c to c/n channels
+  G_dk, r_dk              window            pooling in a window r x 1 x 1 (t) or 1 x r x r (s)
+  kappa                   kappa             factor of the scores in front of the softmax
+  FFM(t, tau, varsigma)   ffm["t"]          the sum of FFM(t, tau) and FFM(t, varsigma), Eq. 5
+  stage 1 to 4            layer1 to layer4  stages of torchvision's ResNet-50, without the stem
 
-Unspecified in the paper; our choice. No release is known; the paper's four baselines are those of
-AP3D's code (ECCV 2020), so that the choices marked AP3D follow that code:
-  softmax axis  over rows: the columns of M sum to one, each position is a weighted average
-  H_dk, G_dk    no bias; stride 1, and what lies outside of the clip does not count
-  order         temporal, then spatial, as Sec. 4.2 says; the caption of Fig. 4 says the opposite
-  Eq. 5, 7, 8   print no residual and no scale: none. A dimension without factors is left out
-  place         on the input of the 3x1x1 (P3D) or 3x3x3 convolution (I3D), in P3D-B and I3D thus
-                before the stride: on 1,568 positions, not 392, in stage 2 and 392, not 98, in 3
-  3D blocks     start as the 2D network (P3D-A: identity, I3D: 2D weights as the centre tap, else
-                zero), with STRF in front only P3D-B and P3D-C; nothing between P3D's convolutions
-  Table 5       stages 2 and 3 stay 3D; STRF's stages become 3D where they were not
-  Fig. 6 (a)    without FAM "non-weighted multiplication of f with itself": M = f^T f, one for each
-                dimension, divided by h w, its f normalised as T in Eq. 3; P3D-C
-  parameters    STRF's are Table 2's, +0.05M, not "~0.5 million", "~0.15" a unit, "~1.73%" of I3D;
-                Table 2 counts the classifier of MARS (1.28M), too, which --complexity leaves out
-  non-local     takes STRF's five places, with half the channels: +0.46M, printed "~5 million"
-  iLIDS         Table 3's figure is taken for P3D-C's, as its MARS one is; its Duke one is P3D-B's
-  recipe        is in a supplement, all but what RECIPE cites; flip only, training frames 4 apart
-  pooling       the maximum over the last map of a frame, then the mean over frames (AP3D)
-  short         a tracklet of fewer than 32 frames gives 8 different ones at random, in order; one
-                of fewer than 8 some of them twice or more (AP3D)
-  resizing      bicubic (AP3D)
-  triplet       on the embedding after the BN neck, margin 0.3
-  backbone      without the last stride of ResNet-50: the printed map is 1/16 of 224x112
-  test clips    the last is filled by cycling the tracklet: of 10 frames 1-8, and 9, 10, 1-6
-                (AP3D's last clip is shorter, and its test averages frames, not clips)
-  pieces        on Duke and LS-VID training tracklets are cut into 32 and 64 frames: --chunk
-  an epoch      shows all tracklets, in groups of K of one identity (AP3D): 235 steps on MARS;
-                --epoch identities: every identity once, 79 steps
+What follows from the equations:
+  dynamic, fine  With (r_tau, r_sigma) = (1, 3) the dynamic and the fine masks pool over one
+                 position: there "the factorizing functions behave as identity mapping" (Sec. 3.2).
+                 So the networks with FFM(t, tau) alone and with FFM(s, tau) alone are one
+                 architecture. Table 4 gives both an mAP of 85.20, but rank-1 accuracies of 89.90
+                 and 89.70.
+  factor 4       The columns of a mask sum to one, and Eq. 5 and 7 add two products each. A unit
+                 thus returns four times a map that is constant over the positions of each frame, in
+                 cascade (2 x 2) and in parallel (2 + 2). In I3D and P3D-A the next convolution gets
+                 nothing else and has no bias, so that the BatchNorm after it gets the factor. In
+                 training this divides by the statistics of the batch, which removes the factor;
+                 ImageNet's statistics, with which the network starts, are of maps without it. In
+                 P3D-B and P3D-C only the temporal convolution gets the factor, and its kernel is
+                 zero at the start. The output then has no factor, but the kernel's gradient has.
+
+Deviations from the paper. Each entry quotes the paper, says what we do and names the flag for the
+paper's form:
+  Eq. 3         "the unnormalized sample covariance matrix": we first L2-normalise the columns of T,
+                over channels and frames, because kappa = 4 is taken from works [14, 19] that apply
+                it to cosine similarities. --no-normalize is the paper's form.
+  Sec. 4.1      "We then replace stage 2 and stage 3": we replace every second block, two and three
+                of them, because only these numbers fit the parameters in Table 2.
+                --blocks 1 2 3 4 5 6 replaces all blocks.
+
+Unspecified in the paper; our choice. We know of no code by the authors. The paper's four baselines
+are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) follow that code:
+  softmax axis  The softmax is over the rows, so that the columns of M sum to one and each position
+                becomes a weighted average.
+  H_dk, G_dk    H has no bias. G has stride 1 and ignores its padding, also in the average.
+  order         Time comes before space, as in Sec. 4.2; the caption of Fig. 4 says the opposite.
+  Eq. 5, 7, 8   These equations have no residual connection and no scale, so we use none. A
+                dimension without factors is skipped.
+  place         STRF works on the input of the 3x1x1 (P3D) or 3x3x3 (I3D) convolution. In P3D-B and
+                I3D this is before the stride in the first block of a stage: there a unit works on
+                1,568 positions instead of 392 in stage 2, and on 392 instead of 98 in stage 3.
+  3D blocks     The 3D blocks start as the 2D network: the temporal kernels of P3D are zero (P3D-A:
+                identity), I3D has the 2D weights as the centre tap and zeros beside it. With STRF
+                this holds for P3D-B and P3D-C only. Nothing is between P3D's two convolutions.
+  Table 5       Stages 2 and 3 are 3D in every variant; stages 1 and 4 become 3D if they get STRF.
+  Fig. 6 (a)    Without FAM there is a "non-weighted multiplication of f with itself": we take
+                M = f^T f / (h w), one for each dimension, with the columns of f L2-normalised as T
+                is in Eq. 3, and P3D-C.
+  parameters    STRF adds 0.05M parameters, as in Table 2. The text's "~0.5 million", "~0.15" for
+                one unit and "~1.73%" of I3D do not fit this. Table 2 also counts the classifier for
+                MARS (1.28M), which --complexity leaves out.
+  non-local     The non-local blocks replace the five STRF units and have half the channels inside.
+                They add 0.46M parameters; the paper says "~5 million".
+  iLIDS         We take the value in Table 3 to be P3D-C's, as the one for MARS is; the one for Duke
+                is P3D-B's.
+  recipe        It is in a supplement that we do not have, except for the values that RECIPE cites.
+                Random flips are the only augmentation. The frames of a training clip are 4 apart.
+  pooling       We take the maximum over the last map of each frame, then the mean over the frames
+                (AP3D).
+  short         A training tracklet of fewer than 32 frames gives 8 different frames at random, in
+                their order; one of fewer than 8 frames gives some frames more than once (AP3D).
+  resizing      Frames are resized by bicubic interpolation (AP3D).
+  triplet       The triplet loss is on the embedding after the BN neck, with a margin of 0.3.
+  backbone      The last stride of ResNet-50 is removed, because the paper's last map, 14 x 7, is
+                1/16 of 224 x 112.
+  test clips    The last clip is filled with frames from the tracklet's start: 10 frames give the
+                clips 1-8 and 9, 10, 1-6. The embeddings of the clips are averaged as they are.
+                (AP3D leaves the last clip shorter, and averages over frames instead of clips.)
+  --chunk       Training tracklets are cut into chunks of 32 frames on Duke and of 64 on LS-VID.
+  --epoch       An epoch shows all tracklets, in groups of K of one identity (AP3D), which are 235
+                steps on MARS. With --epoch identities it shows every identity once, in 79 steps.
 """
 import torch
 import torch.nn as nn
@@ -70,26 +121,26 @@ from common import (Row, Run, at_least_float32, batch_hard_triplet, command_line
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
-# ------------------------------------------------------------ Sec. 3.1: feature factorization (FFM)
+# --------------------------------------------------- Sec. 3.1, 3.2: feature factorization (FFM)
 
-def times_mask(f, mask):
-    """f M of Eq. 1: each position becomes a sum of the positions of its frame, weighted by M.
-
-    f (B, T, C, H, W), M (B, H*W, H*W) -> as f. Computed as M^T f^T, because channels_last maps are
-    f^T already, and what comes out is channels_last again.
-    """
+def multiply_by_mask(f, mask):
+    """f M of Eq. 1, for maps f (B, T, C, H, W) and a mask (B, H*W, H*W). Returns maps like f."""
     B, T, C, H, W = f.shape
-    # f = f.transpose(1, 2).reshape(B, C * T, H * W)                              # c t x h w
-    # f M                                                                         # Eq. 1
     f = f.movedim(2, 4).reshape(B, T, H * W, C).transpose(1, 2).reshape(B, H * W, T * C)
     f = (mask.transpose(1, 2) @ f).view(B, H * W, T, C)
     return f.transpose(1, 2).contiguous().view(B, T, H, W, C).movedim(4, 2)
 
 
 class FeatureFactorizationModule(nn.Module):
-    """FFM, Eq. 1 with 5 or 7: the sum of what the masks of one dimension make of the features.
+    """FFM(d, tau, sigma) of one dimension d, Eq. 5 or 7: multiplies a map by each mask, Eq. 1, and
+    adds the products.
 
-    f (B, T, C, H, W) -> as f. masks: modules f -> M (B, H*W, H*W).
+    Takes maps f (B, T, C, H, W) and returns maps of the same shape.
+
+    Args:
+        masks: modules that compute a mask (B, H*W, H*W) from f. With one mask this is FFM(d, k).
+
+    Copy along: multiply_by_mask.
     """
 
     def __init__(self, masks):
@@ -97,203 +148,357 @@ class FeatureFactorizationModule(nn.Module):
         self.masks = nn.ModuleList(masks)
 
     def forward(self, f):
-        # f M_tau + f M_sigma = f (M_tau + M_sigma)                               # Eq. 5, 7
-        return times_mask(f, sum(mask(f) for mask in self.masks).to(f.dtype))
+        # f M_tau + f M_sigma = f (M_tau + M_sigma), Eq. 5, 7: one product instead of two
+        mask = sum(mask(f) for mask in self.masks)
+        return multiply_by_mask(f, mask.to(f.dtype))
 
 
 # --------------------------------------------------- Sec. 3.2: factorized attention masks and STRF
 
-def pool_same(x, window, kind):
-    """"max" or "avg" pooling of x (B, T, C, H, W) in an odd window (t, h, w), stride 1: as x. Only
-    positions inside the clip count. Maps may be smaller than the window."""
-    if max(window) == 1:                                                  # the identity
+def as_matrix(f):
+    """Maps f (B, T, C, H, W) as the matrix (B, C*T, H*W) of Sec. 3.1: a column is a position."""
+    B, T, C, H, W = f.shape
+    return f.transpose(1, 2).reshape(B, C * T, H * W)
+
+
+def pool_keeping_size(x, window, pool):
+    """Max or average pooling with stride 1, which returns a tensor of the shape of x.
+
+    Args:
+        x: maps (B, T, C, H, W); they may be smaller than the window.
+        window: (t, h, w), the size of the window in frames and positions, all odd.
+        pool: "max" or "avg". Both ignore the padding around a clip.
+    """
+    if max(window) == 1:  # a window of a single position changes nothing
         return x
     x = x.transpose(1, 2)
-    t, h, w = (r // 2 for r in window)
-    if kind == "max":
-        return F.max_pool3d(x, window, 1, (t, h, w)).transpose(1, 2)
-
-    def total(x):                                                         # but for a factor
-        return F.avg_pool3d(F.pad(x, (w, w, h, h, t, t)), window, 1)
-    return (total(x) / total(torch.ones_like(x[:1, :1]))).transpose(1, 2)
+    t, h, w = (size // 2 for size in window)
+    if pool == "max":
+        return F.max_pool3d(x, window, stride=1, padding=(t, h, w)).transpose(1, 2)
+    # avg_pool3d refuses maps that are smaller than its window before padding, so we pad first, and
+    # then divide by the share of each window that is inside the clip.
+    padding = (w, w, h, h, t, t)
+    inside = torch.ones_like(x[:1, :1])
+    average = F.avg_pool3d(F.pad(x, padding), window, stride=1)
+    share = F.avg_pool3d(F.pad(inside, padding), window, stride=1)
+    return (average / share).transpose(1, 2)
 
 
 class FactorizedAttentionMask(nn.Module):
-    """FAM, Eq. 2-3 with 4 or 6: which positions of a map are alike over all frames of the clip,
-    judged by features that were pooled over time or space.
+    """FAM, Eq. 2-3 with Eq. 4 or 6: a mask of how similar the positions of a map are to each other
+    over all frames of a clip, computed from features that are pooled over time or over space.
 
-    f (B, T, C, H, W) -> M (B, H*W, H*W), whose columns sum to one.
-    dimension: "t" or "s", d, over which G pools; resolution: r, odd, the window of G in frames or
-    positions; pool: "max" or "avg"; reduction: n; kappa: temperature; normalize: cosine similarity
-    (False: as printed). Raises ValueError for what it cannot take.
+    Takes maps f (B, T, C, H, W) and returns a mask M (B, H*W, H*W). Column q has the weights of all
+    positions in the average that replaces position q; it sums to one.
+
+    Args:
+        channels: C.
+        dimension: d in the paper, "t" or "s": G pools over time or over space.
+        resolution: r in the paper, the size of G's window, an odd number; 1 is no pooling.
+        pool: pooling of G, "max" or "avg".
+        reduction: n in the paper, 1 to C: H reduces C channels to C/n.
+        kappa: factor of the similarities in front of the softmax.
+        normalize: whether the similarities are cosine similarities; False is the paper's Eq. 3.
+
+    Raises ValueError on invalid arguments and on maps with another number of channels.
+
+    Copy along: as_matrix, pool_keeping_size.
     """
 
-    def __init__(self, channels, dimension, resolution, pool="max", reduction=16, kappa=4.0,
-                 normalize=True):
+    def __init__(self, channels: int, *, dimension: str, resolution: int, pool: str = "max",
+                 reduction: int = 16, kappa: float = 4.0, normalize: bool = True):
         super().__init__()
-        if (dimension not in ("t", "s") or pool not in ("max", "avg")
-                or resolution < 1 or resolution % 2 == 0 or not 1 <= reduction <= channels):
-            raise ValueError("FAM takes dimension t or s, pool max or avg, an odd resolution and a "
-                             f"reduction of 1 to {channels}, not {dimension}, {pool}, {resolution} "
-                             f"and {reduction}")
-        self.h = nn.Conv2d(channels, channels // reduction, 1, bias=False)  # 1x1x1, on frames
-        # pool(r, 1, 1) or pool(1, r, r)                                          # Eq. 4, 6
-        self.window = (resolution, 1, 1) if dimension == "t" else (1, resolution, resolution)
-        self.pool, self.kappa, self.normalize = pool, kappa, normalize
+        if dimension not in ("t", "s"):
+            raise ValueError(f"the dimension must be t or s, not {dimension}")
+        if pool not in ("max", "avg"):
+            raise ValueError(f"the pooling of a mask must be max or avg, not {pool}")
+        if resolution < 1 or resolution % 2 == 0:
+            raise ValueError(f"a resolution must be an odd number from 1, not {resolution}")
+        if not 1 <= reduction <= channels:
+            raise ValueError(f"the reduction of {channels} channels must be from 1 to {channels}, "
+                             f"not {reduction}")
+        self.h = nn.Conv2d(channels, channels // reduction, 1, bias=False)    # H, on each frame
+        if dimension == "t":
+            self.window = (resolution, 1, 1)                                  # G, Eq. 4
+        else:
+            self.window = (1, resolution, resolution)                         # G, Eq. 6
+        self.resolution = resolution
+        self.pool = pool
+        self.kappa = kappa
+        self.normalize = normalize
 
     def forward(self, f):
         if f.shape[2] != self.h.in_channels:
-            raise ValueError(f"FAM was built for {self.h.in_channels} channels, not {f.shape[2]}")
-        h = self.h(f.flatten(0, 1)).unflatten(0, f.shape[:2])             # (B, T, C/n, H, W)
-        t = pool_same(h, self.window, self.pool)                          # T = G(H(f)), Eq. 2
-        t = t.transpose(1, 2).flatten(1, 2).flatten(2)                    # (B, C/n * T, H*W)
-        t = t.to(torch.promote_types(t.dtype, torch.float32))             # eps is 0 in float16
+            raise ValueError("FactorizedAttentionMask was built for maps with "
+                             f"{self.h.in_channels} channels, not {f.shape[2]}")
+        reduced = self.h(f.flatten(0, 1)).unflatten(0, f.shape[:2])       # (B, T, C/n, H, W)
+        features = pool_keeping_size(reduced, self.window, self.pool)     # T = G(H(f)), Eq. 2
+        features = as_matrix(features)                                    # (B, C/n * T, H*W)
+        # In float16 the eps of the normalisation would be zero.
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
         if self.normalize:
-            t = F.normalize(t, dim=1, eps=1e-12)
-        c = self.kappa * t.transpose(1, 2) @ t                            # kappa T^T T, Eq. 3
-        return c.softmax(1)                                               # M = softmax(C)
+            features = F.normalize(features, dim=1, eps=1e-12)
+        scores = (self.kappa * features.transpose(1, 2)) @ features       # C = kappa T^T T, Eq. 3
+        return scores.softmax(1)                                          # M = softmax(C)
 
 
-class SelfProduct(nn.Module):
-    """What stands in FAM's place in Fig. 6 (a): f M is then the product of f with itself.
+class SelfProductMask(nn.Module):
+    """The mask that replaces FAM in the ablation of Fig. 6 (a): the product of the map with itself,
+    M = f^T f / (H W), without learned weights, pooling or softmax.
 
-    f (B, T, C, H, W) -> M = f^T f / (H W), (B, H*W, H*W). normalize: cosine similarity.
+    Takes maps f (B, T, C, H, W) and returns a mask M (B, H*W, H*W).
+
+    Args:
+        normalize: whether the columns of f are L2-normalised first, as those of T are in FAM.
+
+    Copy along: as_matrix.
     """
 
-    def __init__(self, normalize=True):
+    resolution = 1  # it does not pool
+
+    def __init__(self, *, normalize: bool = True):
         super().__init__()
         self.normalize = normalize
 
     def forward(self, f):
-        f = f.transpose(1, 2).flatten(1, 2).flatten(2)                    # (B, C * T, H*W)
-        f = f.to(torch.promote_types(f.dtype, torch.float32))             # eps is 0 in float16
+        f = as_matrix(f)                                                  # (B, C * T, H*W)
+        # In float16 the eps of the normalisation would be zero.
+        f = f.to(torch.promote_types(f.dtype, torch.float32))
         if self.normalize:
             f = F.normalize(f, dim=1, eps=1e-12)
-        f = f / f.shape[2] ** 0.5                       # before the product: sums are smaller
+        f = f / f.shape[2] ** 0.5   # dividing before the product keeps its sums small
         return f.transpose(1, 2) @ f
 
 
 class STRF(nn.Module):
-    """STRF, Fig. 2, Eq. 8: temporal and spatial factorization one after the other or in parallel.
+    """STRF, Fig. 2, Eq. 8: the feature factorization modules of time and of space, one after the
+    other or in parallel.
 
-    f (B, T, C, H, W) -> as f.
-    factors: one or more of "t-dynamic" (t, tau), "t-static" (t, sigma), "s-fine" (s, tau) and
-    "s-coarse" (s, sigma); resolutions: r_tau <= r_sigma, odd; pools: "max" or "avg", for t and for
-    s; order: "ts", "st" or "parallel"; reduction, kappa, normalize: see FactorizedAttentionMask;
-    fam: False for SelfProduct in its place, on which only order, normalize and the dimensions of
-    the factors act. Raises ValueError for what it cannot take.
+    Takes maps f (B, T, C, H, W) and returns maps of the same shape. With all four factors a map
+    whose positions are equal is multiplied by four (see "factor 4" at the top of this file).
+
+    Args:
+        channels: C.
+        factors: names of the masks to use, at least one: "t-dynamic" is (t, tau) in the paper,
+            "t-static" (t, sigma), "s-fine" (s, tau) and "s-coarse" (s, sigma).
+        resolutions: (r_tau, r_sigma), the windows of the dynamic and fine and of the static and
+            coarse masks, both odd, with r_tau <= r_sigma.
+        pools: pooling of the temporal and of the spatial masks, each "max" or "avg".
+        order: "ts" is time, then space; "st" is space, then time; "parallel" adds both.
+        reduction: n in the paper, 1 to C: the masks are computed from C/n channels.
+        kappa: factor of the similarities in front of the softmax.
+        normalize: whether the similarities are cosine similarities; False is the paper's Eq. 3.
+        fam: False replaces the FAMs of each dimension by one SelfProductMask. Of the other
+            arguments only order, normalize and the dimensions of the factors then matter.
+
+    Raises ValueError on invalid arguments and on maps with another number of channels.
+
+    Copy along: all that is above this class.
     """
 
-    def __init__(self, channels, factors=("t-dynamic", "t-static", "s-fine", "s-coarse"),
-                 resolutions=(1, 3), pools=("max", "max"), order="ts", reduction=16, kappa=4.0,
-                 normalize=True, fam=True):
+    def __init__(self, channels: int, *,
+                 factors: tuple[str, ...] = ("t-dynamic", "t-static", "s-fine", "s-coarse"),
+                 resolutions: tuple[int, int] = (1, 3), pools: tuple[str, str] = ("max", "max"),
+                 order: str = "ts", reduction: int = 16, kappa: float = 4.0,
+                 normalize: bool = True, fam: bool = True):
         super().__init__()
-        if len(resolutions) != 2 or resolutions[0] > resolutions[1] or len(pools) != 2:
-            raise ValueError("STRF takes resolutions r_tau <= r_sigma and a pool for t and one for "
-                             f"s, not {resolutions} and {pools}")
-        tau, sigma = resolutions
-        resolution = {"t-dynamic": tau, "t-static": sigma, "s-fine": tau, "s-coarse": sigma}
-        wrong = set(factors) - set(resolution) or len(set(factors)) < len(factors)
-        if wrong or not factors or order not in ("ts", "st", "parallel"):
-            raise ValueError(f"STRF takes one or more of {', '.join(resolution)}, each once, and "
-                             f"order ts, st or parallel, not {factors} and {order}")
-        self.ffm = nn.ModuleDict()
-        for d, pool in zip("ts", pools):
-            chosen = [resolution[name] for name in factors if name[0] == d]
-            masks = [FactorizedAttentionMask(channels, d, r, pool, reduction, kappa, normalize)
-                     for r in chosen if fam]
-            if chosen:
-                self.ffm[d] = FeatureFactorizationModule(masks or [SelfProduct(normalize)])
+        if len(resolutions) != 2 or resolutions[0] > resolutions[1]:
+            raise ValueError("the resolutions must be two numbers r_tau <= r_sigma, not "
+                             f"{resolutions}")
+        if len(pools) != 2:
+            raise ValueError(f"the pools must be one for time and one for space, not {pools}")
+        r_tau, r_sigma = resolutions
+        resolution_of = {"t-dynamic": r_tau, "t-static": r_sigma,
+                         "s-fine": r_tau, "s-coarse": r_sigma}
+        unknown = set(factors) - set(resolution_of)
+        repeated = len(set(factors)) < len(factors)
+        if not factors or unknown or repeated:
+            raise ValueError(f"the factors must be one or more of {', '.join(resolution_of)}, each "
+                             f"once, not {factors}")
+        if order not in ("ts", "st", "parallel"):
+            raise ValueError(f"the order must be ts, st or parallel, not {order}")
         self.order = order
+        self.ffm = nn.ModuleDict()
+        for dimension, pool in (("t", pools[0]), ("s", pools[1])):
+            chosen = [name for name in factors if name.startswith(f"{dimension}-")]
+            if not chosen:
+                continue
+            if fam:
+                masks = [
+                    FactorizedAttentionMask(
+                        channels,
+                        dimension=dimension,
+                        resolution=resolution_of[name],
+                        pool=pool,
+                        reduction=reduction,
+                        kappa=kappa,
+                        normalize=normalize,
+                    )
+                    for name in chosen
+                ]
+            else:
+                masks = [SelfProductMask(normalize=normalize)]
+            self.ffm[dimension] = FeatureFactorizationModule(masks)
 
     def forward(self, f):
         if self.order == "parallel":
-            return sum(ffm(f) for ffm in self.ffm.values())               # ||, Eq. 8
-        for d in self.order:
-            if d in self.ffm:
-                f = self.ffm[d](f)                                        # ->, Eq. 8
+            return sum(ffm(f) for ffm in self.ffm.values())   # Eq. 8, parallel (||)
+        for dimension in self.order:                          # Eq. 8, cascade (->)
+            if dimension in self.ffm:
+                f = self.ffm[dimension](f)
         return f
 
 
-# --------------------------------------------------- Sec. 3.2, Fig. 3: the 3D layers it is put into
+# ------------------------------------------------ Sec. 3.2, Fig. 3 (B): the 3D layers with STRF
 
-def strf_conv3d(strf, conv, x, frames):
-    """STRF, or None, and a 3D convolution on frames (B*T, C, H, W), frames: T. What is
-    channels_last there is channels_last_3d as (B, C, T, H, W): nothing is copied."""
-    if strf:
+def strf_then_conv3d(x, frames, strf, conv):
+    """Applies STRF, if there is one, and then a 3D convolution.
+
+    Takes and returns frames (B*T, C, H, W). If these are channels_last, then the same memory seen
+    as (B, C, T, H, W) is channels_last_3d, so that nothing is copied in between.
+
+    Args:
+        x: frames (B*T, C, H, W).
+        frames: T, the number of frames in a clip.
+        strf: a module on maps (B, T, C, H, W), or None.
+        conv: a Conv3d that keeps the number of frames.
+    """
+    if strf is not None:
         x = strf(x.unflatten(0, (-1, frames))).flatten(0, 1)
-    return conv(x.unflatten(0, (-1, frames)).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+    clips = x.unflatten(0, (-1, frames)).transpose(1, 2)                  # (B, C, T, H, W)
+    return conv(clips).transpose(1, 2).flatten(0, 1)
 
 
 class InflatedConv(nn.Module):
     """I3D (Carreira and Zisserman, CVPR 2017): a 2D convolution inflated to three frames.
 
-    (B*T, C, H, W) -> (B*T, C', H', W'), because it takes a Conv2d's place in torchvision's block.
-    conv: what it starts as, without bias, groups and dilation, padded by a number of zeros
-    (ValueError); frames: T; strf: a module on (B, T, C, H, W) in front of it.
+    Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), as the 2D convolution does
+    that it replaces in torchvision's Bottleneck.
+
+    Args:
+        conv: the Conv2d that is inflated. Its weights become the centre tap, the others start as 0.
+        frames: T, the number of frames in a clip.
+        strf: a module on maps (B, T, C, H, W) in front of the convolution, or None.
+
+    Raises ValueError if conv has a bias, groups, a dilation or a padding that is not a number of
+    zeros.
+
+    Copy along: strf_then_conv3d.
     """
 
-    def __init__(self, conv, frames, strf=None):
+    def __init__(self, conv: nn.Conv2d, frames: int, *, strf: nn.Module | None = None):
         super().__init__()
-        if (conv.bias is not None or conv.groups != 1 or conv.dilation != (1, 1)
-                or conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
-            raise ValueError("I3D inflates convolutions without bias, groups and dilation, padded "
-                             f"by a number of zeros, not {conv}")
-        self.frames, self.strf = frames, strf
-        self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, *conv.kernel_size),
-                              (1, *conv.stride), (1, *conv.padding), bias=False,
-                              device=conv.weight.device, dtype=conv.weight.dtype)
+        plain = conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1)
+        zero_padded = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        if not plain or not zero_padded:
+            raise ValueError("I3D inflates convolutions without bias, groups and dilation, and "
+                             f"with a number of zeros as padding, not {conv}")
+        self.frames = frames
+        self.strf = strf
+        self.conv = nn.Conv3d(
+            conv.in_channels,
+            conv.out_channels,
+            kernel_size=(3, *conv.kernel_size),
+            stride=(1, *conv.stride),
+            padding=(1, *conv.padding),
+            bias=False,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
         with torch.no_grad():
-            self.conv.weight.zero_()[:, :, 1].copy_(conv.weight)
+            self.conv.weight.zero_()
+            self.conv.weight[:, :, 1] = conv.weight
 
     def forward(self, x):
-        return strf_conv3d(self.strf, self.conv, x, self.frames)
+        return strf_then_conv3d(x, self.frames, self.strf, self.conv)
+
+
+def keeps_map_size(conv):
+    """Whether a Conv2d keeps height and width of its input, apart from its stride."""
+    if isinstance(conv.padding, str):
+        return conv.padding == "same"
+    for padding, dilation, kernel_size in zip(conv.padding, conv.dilation, conv.kernel_size):
+        if 2 * padding != dilation * (kernel_size - 1):
+            return False
+    return True
 
 
 class P3DConv(nn.Module):
-    """P3D (Qiu et al., ICCV 2017): a temporal 3x1x1 convolution beside a spatial one.
+    """P3D (Qiu et al., ICCV 2017): a spatial 2D convolution and a temporal 3x1x1 convolution, in
+    series (P3D-A), in parallel (P3D-B) or in series with a shortcut (P3D-C).
 
-    (B*T, C, H, W) -> (B*T, C', H', W'), because it takes a Conv2d's place in torchvision's block.
-    conv: the spatial one, which the whole starts as; frames: T; kind: "a", "b" or "c", see below
-    (ValueError; "b" takes only a conv that keeps the size of maps but for its stride); strf: a
-    module on (B, T, C, H, W) in front of the temporal one.
+    Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), as the 2D convolution does
+    that it replaces in torchvision's Bottleneck. Without STRF it starts as this 2D convolution.
+
+    Args:
+        conv: the Conv2d that is the spatial convolution. For kind "b" it must keep the size of maps
+            apart from its stride, because the outputs of both convolutions are added.
+        frames: T, the number of frames in a clip.
+        kind: "a", "b" or "c".
+        strf: a module on maps (B, T, C, H, W) in front of the temporal convolution, or None.
+
+    Raises ValueError on another kind, and on kind "b" with a conv that changes the size of maps.
+
+    Copy along: strf_then_conv3d, keeps_map_size.
     """
 
-    def __init__(self, conv, frames, kind, strf=None):
+    def __init__(self, conv: nn.Conv2d, frames: int, kind: str, *, strf: nn.Module | None = None):
         super().__init__()
         if kind not in ("a", "b", "c"):
             raise ValueError(f"P3D is of kind a, b or c, not {kind}")
-        keeps_size = conv.padding == "same" or all(
-            2 * p == d * (k - 1)
-            for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size))
-        if kind == "b" and not keeps_size:
-            raise ValueError("P3D-B adds S(x) to T(x), and takes an S that keeps the size of maps "
-                             f"but for its stride, not {conv}")
-        self.spatial, self.frames, self.kind, self.strf = conv, frames, kind, strf
-        inputs = conv.in_channels if kind == "b" else conv.out_channels
-        stride = (1, *conv.stride) if kind == "b" else 1
-        self.temporal = nn.Conv3d(inputs, conv.out_channels, (3, 1, 1), stride, (1, 0, 0),
-                                  bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
+        if kind == "b" and not keeps_map_size(conv):
+            raise ValueError("P3D-B adds the outputs of both convolutions, so that it needs a "
+                             "spatial one that keeps the size of maps apart from its stride, not "
+                             f"{conv}")
+        if kind == "b":
+            in_channels = conv.in_channels
+            stride = (1, *conv.stride)
+        else:
+            in_channels = conv.out_channels
+            stride = 1
+        self.spatial = conv
+        self.frames = frames
+        self.kind = kind
+        self.strf = strf
+        self.temporal = nn.Conv3d(
+            in_channels,
+            conv.out_channels,
+            kernel_size=(3, 1, 1),
+            stride=stride,
+            padding=(1, 0, 0),
+            bias=False,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
         nn.init.zeros_(self.temporal.weight)
-        if kind == "a":
+        if kind == "a":  # the identity: a zero would remove the spatial convolution
             nn.init.eye_(self.temporal.weight.data[:, :, 1, 0, 0])
 
     def forward(self, x):
-        # a: temporal(spatial(x)), b: spatial(x) + temporal(x), c: spatial(x) + temporal(spatial(x))
-        s = self.spatial(x)
-        t = strf_conv3d(self.strf, self.temporal, x if self.kind == "b" else s, self.frames)
-        return t if self.kind == "a" else s + t
+        spatial = self.spatial(x)
+        if self.kind == "a":
+            return self.strf_then_temporal(spatial)
+        if self.kind == "b":
+            return spatial + self.strf_then_temporal(x)
+        return spatial + self.strf_then_temporal(spatial)
+
+    def strf_then_temporal(self, x):
+        return strf_then_conv3d(x, self.frames, self.strf, self.temporal)
 
 
-# ------------------------------------------------------ Sec. 3.3: what STRF is compared with there
+# ------------------------------------------- Sec. 3.3: the block with which the paper compares STRF
 
 class NonLocalBlock(nn.Module):
     """Non-local block (Wang et al., CVPR 2018), embedded Gaussian, over all positions of a clip.
 
-    f (B, T, C, H, W) -> as f. Starts as identity.
+    Takes maps f (B, T, C, H, W) and returns maps of the same shape. The weight of its BatchNorm is
+    0 at the start, which makes it the identity.
+
+    Args:
+        channels: C; the attention is computed with C/2 channels.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.theta = nn.Conv2d(channels, channels // 2, 1)
         self.phi = nn.Conv2d(channels, channels // 2, 1)
@@ -303,10 +508,14 @@ class NonLocalBlock(nn.Module):
 
     def forward(self, f):
         B, T, C, H, W = f.shape
-        maps = [layer(f.flatten(0, 1)).movedim(1, 3) for layer in (self.theta, self.phi, self.g)]
-        theta, phi, g = (x.reshape(B, 1, T * H * W, -1) for x in maps)    # (B, 1, T*H*W, C/2)
+
+        def positions_of(layer):
+            maps = layer(f.flatten(0, 1)).movedim(1, 3)
+            return maps.reshape(B, 1, T * H * W, -1)                      # (B, 1, T*H*W, C/2)
+
         # y = softmax(theta phi^T) g
-        y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)
+        y = F.scaled_dot_product_attention(
+            positions_of(self.theta), positions_of(self.phi), positions_of(self.g), scale=1.0)
         y = y.reshape(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + f
 
@@ -334,45 +543,96 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 class STRFNet(nn.Module):
-    """ResNet-50 with 3D blocks and STRF in stages 2 and 3, Fig. 3, pooled, and a BN neck.
+    """ResNet-50 whose stages 2 and 3 have 3D convolutions with STRF (Sec. 4.1, Fig. 3), followed by
+    pooling, a BN neck and a classifier.
 
-    Clips (B, T, 3, H, W), normalised -> in eval mode embeddings (B, 2048); in train mode also the
-    logits (B, num_classes).
+    Takes normalised clips (B, T, 3, H, W) of any height and width. Returns (embeddings, logits),
+    (B, 2048) and (B, num_classes), in train mode, and the embeddings alone in eval mode.
 
-    frames: T, fixed; any height and width. layer: "i3d", "p3d-a", "p3d-b" or "p3d-c"; stages: those
-    with STRF, of 1 to 4, () for the baseline; pool: "max" or "avg" over the final map; weights: see
-    resnet50; unit: "strf", or "nonlocal" for NonLocalBlocks in STRF's places; blocks: of each of
-    the stages, from 1, those that become 3D; a stage leaves out what it has not; strf: further
-    arguments of STRF. Raises ValueError for what it cannot take.
+    What is not 3D works on each frame alone, as the paper's convolutions with "temporal kernel size
+    set to 1" do. So the frames of a clip are in the batch, as (B*T, C, H, W). A frame of 224 x 112,
+    of which the paper's clips have 8, goes through these shapes:
+
+        stem       64 x 56 x 28
+        stage 1   256 x 56 x 28     3 blocks
+        stage 2   512 x 28 x 14     4 blocks, blocks 1 and 3 are 3D; their STRF: 128 x 28 x 14
+        stage 3  1024 x 14 x 7      6 blocks, blocks 1, 3 and 5 are 3D; their STRF: 256 x 14 x 7
+        stage 4  2048 x 14 x 7      3 blocks, without a stride
+        2048 numbers after pooling; their mean over the frames, after the BN neck, is the embedding
+
+    (In block 1 of each stage of I3D and P3D-B, STRF comes before the stride: 128 x 56 x 28 and
+    256 x 28 x 14.) In a 3D block the middle one of the three convolutions changes:
+
+        x -> 1x1 -> BN, ReLU -> middle -> BN, ReLU -> 1x1 -> BN -> + x -> ReLU
+
+        middle of a 2D block    spatial(x)                      spatial: 1 x 3 x 3
+        middle of I3D           inflated(STRF(x))               inflated: 3 x 3 x 3
+        middle of P3D-A         temporal(STRF(spatial(x)))      temporal: 3 x 1 x 1
+        middle of P3D-B         spatial(x) + temporal(STRF(x))
+        middle of P3D-C         spatial(x) + temporal(STRF(spatial(x)))
+
+    Args:
+        num_classes: number of training identities.
+        frames: T, the number of frames in a clip.
+        layer: the 3D convolutions, "i3d", "p3d-a", "p3d-b" or "p3d-c".
+        stages: numbers, from 1 to 4, of the stages with STRF; () is the baseline without STRF.
+            Stages 2 and 3 are 3D also if they are not among these.
+        blocks: numbers, from 1, of the blocks of a 3D stage that become 3D. A stage ignores
+            numbers beyond its last block, but a stage with STRF must have one of these blocks.
+        attention: the module in front of the temporal convolutions of these stages, "strf", or
+            "nonlocal" for a NonLocalBlock.
+        pool: pooling over the positions of the last map, "max" or "avg".
+        weights: initial weights of the ResNet-50: "imagenet" (torchvision's V1 weights), "none", or
+            a file with a state_dict of torchvision's resnet50.
+        strf_options: keyword arguments of STRF other than its channels: factors, resolutions,
+            pools, order, reduction, kappa, normalize, fam.
+
+    Raises ValueError on invalid arguments and on clips of another number of frames, OSError and
+    RuntimeError if the weights cannot be loaded.
+
+    Copy along: all that is above this class.
     """
 
-    def __init__(self, num_classes, frames=8, layer="p3d-c", stages=(2, 3), pool="max",
-                 weights="none", unit="strf", blocks=(1, 3, 5), **strf):
+    def __init__(self, num_classes: int, frames: int = 8, *, layer: str = "p3d-c",
+                 stages: tuple[int, ...] = (2, 3), blocks: tuple[int, ...] = (1, 3, 5),
+                 attention: str = "strf", pool: str = "max", weights: str = "none",
+                 **strf_options):
         super().__init__()
-        if layer not in ("i3d", "p3d-a", "p3d-b", "p3d-c") or not set(stages) <= {1, 2, 3, 4}:
-            raise ValueError("STRFNet takes layer i3d, p3d-a, p3d-b or p3d-c and stages of 1 to 4, "
-                             f"not {layer} and {stages}")
-        if unit not in ("strf", "nonlocal") or unit == "nonlocal" and not strf.get("fam", True):
-            raise ValueError("STRFNet takes unit strf or nonlocal, which has no FAM to leave out, "
-                             f"not {unit} with fam={strf.get('fam', True)}")
-        self.frames, self.pool = frames, pool
+        if layer not in ("i3d", "p3d-a", "p3d-b", "p3d-c"):
+            raise ValueError(f"the layer must be i3d, p3d-a, p3d-b or p3d-c, not {layer}")
+        if not set(stages) <= {1, 2, 3, 4}:
+            raise ValueError(f"the stages must be numbers from 1 to 4, not {stages}")
+        if attention not in ("strf", "nonlocal"):
+            raise ValueError(f"the attention must be strf or nonlocal, not {attention}")
+        if attention == "nonlocal" and not strf_options.get("fam", True):
+            raise ValueError("a non-local block has no FAM to leave out: fam=False needs the "
+                             "attention strf")
+        self.frames = frames
+        self.pool = pool
         net = resnet50(weights)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layer1, self.layer2 = net.layer1, net.layer2
-        self.layer3, self.layer4 = net.layer3, net.layer4
-        for stage in sorted({2, 3, *stages}):
-            layers = getattr(self, f"layer{stage}")
-            chosen = [block for i, block in enumerate(layers, 1) if i in blocks]
+        self.layer1 = net.layer1
+        self.layer2 = net.layer2
+        self.layer3 = net.layer3
+        self.layer4 = net.layer4
+        for stage in sorted({2, 3, *stages}):  # stages 2 and 3 are 3D in every variant
+            all_blocks = getattr(self, f"layer{stage}")
+            chosen = [block for number, block in enumerate(all_blocks, 1) if number in blocks]
             if stage in stages and not chosen:
-                raise ValueError(f"stage {stage} has blocks 1 to {len(layers)}, none of {blocks}")
+                raise ValueError(f"stage {stage} has blocks 1 to {len(all_blocks)}, and none of "
+                                 f"{blocks} is among them")
             for block in chosen:
                 conv = block.conv2
-                module = None
-                if stage in stages:
-                    C = conv.in_channels
-                    module = STRF(C, **strf) if unit == "strf" else NonLocalBlock(C)
-                block.conv2 = (InflatedConv(conv, frames, module) if layer == "i3d" else
-                               P3DConv(conv, frames, layer[-1], module))
+                if stage not in stages:
+                    unit = None
+                elif attention == "strf":
+                    unit = STRF(conv.in_channels, **strf_options)
+                else:
+                    unit = NonLocalBlock(conv.in_channels)
+                if layer == "i3d":
+                    block.conv2 = InflatedConv(conv, frames, strf=unit)
+                else:
+                    block.conv2 = P3DConv(conv, frames, kind=layer[-1], strf=unit)
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
@@ -385,67 +645,94 @@ class STRFNet(nn.Module):
         x = self.stem(clips.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = x.to(self.neck.weight.dtype)
-        x = x.mean((2, 3)) if self.pool == "avg" else x.amax((2, 3))
+        if self.pool == "avg":
+            x = x.mean((2, 3))
+        else:
+            x = x.amax((2, 3))
         embedding = self.neck(x.view(B, T, -1).mean(1))
-        return (embedding, self.classifier(embedding)) if self.training else embedding
+        if self.training:
+            return embedding, self.classifier(embedding)
+        return embedding
 
 
 # ---------------------------------------------------------------------- Sec. 3.2, Eq. 9: the losses
 
 def loss_weights(args):
-    """The weights in Eq. 9, {name: weight}: L_ce + L_triplet."""
+    """The weights of the two losses in Eq. 9, {name: weight}. Both are 1."""
     return {"xent": 1.0, "triplet": 1.0}
 
 
 def losses(outputs, pids, args):
-    """The weighted losses of Eq. 9, {name: scalar}; their sum is minimised."""
+    """Eq. 9: the losses times their weights, {name: scalar}. Training minimises their sum.
+
+    Args:
+        outputs: (embeddings, logits) of an STRFNet in train mode.
+        pids: the identities of the clips, (B,).
+        args: the settings; margin is the margin of the triplet loss.
+    """
     embedding, logits = outputs
-    parts = {"xent": F.cross_entropy(at_least_float32(logits), pids),
-             "triplet": batch_hard_triplet(embedding, pids, args.margin)}
     weights = loss_weights(args)
-    return {name: weights[name] * loss for name, loss in parts.items()}
+    cross_entropy = F.cross_entropy(at_least_float32(logits), pids)
+    triplet = batch_hard_triplet(embedding, pids, args.margin)  # with the cosine distance
+    return {"xent": weights["xent"] * cross_entropy, "triplet": weights["triplet"] * triplet}
 
 
 # ------------------------------------------------------------------------------ Sec. 4: the recipe
 
 FACTORS = ("t-dynamic", "t-static", "s-fine", "s-coarse")
-RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, choices])
-    "frames": (8, 4, "T, frames a clip (the printed map 8 x 14 x 7, Sec. 4.2)"),
-    "height": (224, 128, "of the resized frames (the same map)"),
-    "width": (112, 64, "of the resized frames (the same map)"),
-    "ids": (8, 4, "P, identities a batch (our choice)"),
-    "clips": (4, 2, "K, clips of each of them (our choice)"),
-    "epoch": ("tracklets", "identities", "shows all of these (open; as AP3D's code)",
+RECIPE = {  # flag: (value of the paper or our choice, of the quick run, help text[, choices])
+    "frames": (8, 4, "number of frames in a clip, T (8 in the last map, Sec. 4.2)"),
+    "height": (224, 128, "height of the frames (16 times that of the last map, 14: Sec. 4.2)"),
+    "width": (112, 64, "width of the frames (16 times that of the last map, 7: Sec. 4.2)"),
+    "ids": (8, 4, "number of identities in a batch, P (our choice)"),
+    "clips": (4, 2, "number of clips of each identity in a batch, K (our choice)"),
+    "epoch": ("tracklets", "identities",
+              "what an epoch shows once (not in the paper; as in AP3D's code)",
               ("tracklets", "identities")),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
-    "epochs": (240, 8, "(our choice)"),
+    "epochs": (240, 8, "number of training epochs (our choice)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (our choice)"),
-    "lr_step": (60, 7, "lr is divided by 10 every so many epochs (our choice)"),
-    "weight_decay": (5e-4, 5e-4, "of Adam (our choice)"),
-    "weights": ("imagenet", "none", "backbone: imagenet, none or a file (our choice)"),
-    "pool": ("max", "max", "over the final map (open; as AP3D's code)", ("max", "avg")),
-    "layer": ("p3d-c", "p3d-c", "the 3D blocks (Sec. 4.1, Table 2)",
+    "lr_step": (60, 7, "divide the learning rate by 10 after every N epochs (our choice)"),
+    "weight_decay": (5e-4, 5e-4, "weight decay of Adam (our choice)"),
+    "weights": ("imagenet", "none",
+                "initial weights of the ResNet-50: imagenet, none or a file (our choice)"),
+    "pool": ("max", "max",
+             "pooling over the positions of the last map (not in the paper; as in AP3D's code)",
+             ("max", "avg")),
+    "layer": ("p3d-c", "p3d-c", "3D convolutions of the network (Sec. 4.1, Table 2)",
               ("i3d", "p3d-a", "p3d-b", "p3d-c")),
-    "stages": ((2, 3), (2, 3), "those with STRF; no value: none (Sec. 4.2, Table 5)", range(1, 5)),
-    "blocks": ((1, 3, 5), (1, 3, 5), "the 3D ones of a stage (changed)", range(1, 7)),
-    "unit": ("strf", "strf", "what stands in STRF's places (Sec. 3.3)", ("strf", "nonlocal")),
-    "fam": (True, True, "with FAM (Sec. 4.2, Fig. 6 a)"),
-    "factors": (FACTORS, FACTORS, "the masks (Sec. 3.1, Table 4)", FACTORS),
-    "resolutions": ((1, 3), (1, 3), "r_tau and r_sigma, odd (Eq. 4, 6, Sec. 4.2, Fig. 4 a)"),
-    "pools": (("max", "max"), ("max", "max"), "of G, for t and s (Fig. 4 b)", ("max", "avg")),
-    "order": ("ts", "ts", "of time and space (Eq. 8, Fig. 4 c)", ("ts", "st", "parallel")),
-    "reduction": (16, 16, "n, of the channels in H (Sec. 3.2)"),
-    "kappa": (4.0, 4.0, "temperature of the masks (Eq. 3, Sec. 3.2)"),
-    "normalize": (True, True, "the columns of T in Eq. 3 (changed; no: printed)"),
-    "margin": (0.3, 0.3, "of the triplet loss (our choice), in cosine distance (Eq. 9)"),
+    "stages": ((2, 3), (2, 3),
+               "stages with STRF; without a number: the baseline (Sec. 4.2, Table 5)",
+               range(1, 5)),
+    "blocks": ((1, 3, 5), (1, 3, 5),
+               "blocks of each 3D stage that are 3D (deviates from the paper: all blocks)",
+               range(1, 7)),
+    "attention": ("strf", "strf", "module in front of the temporal convolutions (Sec. 3.3)",
+                  ("strf", "nonlocal")),
+    "fam": (True, True, "use FAM in STRF, instead of the product of a map with itself "
+            "(Sec. 4.2, Fig. 6 a)"),
+    "factors": (FACTORS, FACTORS, "masks of STRF (Sec. 3.1, Table 4)", FACTORS),
+    "resolutions": ((1, 3), (1, 3),
+                    "r_tau and r_sigma, window sizes of the masks, odd (Eq. 4, 6, Fig. 4 a)"),
+    "pools": (("max", "max"), ("max", "max"),
+              "pooling of the temporal and of the spatial masks (Eq. 4, 6, Fig. 4 b)",
+              ("max", "avg")),
+    "order": ("ts", "ts",
+              "ts: time, then space; st: space, then time; or in parallel (Eq. 8, Fig. 4 c)",
+              ("ts", "st", "parallel")),
+    "reduction": (16, 16, "n, by which the masks' 1x1 convolutions H divide channels (Sec. 3.2)"),
+    "kappa": (4.0, 4.0, "kappa, factor of the similarities in front of the softmax (Eq. 3)"),
+    "normalize": (True, True,
+                  "L2-normalise the columns of T (deviates from Eq. 3, for which say no)"),
+    "margin": (0.3, 0.3, "margin of the triplet loss with the cosine distance (our choice; Eq. 9)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
-SAMPLE = sample_strided        # a training clip: T frames, at most 4 apart, from a random start
-SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive ones, averaged
-METRIC = "cosine"              # distance of the test
+SAMPLE = sample_strided        # a training clip: T frames, 4 apart, from a random start
+SPLIT = split_consecutive      # the test: all frames of a tracklet, in clips of T consecutive ones
+METRIC = "cosine"              # the test's distance between the mean embeddings of tracklets
 
-ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, rank-1) as printed
-    # Table 3 prints the Duke figures of strf-p3db for STRF
+ROWS = {  # variant: its place in the paper, settings that it changes, the paper's (mAP, rank-1)
+    # On Duke, Table 3 reports the values of strf-p3db for STRF.
     "strf-p3dc": Row("Tables 2-5: P3DC + STRF, the best", layer="p3d-c", stages=(2, 3),
                      mars=(86.10, 90.30), duke=(96.20, 97.20), ilids=(None, 89.30),
                      million_parameters=25.53),
@@ -463,7 +750,9 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
                 million_parameters=25.48),
     "p3dc": Row("Tables 2, 4, 5: P3DC, the baseline", layer="p3d-c", stages=(), mars=(83.10, 88.50),
                 duke=(95.30, 95.30), million_parameters=25.48),
-    "p3dc+nonlocal": Row("Sec. 3.3: P3DC + Non-local", unit="nonlocal", mars=(84.80, 89.90)),
+    "p3dc+nonlocal": Row("Sec. 3.3: P3DC + Non-local", attention="nonlocal",
+                         mars=(84.80, 89.90)),
+    # With the resolutions (1, 3), p3dc+fine and p3dc+dynamic are one architecture.
     "p3dc+fine": Row("Table 4: (s, tau)", factors=("s-fine",), mars=(85.20, 89.70)),
     "p3dc+coarse": Row("Table 4: (s, sigma)", factors=("s-coarse",), mars=(85.10, 89.90)),
     "p3dc+dynamic": Row("Table 4: (t, tau)", factors=("t-dynamic",), mars=(85.20, 89.90)),
@@ -476,7 +765,7 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
                              mars=(85.40, 90.00)),
     "p3dc+coarse+static": Row("Table 4: (s, sigma), (t, sigma)", factors=("s-coarse", "t-static"),
                               mars=(85.70, 90.10)),
-    # Table 5: stages 2 and 3 are 3D in all
+    # In every variant of Table 5, stages 2 and 3 are 3D.
     "stage1": Row("Table 5: STRF in stage 1", stages=(1,), mars=(83.40, 88.80)),
     "stage12": Row("Table 5: STRF in stages 1, 2", stages=(1, 2), mars=(83.60, 89.00)),
     "stage23": Row("Table 5: STRF in stages 2, 3", "strf-p3dc"),
@@ -494,19 +783,35 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
     "pool-t-avg-s-avg": Row("Fig. 4b: average pooling for t, average for s", pools=("avg", "avg")),
     "order-ts": Row("Fig. 4c: time, then space", "strf-p3dc"),
     "order-st": Row("Fig. 4c: space, then time", order="st"),
-    "order-parallel": Row("Fig. 4c: both added; about 0.4 mAP below the best", order="parallel"),
+    "order-parallel": Row("Fig. 4c: in parallel; about 0.4 mAP below the best", order="parallel"),
     "strf-nofam": Row("Fig. 6a: without FAM", fam=False),
 }
-RELEASE = None                 # the authors offer no trained weights
+RELEASE = None                 # We know of no trained weights by the authors.
 
 
 def build(args, num_classes):
-    """The network of a row; a checkpoint brings its own weights."""
-    return STRFNet(num_classes, args.frames, args.layer, args.stages, args.pool,
-                   "none" if args.resume else args.weights, args.unit, args.blocks,
-                   factors=args.factors, resolutions=args.resolutions, pools=args.pools,
-                   order=args.order, reduction=args.reduction, kappa=args.kappa,
-                   normalize=args.normalize, fam=args.fam)
+    """Builds the network of the settings args for a number of identities."""
+    weights = args.weights
+    if args.resume:  # the checkpoint has all weights
+        weights = "none"
+    return STRFNet(
+        num_classes,
+        args.frames,
+        layer=args.layer,
+        stages=args.stages,
+        blocks=args.blocks,
+        attention=args.attention,
+        pool=args.pool,
+        weights=weights,
+        factors=args.factors,
+        resolutions=args.resolutions,
+        pools=args.pools,
+        order=args.order,
+        reduction=args.reduction,
+        kappa=args.kappa,
+        normalize=args.normalize,
+        fam=args.fam,
+    )
 
 
 def make_optimizer(model, args):
@@ -568,23 +873,40 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure, after Figure 5: the last map, and of the first unit of each stage the weights
-    of each of its masks for the middle position."""
-    (last,), = watch(model, clips, model.layer4)
-    rows = {"last map, over its mean": overlays(frames, energy(last[1]))}
-    for n, stage in enumerate((model.layer1, model.layer2, model.layer3, model.layer4), 1):
-        unit = next((m for m in stage.modules() if isinstance(m, STRF)), None)
-        masks = [(d, m) for d, ffm in unit.ffm.items() for m in ffm.masks] if unit else []
+    """The picture of --figure: the last map, as in Fig. 5, and the masks of the first STRF in each
+    stage, as the weights of all positions in the average that replaces the centre position.
+
+    Args:
+        model: an STRFNet.
+        clips: a normalised clip, (1, T, 3, H, W).
+        frames: the same clip as images, (T, 3, H, W), uint8.
+
+    Returns a title and the rows of the picture, {label: row}.
+    """
+    calls_of_stage_4 = watch(model, clips, model.layer4)[0]
+    _, last_map = calls_of_stage_4[0]
+    rows = {"last map, relative to its mean": overlays(frames, energy(last_map))}
+    for number, stage in enumerate((model.layer1, model.layer2, model.layer3, model.layer4), 1):
+        units = [module for module in stage.modules() if isinstance(module, STRF)]
+        if not units:
+            continue
+        masks, heads = [], []
+        for dimension, ffm in units[0].ffm.items():
+            for mask in ffm.masks:
+                masks.append(mask)
+                heads.append(f"{dimension} r={mask.resolution}")
         weights = []
-        for ((x,), m), in watch(model, clips, *(mask for _, mask in masks)):
-            H, W = x.shape[3:]
-            weights.append(m[0, :, H // 2 * W + W // 2].clone().view(H, W))
-            weights[-1][H // 2, W // 2] = torch.nan     # black
-        if masks:
-            heads = [f"{d} r={max(getattr(mask, 'window', (1,)))}" for d, mask in masks]
-            rows[f"stage {n}: weights of the positions like the middle one, black"] = overlays(
-                frames[:1].expand(len(masks), -1, -1, -1), weights, heads)
-    return "STRF: where the frames look, and which positions the units mix", rows
+        for calls in watch(model, clips, *masks):
+            inputs, mask = calls[0]
+            H, W = inputs[0].shape[3:]
+            centre = (H // 2) * W + W // 2
+            weight = mask[0, :, centre].view(H, W).clone()
+            weight[H // 2, W // 2] = torch.nan  # drawn in black
+            weights.append(weight)
+        first_frame = frames[:1].expand(len(masks), -1, -1, -1)
+        label = f"stage {number}: mask weights for the centre position (black)"
+        rows[label] = overlays(first_frame, weights, heads)
+    return "STRF: last maps, and the weights of the attention masks", rows
 
 
 if __name__ == "__main__":  # same in every script

@@ -134,7 +134,7 @@ def test_every_setting_reaches_the_network_or_the_optimizer(script, monkeypatch)
 
     def built(**changes):
         arguments = module.build(given(**changes), 7)
-        return arguments | arguments.pop("strf", {})  # its further arguments
+        return arguments | arguments.pop("strf_options", {})
 
     plain = built()
     for key, (paper, *_) in module.RECIPE.items():

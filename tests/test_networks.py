@@ -96,11 +96,13 @@ IN_FLOAT16 = {
     "IDM": (lambda: sinet.IntegrationDistributionModule(64, 4, 32, 16), WIDE, 10),
     "RAL": (lambda: m3d.ResidualAttentionLayer(64, 4), WIDE, 10),
     "M3D layer": (lambda: OnFrames(m3d.M3DLayer(nn.Conv2d(64, 8, 3, padding=1), 4)), WIDE, 100),
-    "FAM": (lambda: strf.FactorizedAttentionMask(64, "t", 3), WIDE, 100),
-    "FAM of zeros": (lambda: strf.FactorizedAttentionMask(64, "s", 3), WIDE, 0),
+    "FAM": (
+        lambda: strf.FactorizedAttentionMask(64, dimension="t", resolution=3), WIDE, 100),
+    "FAM of zeros": (
+        lambda: strf.FactorizedAttentionMask(64, dimension="s", resolution=3), WIDE, 0),
     "STRF": (lambda: strf.STRF(64), WIDE, 100),
-    "self-product": (lambda: strf.SelfProduct(normalize=False), WIDE, 100),
-    "self-product of zeros": (strf.SelfProduct, WIDE, 0),
+    "self-product": (lambda: strf.SelfProductMask(normalize=False), WIDE, 100),
+    "self-product of zeros": (strf.SelfProductMask, WIDE, 0),
     "correlation": (lambda: Correlation(True), DEEP, 400),
     "TSB": (lambda: tclnet.TemporalSaliencyBoosting(64), WIDE, 400),
     "A of Eq. 6 of zeros": (ProbabilityMap, WIDE, 0),

@@ -189,8 +189,8 @@ COPIED = {
     },
     "strf": {
         "FeatureFactorizationModule": (lambda c: c([Products()]), [MAPS]),
-        "FactorizedAttentionMask": (lambda c: c(64, "s", 3), [MAPS]),
-        "SelfProduct": (lambda c: c(), [MAPS]),
+        "FactorizedAttentionMask": (lambda c: c(64, dimension="s", resolution=3), [MAPS]),
+        "SelfProductMask": (lambda c: c(), [MAPS]),
         "STRF": (lambda c: c(64), [MAPS]),
         "InflatedConv": (lambda c: c(CONV, 4), [FRAMES]),
         "P3DConv": (lambda c: c(CONV, 4, "c"), [FRAMES]),

@@ -20,9 +20,8 @@ from strf import (
     InflatedConv,
     NonLocalBlock,
     P3DConv,
-    SelfProduct,
+    SelfProductMask,
     STRFNet,
-    times_mask,
 )
 
 FINE, COARSE, DYNAMIC, STATIC = "s-fine", "s-coarse", "t-dynamic", "t-static"
@@ -115,11 +114,23 @@ def slow_strf(unit, f, factors, resolutions, pools, order, fam=True, **options):
 # -------------------------------------------------------------------------------- fast against slow
 
 
+class Fixed(nn.Module):
+    """A mask that is the same for all maps."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, f):
+        return self.mask
+
+
 @SIZES
 @LENGTHS
 def test_eq_1(C, H, W, T):
     f, m = maps(T, C, H, W), torch.randn(2, H * W, H * W, dtype=torch.float64)
-    close(times_mask(f, m), torch.stack([slow_apply(*pair) for pair in zip(m, f)]))
+    expected = torch.stack([slow_apply(*pair) for pair in zip(m, f)])
+    close(FeatureFactorizationModule([Fixed(m)])(f), expected)
 
 
 @SIZES
@@ -136,7 +147,9 @@ def test_eq_1(C, H, W, T):
     ],
 )
 def test_fam(C, H, W, T, dimension, r, pool, normalize):
-    fam = FactorizedAttentionMask(C, dimension, r, pool, reduction=8, normalize=normalize)
+    fam = FactorizedAttentionMask(
+        C, dimension=dimension, resolution=r, pool=pool, reduction=8, normalize=normalize
+    )
     randomize(fam)
     f = maps(T, C, H, W) / (1 if normalize else 10)
     m = fam(f)
@@ -162,7 +175,10 @@ ALL = (DYNAMIC, STATIC, FINE, COARSE)
     ],
 )
 def test_strf(C, H, W, T, factors, resolutions, pools, order):
-    unit, f = STRF(C, factors, resolutions, pools, order, reduction=8), maps(T, C, H, W)
+    unit = STRF(
+        C, factors=factors, resolutions=resolutions, pools=pools, order=order, reduction=8
+    )
+    f = maps(T, C, H, W)
     randomize(unit)
     slow = [slow_strf(unit, clip, factors, resolutions, pools, order) for clip in f]
     close(unit(f), torch.stack(slow))
@@ -190,9 +206,9 @@ def test_without_fam(C, H, W, T, normalize):
     """Fig. 6 (a): f times itself, once for each dimension, and nothing to learn."""
     f = maps(T, C, H, W)
     masks = torch.stack([slow_self_product(clip, normalize) for clip in f])
-    close(SelfProduct(normalize)(f), masks)
+    close(SelfProductMask(normalize=normalize)(f), masks)
     for factors, order in ((ALL, "ts"), (ALL, "parallel"), ((COARSE,), "ts")):
-        unit = STRF(C, factors, order=order, normalize=normalize, fam=False)
+        unit = STRF(C, factors=factors, order=order, normalize=normalize, fam=False)
         assert not list(unit.parameters())
         options = dict(fam=False, normalize=normalize)
         slow = [slow_strf(unit, x, factors, (1, 3), ("max", "max"), order, **options) for x in f]
@@ -225,7 +241,8 @@ def test_non_local(C, H, W):
 
 def test_strf_properties():
     f = torch.rand(2, 4, 16, 3, 4, dtype=torch.float64)
-    ffm = FeatureFactorizationModule([FactorizedAttentionMask(16, "t", 1)]).double()
+    fam = FactorizedAttentionMask(16, dimension="t", resolution=1)
+    ffm = FeatureFactorizationModule([fam]).double()
     y = ffm(f).flatten(3)
     # every position becomes a weighted average of the frame's own positions
     low, high = f.flatten(3).amin(3), f.flatten(3).amax(3)
@@ -235,7 +252,7 @@ def test_strf_properties():
     close(ffm(same), same)
     # two masks each, one after the other, no scaling
     a = STRF(16, resolutions=(1, 1), order="ts").double()
-    b = STRF(16, (DYNAMIC, FINE), order="parallel").double()
+    b = STRF(16, factors=(DYNAMIC, FINE), order="parallel").double()
     close(a(same), 4 * same)
     close(b(same), 2 * same)
     assert sum(p.numel() for p in STRF(128).parameters()) == 4_096
@@ -277,13 +294,13 @@ def test_i3d_and_p3d_with_and_without_strf(T, stride):
         return y
 
     for unit in (None, randomize(STRF(16, reduction=8)), randomize(NonLocalBlock(16)).eval()):
-        i3d = InflatedConv(conv, T, unit).double()
+        i3d = InflatedConv(conv, T, strf=unit).double()
         seen = unit(x) if unit else x
         close(i3d(frames), conv(seen.flatten(0, 1)))  # the rest starts as the 2D convolution
         nn.init.normal_(i3d.conv.weight)
         close(i3d(frames), temporal(seen, i3d.conv.weight, stride, 1))
         for kind in "abc":
-            p3d = P3DConv(conv, T, kind, unit).double()
+            p3d = P3DConv(conv, T, kind, strf=unit).double()
             if not unit or kind != "a":
                 close(p3d(frames), conv(frames))
             nn.init.normal_(p3d.temporal.weight)
@@ -417,7 +434,7 @@ def normal_temporal_weights(model, std):
     ],
 )
 def test_network(T, H, W, pool, layer, one_backbone):
-    model, clips = wake(STRFNet(5, T, layer, pool=pool)), torch.randn(4, T, 3, H, W)
+    model, clips = wake(STRFNet(5, T, layer=layer, pool=pool)), torch.randn(4, T, 3, H, W)
     if layer != "i3d":
         normal_temporal_weights(model, 0.01)  # away from the zeros of the initialisation
     embedding, logits = outputs = model(clips)
@@ -500,7 +517,7 @@ def test_what_the_rows_change_reaches_the_units():
     assert dimensions == [["s"], ["t"]]
     assert list(units("p3dc+fine+dynamic")[0].ffm) == ["t", "s"]
     for unit in units("strf-nofam"):
-        assert [type(ffm.masks[0]) for ffm in unit.ffm.values()] == 2 * [SelfProduct]
+        assert [type(ffm.masks[0]) for ffm in unit.ffm.values()] == 2 * [SelfProductMask]
     model = meta("p3dc+nonlocal")
     assert sum(isinstance(m, NonLocalBlock) for m in model.modules()) == 5
     assert not units("p3dc+nonlocal")
@@ -542,7 +559,7 @@ def test_every_setting_reaches_its_module():
     assert not units("strf-nofam", normalize=False)[0].ffm["t"].masks[0].normalize
     training = {"height", "width", "ids", "clips", "erase", "epochs", "lr", "lr_step"}
     training |= {"weight_decay", "weights", "margin", "epoch"}
-    assert set(strf.RECIPE) == {*changes, *training, "unit", "fam"}
+    assert set(strf.RECIPE) == {*changes, *training, "attention", "fam"}
 
 
 def test_the_printed_figures():
@@ -592,25 +609,28 @@ def test_the_printed_figures():
 @pytest.mark.parametrize(
     "make, says",
     [
-        (lambda: STRF(16, ("t-slow",)), "STRF takes one or more"),
-        (lambda: STRF(16, ()), "STRF takes one or more"),
-        (lambda: STRF(16, (FINE, FINE)), "each once"),
-        (lambda: STRF(16, order="t"), "order ts, st or parallel"),
-        (lambda: STRF(16, resolutions=(1, 2)), "an odd resolution"),
-        (lambda: STRF(16, resolutions=(-1, 3)), "an odd resolution"),
+        (lambda: STRF(16, factors=("t-slow",)), "factors must be one or more of t-dynamic"),
+        (lambda: STRF(16, factors=()), "factors must be one or more"),
+        (lambda: STRF(16, factors=(FINE, FINE)), "each once"),
+        (lambda: STRF(16, order="t"), "order must be ts, st or parallel, not t"),
+        (lambda: STRF(16, resolutions=(1, 2)), "an odd number from 1, not 2"),
+        (lambda: STRF(16, resolutions=(-1, 3)), "an odd number from 1, not -1"),
         (lambda: STRF(16, resolutions=(3, 1)), "r_tau <= r_sigma"),
         (lambda: STRF(16, resolutions=(3,)), "r_tau <= r_sigma"),
-        (lambda: STRF(16, pools=("max", "sum")), "pool max or avg"),
-        (lambda: STRF(16, pools=("max",)), "a pool for t and one for s"),
-        (lambda: STRF(8), "a reduction of 1 to 8, not t, max, 1 and 16"),
-        (lambda: STRF(8, reduction=0), "a reduction of 1 to 8"),
-        (lambda: FactorizedAttentionMask(16, "x", 1), "dimension t or s"),
-        (lambda: STRFNet(5, layer="2d"), "STRFNet takes layer"),
-        (lambda: STRFNet(5, stages=(5,)), "stages of 1 to 4"),
-        (lambda: STRFNet(5, unit="gc"), "unit strf or nonlocal"),
-        (lambda: STRFNet(5, unit="nonlocal", fam=False), "no FAM to leave out"),
-        (lambda: STRFNet(5, stages=(2,), blocks=(5, 6)), "stage 2 has blocks 1 to 4, none of"),
-        (lambda: STRFNet(5, blocks=()), "stage 2 has blocks 1 to 4, none of"),
+        (lambda: STRF(16, pools=("max", "sum")), "must be max or avg, not sum"),
+        (lambda: STRF(16, pools=("max",)), "one for time and one for space"),
+        (lambda: STRF(8), "the reduction of 8 channels must be from 1 to 8, not 16"),
+        (lambda: STRF(8, reduction=0), "from 1 to 8, not 0"),
+        (
+            lambda: FactorizedAttentionMask(16, dimension="x", resolution=1),
+            "dimension must be t or s, not x",
+        ),
+        (lambda: STRFNet(5, layer="2d"), "layer must be i3d, p3d-a, p3d-b or p3d-c, not 2d"),
+        (lambda: STRFNet(5, stages=(5,)), "stages must be numbers from 1 to 4"),
+        (lambda: STRFNet(5, attention="gc"), "attention must be strf or nonlocal, not gc"),
+        (lambda: STRFNet(5, attention="nonlocal", fam=False), "no FAM to leave out"),
+        (lambda: STRFNet(5, stages=(2,), blocks=(5, 6)), "stage 2 has blocks 1 to 4, and none of"),
+        (lambda: STRFNet(5, blocks=()), "stage 2 has blocks 1 to 4, and none of"),
     ],
 )
 def test_wrong_arguments(make, says):
@@ -622,11 +642,11 @@ def test_wrong_arguments(make, says):
     "flags, says",
     [
         (("--resolutions", 1), "r_tau <= r_sigma"),
-        (("--resolutions", 1, 4), "an odd resolution"),
-        (("--pools", "max"), "a pool for t and one for s"),
-        (("--factors",), "STRF takes one or more"),
-        (("--reduction", 512), "a reduction of 1 to 128"),
-        (("--unit", "nonlocal", "--no-fam"), "no FAM to leave out"),
+        (("--resolutions", 1, 4), "an odd number from 1, not 4"),
+        (("--pools", "max"), "one for time and one for space"),
+        (("--factors",), "factors must be one or more"),
+        (("--reduction", 512), "from 1 to 128, not 512"),
+        (("--attention", "nonlocal", "--no-fam"), "no FAM to leave out"),
         (("--stages", 1, "--blocks", 6), "stage 1 has blocks 1 to 3"),
         (("--stages", 5), "--stages"),
         (("--order", "tt"), "--order"),
@@ -663,14 +683,14 @@ def test_the_picture_has_the_masks_of_the_first_units(variant, masks, one_backbo
     frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     clips, seen = torch.randn(1, 4, 3, 64, 64), []
     for module in model.layer3.modules():
-        if type(module).__name__ in ("FactorizedAttentionMask", "SelfProduct"):
+        if type(module).__name__ in ("FactorizedAttentionMask", "SelfProductMask"):
             module.register_forward_hook(lambda own, x, m: seen.append(m))
     _, rows = strf.picture(model, clips, frames)
     stages = [2, 3] if masks else []
     assert [label[:7] for label in rows] == ["last ma", *(f"stage {n}" for n in stages)]
     assert [len(panels(0, 1)) for *_, panels in rows.values()] == [5] + [masks + 1] * len(stages)
     if masks:
-        shown, *_ = rows["stage 3: weights of the positions like the middle one, black"]
+        shown, *_ = rows["stage 3: mask weights for the centre position (black)"]
         for drawn, m in zip(shown, seen):
             H, W = drawn.shape
             own = m[0, :, H // 2 * W + W // 2].view(H, W)
