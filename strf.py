@@ -33,7 +33,7 @@ Notation:
   T_d^k, Eq. 2            features          pooled features, a matrix (c/n t) x (h w); the variable
                                             T is always the number of frames
   C_dk, Eq. 3             scores            similarities of the positions, (h w) x (h w)
-  M_dk, Eq. 1             mask              weights of the positions, (h w) x (h w)
+  M_dk, Eq. 1             mask, M           weights of the positions, (h w) x (h w)
   d = t or s              dimension         G pools over time (t) or over space (s)
   k = tau or varsigma     resolutions       a small or a large window of G; the code calls varsigma
                                             sigma, which in the paper is the softmax
@@ -121,14 +121,22 @@ from common import (Row, Run, at_least_float32, batch_hard_triplet, command_line
 from data import PKSampler, load_dataset, normalize, sample_strided, split_consecutive
 
 
-# --------------------------------------------------- Sec. 3.1, 3.2: feature factorization (FFM)
+# ------------------------------------------------- Sec. 3.1, Eq. 5, 7: feature factorization (FFM)
 
-def multiply_by_mask(f, mask):
-    """f M of Eq. 1, for maps f (B, T, C, H, W) and a mask (B, H*W, H*W). Returns maps like f."""
+def as_matrix(f):
+    """Maps f (B, T, C, H, W) as the matrix (B, C*T, H*W) of Sec. 3.1: a column is a position."""
     B, T, C, H, W = f.shape
-    f = f.movedim(2, 4).reshape(B, T, H * W, C).transpose(1, 2).reshape(B, H * W, T * C)
-    f = (mask.transpose(1, 2) @ f).view(B, H * W, T, C)
-    return f.transpose(1, 2).contiguous().view(B, T, H, W, C).movedim(4, 2)
+    return f.transpose(1, 2).reshape(B, C * T, H * W)
+
+
+def as_maps(matrix, shape):
+    """A matrix (B, C*T, H*W) as maps of this shape, (B, T, C, H, W): the inverse of as_matrix.
+
+    The maps are channels_last in memory, as all maps of the network are, so that later layers need
+    not copy them into this layout.
+    """
+    B, T, C, H, W = shape
+    return matrix.reshape(B, C, T, H, W).permute(0, 2, 3, 4, 1).contiguous().movedim(4, 2)
 
 
 class FeatureFactorizationModule(nn.Module):
@@ -140,7 +148,7 @@ class FeatureFactorizationModule(nn.Module):
     Args:
         masks: modules that compute a mask (B, H*W, H*W) from f. With one mask this is FFM(d, k).
 
-    Copy along: multiply_by_mask.
+    Copy along: as_matrix, as_maps.
     """
 
     def __init__(self, masks):
@@ -148,18 +156,12 @@ class FeatureFactorizationModule(nn.Module):
         self.masks = nn.ModuleList(masks)
 
     def forward(self, f):
-        # f M_tau + f M_sigma = f (M_tau + M_sigma), Eq. 5, 7: one product instead of two
-        mask = sum(mask(f) for mask in self.masks)
-        return multiply_by_mask(f, mask.to(f.dtype))
+        # f M_tau + f M_sigma = f (M_tau + M_sigma), Eq. 5, 7, which is one product instead of two
+        M = sum(mask(f) for mask in self.masks)
+        return as_maps(as_matrix(f) @ M.to(f.dtype), f.shape)             # f M, Eq. 1
 
 
 # --------------------------------------------------- Sec. 3.2: factorized attention masks and STRF
-
-def as_matrix(f):
-    """Maps f (B, T, C, H, W) as the matrix (B, C*T, H*W) of Sec. 3.1: a column is a position."""
-    B, T, C, H, W = f.shape
-    return f.transpose(1, 2).reshape(B, C * T, H * W)
-
 
 def pool_keeping_size(x, window, pool):
     """Max or average pooling with stride 1, which returns a tensor of the shape of x.
@@ -687,7 +689,7 @@ RECIPE = {  # flag: (value of the paper or our choice, of the quick run, help te
     "ids": (8, 4, "number of identities in a batch, P (our choice)"),
     "clips": (4, 2, "number of clips of each identity in a batch, K (our choice)"),
     "epoch": ("tracklets", "identities",
-              "what an epoch shows once (not in the paper; as in AP3D's code)",
+              "what an epoch goes through (not in the paper; as in AP3D's code)",
               ("tracklets", "identities")),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (240, 8, "number of training epochs (our choice)"),
@@ -702,10 +704,10 @@ RECIPE = {  # flag: (value of the paper or our choice, of the quick run, help te
     "layer": ("p3d-c", "p3d-c", "3D convolutions of the network (Sec. 4.1, Table 2)",
               ("i3d", "p3d-a", "p3d-b", "p3d-c")),
     "stages": ((2, 3), (2, 3),
-               "stages with STRF; without a number: the baseline (Sec. 4.2, Table 5)",
+               "stages with STRF; no number is the baseline (Sec. 4.2, Table 5)",
                range(1, 5)),
     "blocks": ((1, 3, 5), (1, 3, 5),
-               "blocks of each 3D stage that are 3D (deviates from the paper: all blocks)",
+               "3D blocks of each 3D stage (deviates from the paper, which has all: Sec. 4.1)",
                range(1, 7)),
     "attention": ("strf", "strf", "module in front of the temporal convolutions (Sec. 3.3)",
                   ("strf", "nonlocal")),
@@ -718,12 +720,12 @@ RECIPE = {  # flag: (value of the paper or our choice, of the quick run, help te
               "pooling of the temporal and of the spatial masks (Eq. 4, 6, Fig. 4 b)",
               ("max", "avg")),
     "order": ("ts", "ts",
-              "ts: time, then space; st: space, then time; or in parallel (Eq. 8, Fig. 4 c)",
+              "time, then space; space, then time; or in parallel (Eq. 8, Fig. 4 c)",
               ("ts", "st", "parallel")),
-    "reduction": (16, 16, "n, by which the masks' 1x1 convolutions H divide channels (Sec. 3.2)"),
+    "reduction": (16, 16, "n, by which the 1x1 convolutions H divide the channels (Sec. 3.2)"),
     "kappa": (4.0, 4.0, "kappa, factor of the similarities in front of the softmax (Eq. 3)"),
     "normalize": (True, True,
-                  "L2-normalise the columns of T (deviates from Eq. 3, for which say no)"),
+                  "L2-normalise the columns of T (deviates from Eq. 3: --no-normalize)"),
     "margin": (0.3, 0.3, "margin of the triplet loss with the cosine distance (our choice; Eq. 9)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities

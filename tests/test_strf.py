@@ -250,13 +250,60 @@ def test_strf_properties():
     # of equal positions the average is the same again
     same = f[:, :, :, :1, :1].expand(-1, -1, -1, 3, 4)
     close(ffm(same), same)
-    # two masks each, one after the other, no scaling
-    a = STRF(16, resolutions=(1, 1), order="ts").double()
-    b = STRF(16, factors=(DYNAMIC, FINE), order="parallel").double()
-    close(a(same), 4 * same)
-    close(b(same), 2 * same)
     assert sum(p.numel() for p in STRF(128).parameters()) == 4_096
     assert sum(p.numel() for p in STRF(256).parameters()) == 16_384
+
+
+@pytest.mark.parametrize("order", ["ts", "st", "parallel"])
+def test_a_constant_map_comes_out_fourfold(order):
+    """Two masks of each dimension, whose columns sum to one, added: 2 x 2 or 2 + 2."""
+    constant = torch.rand(2, 4, 16, 1, 1, dtype=torch.float64).expand(-1, -1, -1, 5, 4)
+    for resolutions in ((1, 1), (1, 3), (3, 5)):
+        for normalize in (True, False):
+            unit = STRF(16, resolutions=resolutions, order=order, normalize=normalize)
+            close(randomize(unit)(constant), 4 * constant)
+    close(STRF(16, factors=(COARSE,), order=order).double()(constant), constant)
+    # one mask of each dimension
+    factor = 2 if order == "parallel" else 1
+    close(STRF(16, factors=(DYNAMIC, FINE), order=order).double()(constant), factor * constant)
+    close(STRF(16, fam=False, order=order).double()(constant), factor * constant)
+
+
+def test_where_the_factor_of_four_goes():
+    """In I3D and P3D-A to the BatchNorm after the convolution, which removes it in training only;
+    in P3D-B and P3D-C into the gradient of the temporal kernel, which is zero at the start."""
+    constant = torch.rand(2, 4, 16, 1, 1, dtype=torch.float64).expand(-1, -1, -1, 5, 4)
+    frames = constant.flatten(0, 1)
+    point = nn.Conv2d(16, 16, 1, bias=False).double()  # keeps maps constant
+    makers = {"i3d": lambda strf: InflatedConv(point, 4, strf=strf).double()}
+    for kind in "abc":
+        makers[kind] = lambda strf, kind=kind: P3DConv(point, 4, kind, strf=strf).double()
+    for name, make in makers.items():
+        with_strf, plain = make(STRF(16)), make(None)
+        norm = nn.BatchNorm2d(16, eps=1e-15).double()
+        if name in ("i3d", "a"):
+            close(with_strf(frames), 4 * plain(frames))
+            close(norm(with_strf(frames)), norm(plain(frames)))
+            norm.reset_running_stats()
+            close(norm.eval()(with_strf(frames)), 4 * norm(plain(frames)))
+        else:
+            close(with_strf(frames), plain(frames))
+            for layer in (with_strf, plain):
+                layer(frames).square().sum().backward()
+            close(with_strf.temporal.weight.grad, 4 * plain.temporal.weight.grad)
+
+
+def test_dynamic_and_fine_are_one_architecture():
+    """Where r_tau is 1, as in Table 4, both of these networks are the same; the static and the
+    coarse one are not."""
+    f = maps(4, 16, 5, 4)
+    for a, b, same in ((DYNAMIC, FINE, True), (STATIC, COARSE, False)):
+        first = randomize(STRF(16, factors=(a,), resolutions=(1, 3)))
+        second = STRF(16, factors=(b,), resolutions=(1, 3)).double()
+        second.ffm["s"].load_state_dict(first.ffm["t"].state_dict())
+        assert torch.equal(first(f), second(f)) == same
+    for name in ("fine", "dynamic"):
+        assert meta(f"p3dc+{name}") and row_of(ROWS, f"p3dc+{name}").figures["mars"][0] == 85.20
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
@@ -485,6 +532,32 @@ def test_3d_variants_start_as_the_2d_network(variant, one_backbone):
 
 
 # --------------------------------------------------------------------------- recipe, rows and flags
+
+
+@pytest.mark.parametrize("variant", ["strf-p3dc", "strf-p3db"])
+def test_the_shapes_in_the_docstring(variant):
+    model, shapes = meta(variant), {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            shapes[name] = tuple(output.shape[-3:])
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(note(name))
+    model.eval()(torch.empty(1, 8, 3, 224, 112, device="meta"))
+    wanted = {"stem": (64, 56, 28), "layer1": (256, 56, 28), "layer2": (512, 28, 14)}
+    wanted |= {"layer3": (1024, 14, 7), "layer4": (2048, 14, 7)}
+    first, then = (128, 28, 14), (256, 14, 7)
+    wanted |= {"layer2.0.conv2.strf": first, "layer2.2.conv2.strf": first}
+    wanted |= {f"layer3.{i}.conv2.strf": then for i in (0, 2, 4)}
+    if variant == "strf-p3db":
+        wanted |= {"layer2.0.conv2.strf": (128, 56, 28), "layer3.0.conv2.strf": (256, 28, 14)}
+    for name, shape in wanted.items():
+        assert shapes[name] == shape, name
+        assert " x ".join(map(str, shape)) in STRFNet.__doc__
+    assert sum(isinstance(m, STRF) for m in model.modules()) == 5
 
 
 def units(variant, **changes):
