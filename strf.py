@@ -562,8 +562,8 @@ class STRFNet(nn.Module):
         stage 4  2048 x 14 x 7      3 blocks, without a stride
         2048 numbers after pooling; their mean over the frames, after the BN neck, is the embedding
 
-    (In block 1 of each stage of I3D and P3D-B, STRF comes before the stride: 128 x 56 x 28 and
-    256 x 28 x 14.) In a 3D block the middle one of the three convolutions changes:
+    (In I3D and P3D-B, the STRF in block 1 of stages 2 and 3 comes before the stride, and its shapes
+    are 128 x 56 x 28 and 256 x 28 x 14.) A 3D block changes the middle one of three convolutions:
 
         x -> 1x1 -> BN, ReLU -> middle -> BN, ReLU -> 1x1 -> BN -> + x -> ReLU
 
