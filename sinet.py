@@ -647,58 +647,122 @@ ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, r
 }
 
 
-def read_release(state):
-    """Networks that the authors' release has trained: see common.Release.
+# ----------------------------------------------------- the trained networks of the authors' release
 
-    Their names count the inserted modules as blocks of their stage, their kernels have a third
-    dimension of one frame, and their convolutions have biases: one in front of a BatchNorm is
-    taken off its running mean here, which gives the same.
+RELEASED_LAYERS = {  # name of a layer in the authors' networks: its name here
+    "conv1": "stem.0",
+    "bn1": "stem.1",
+    "bn": "neck",
+}
+RELEASED_PARTS = {  # the same for the parts of an inserted module: IDM
+    "chl_reduction.0": "g_i",
+    "chl_reduction.1": "bn_g",
+    "thw_reduction.0": "l_i",
+    "thw_reduction.1": "bn_l",
+    "thw_expansion.0": "l_d",
+    "chl_expansion.0": "g_d",
+    # SBM
+    "kernel.0": "kgm.attention.0",
+    "kernel.1": "kgm.attention.1",
+    "se.1": "cal.squeeze",
+    "se.3": "cal.excite",
+}
+
+
+def read_release(state):
+    """Converts a network that the authors' release has trained.
+
+    Args:
+        state: the state_dict of a file.
+
+    Returns (name of the row in ROWS, {setting: value} as the shapes tell them, state_dict with our
+    names), or None if the state_dict is not one of the authors' release.
     """
     if not {"conv1.bias", "bn.weight", "classifier.weight"} <= state.keys():
         return None
-    ours = {"conv1": "stem.0", "bn1": "stem.1", "bn": "neck", "classifier": "classifier",
-            "projection": "projection"}
-    parts = {"chl_reduction.0": "g_i", "chl_reduction.1": "bn_g", "thw_reduction.0": "l_i",
-             "thw_reduction.1": "bn_l", "thw_expansion.0": "l_d", "chl_expansion.0": "g_d",
-             "kernel.0": "kgm.attention.0", "kernel.1": "kgm.attention.1", "se.1": "cal.squeeze",
-             "se.3": "cal.excite"}
-    inserted = {key[:8] for key in state if key[9:].startswith(("thw_", "kernel"))}  # "layer2.2"
-    for key in state:
-        place, part = key[:8], key[9:].rpartition(".")[0]
-        if not place.startswith("layer"):
+    names = released_names(state)
+    model = renamed_weights(state, names)
+    fold_biases(state, names, model)
+    row, settings = released_settings(state, names)
+    return row, settings, model
+
+
+def released_names(state):
+    """{name of a layer in the authors' network: its name here}. In their names, an inserted module
+    counts as a block of its stage: layer2.2 is the IDM after our layer2.1."""
+    layers = {key.rpartition(".")[0] for key in state}
+    inserted = set()                                    # "layer2.2", ...
+    for layer in layers:
+        if layer.startswith("layer"):
+            stage, number, part = layer.split(".", 2)
+            if part.startswith(("thw_", "kernel")):
+                inserted.add(f"{stage}.{number}")
+    names = {}
+    for layer in layers:
+        if not layer.startswith("layer"):
+            names[layer] = RELEASED_LAYERS.get(layer, layer)
             continue
-        stage, number = place.split(".")
-        blocks = sum(f"{stage}.{i}" not in inserted for i in range(int(number)))  # before this one
-        if place in inserted:
-            ours[f"{place}.{part}"] = f"after.{stage}_{blocks}.0.{parts.get(part, part)}"
+        stage, number, part = layer.split(".", 2)
+        earlier = {f"{stage}.{i}" for i in range(int(number))}
+        blocks_before = len(earlier - inserted)
+        if f"{stage}.{number}" in inserted:
+            part = RELEASED_PARTS.get(part, part)
+            names[layer] = f"after.{stage}_{blocks_before}.0.{part}"
         else:
-            ours[f"{place}.{part}"] = f"{stage}.{blocks}.{part}"
+            names[layer] = f"{stage}.{blocks_before}.{part}"
+    return names
+
+
+def renamed_weights(state, names):
+    """The state_dict with our names. The authors' convolutions are 3-D with one frame in time, and
+    some of our linear layers are convolutions there."""
     linear = ("l_i", "l_d", "squeeze", "excite", "projection")
     model = {}
     for key, value in state.items():
         layer, _, kind = key.rpartition(".")
-        name = ours.get(layer, layer)
+        name = names[layer]
         if kind == "weight" and value.dim() > 2:
-            value = value.flatten(1) if name.endswith(linear) else value.squeeze(2)
+            if name.endswith(linear):
+                value = value.flatten(1)
+            else:
+                value = value.squeeze(2)
         model[f"{name}.{kind}"] = value
-    for key in state:
-        layer = key.removesuffix(".bias")
-        norm = f"{layer[:-1]}1" if layer.endswith(".0") else layer.replace("conv", "bn")
-        if layer != key and norm != layer and f"{norm}.running_mean" in state:
-            mean = f"{ours[norm]}.running_mean"
-            model[mean] = model[mean] - model.pop(f"{ours[layer]}.bias")
-    idms = sum(place.startswith("layer2") for place in inserted)
-    sbm = len(inserted) > idms
-    row = {(True, 2): "sinet", (True, 0): "base+sbm", (False, 2): "base+idm", (False, 0): "base"}
-    shaped = {"sbm": sbm, "idms": idms}
-    for key in state:
+    return model
+
+
+def fold_biases(state, names, model):
+    """Takes the biases out of `model` that our convolutions do not have. The BatchNorm after such a
+    convolution has it subtracted from its running mean, which gives the same results."""
+    for layer in names:
+        if layer.endswith(".0"):
+            norm = layer[:-1] + "1"                     # downsample.0: downsample.1
+        else:
+            norm = layer.replace("conv", "bn")          # conv2: bn2
+        if norm != layer and f"{layer}.bias" in state and f"{norm}.running_mean" in state:
+            mean = f"{names[norm]}.running_mean"
+            model[mean] = model[mean] - model.pop(f"{names[layer]}.bias")
+
+
+def released_settings(state, names):
+    """(name of the row in ROWS, {setting: value}) of the authors' network."""
+    places = {name.split(".")[1] for name in names.values() if name.startswith("after.")}
+    idms = sum(place.startswith("layer2") for place in places)
+    sbm = len(places) > idms
+    settings = {"sbm": sbm, "idms": idms}
+    for key, value in state.items():
         if key.endswith("chl_reduction.0.weight"):
-            shaped["reduction"] = state[key].shape[1] // len(state[key])
+            settings["reduction"] = value.shape[1] // value.shape[0]
         if key.endswith("se.1.weight"):
-            shaped["se_reduction"] = state[key].shape[1] // len(state[key])
+            settings["se_reduction"] = value.shape[1] // value.shape[0]
     if "projection.weight" not in state:
-        shaped["lambda2"] = 0.0
-    return row.get((sbm, idms), "sinet"), shaped, model
+        settings["lambda2"] = 0.0
+    rows = {  # (with SBMs, number of IDMs): row
+        (True, 2): "sinet",
+        (True, 0): "base+sbm",
+        (False, 2): "base+idm",
+        (False, 0): "base",
+    }
+    return rows.get((sbm, idms), "sinet"), settings
 
 
 RELEASE = Release(read_release, chunk={"lsvid": 48}, reduction=16, lambda2=0.001, scale="window",
