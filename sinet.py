@@ -3,77 +3,97 @@
 Bai, Ma, Chang, Huang, Chen. CVPR 2022.
 The authors' release: https://github.com/baist/SINet
 
-The frames of a clip tend to attend to the same salient region. SBM lets the first s frames find it
-and damps it in the later ones, which then attend to broader regions; what is lost is passed to the
-other frames. IDM makes every frame richer before: learnt low-rank matrices mix the whole clip.
+A plain ResNet attends to the same salient region in all frames of a clip. The Salient-to-Broad
+Module (SBM) finds that region in the former frames and suppresses it in the later ones, so that the
+network attends to broader regions there. Earlier in the network, the Integration-and-Distribution
+Module (IDM) enriches every frame: learnt low-rank matrices mix all positions of the clip.
 
     python sinet.py                           # a small run on synthetic data, on any machine
     python sinet.py --data mars --gpu 0       # the paper's recipe
-    python sinet.py --data mars --plan        # what that would train and test, without doing it
-    python sinet.py --data mars --evaluate --resume sinet.pth.tar   # the authors' trained network
-    python sinet.py --data mars --gpu 0 --variant base+sbm --k 5    # a row of its tables, changed
+    python sinet.py --data mars --plan        # prints what that would train and test, and exits
+    python sinet.py --data mars --evaluate --resume sinet.pth.tar   # tests the authors' network
+    python sinet.py --data mars --gpu 0 --variant base+sbm --beta 3 # a variant, one setting changed
+    python sinet.py --help                    # all variants, settings and other flags
 
-Sec. 3.1, Eq. 1-2          ChannelAttentionLayer (CAL)
-Sec. 3.1                   KernelGenerationModule (KGM)
-Sec. 3.1, Eq. 3-4          SuppressOperation (SO)
-Sec. 3.1, Eq. 5-6          CrossPropagationModule (CPM)
-Sec. 3.1, Fig. 2           SalientToBroadModule (SBM)
-Sec. 3.2, Eq. 7, Fig. 3    IntegrationDistributionModule (IDM)
-Sec. 4.5, Table 3          NonLocalBlock, GlobalContextBlock
-Sec. 3.3, Fig. 4           SINet
-Sec. 3.3, Eq. 8            losses, mutual_information_loss
-Sec. 4.2                   RECIPE, then SAMPLER, SAMPLE, SPLIT, METRIC; Tables 1 to 3, Fig. 5: ROWS
-A class is copied alone, or with what its docstring names under "copied with".
+Where each part of the paper is:
+  Sec. 3.1, Eq. 1-2          ChannelAttentionLayer (CAL)
+  Sec. 3.1                   KernelGenerationModule (KGM)
+  Sec. 3.1, Eq. 3-4          SuppressOperation (SO)
+  Sec. 3.1, Eq. 5-6          CrossPropagationModule (CPM)
+  Sec. 3.1, Fig. 2           SalientToBroadModule (SBM), which joins these four
+  Sec. 3.2, Eq. 7, Fig. 3    IntegrationDistributionModule (IDM)
+  Sec. 4.5, Table 3          NonLocalBlock, GlobalContextBlock
+  Sec. 3.3, Fig. 4           SINet
+  Sec. 3.3, Eq. 8            losses, mutual_information_loss
+  Sec. 4.2                   RECIPE, SAMPLER, SAMPLE, SPLIT, METRIC (flips and erasing: TrainClips
+                             in data.py; means of clips and ranking: evaluate in common.py)
+  Tables 1-3, Fig. 5         ROWS
+  Fig. 1, Fig. 6             picture
+Every class can be copied into another project. The docstring says what to copy with it.
 
-Deviations from the paper (its sentence, what we do, the flag for the paper's form):
-  Eq. 3         "softmax(Q * K)": the response is divided by k^2, a mean over the window, as in the
-                authors' release, from which the paper's results come. On the plain sum the softmax
-                is one-hot: S damps one cell, and hardly any gradient reaches KGM. --scale none. The
-                small run divides by sqrt(c), too, because it starts from random weights.
+Deviations from the paper (what the paper says; what we do and why; the flag for the paper's form):
+  Eq. 3         The paper has softmax(Q * K). We divide the response by k^2, which makes it a mean
+                over the window, as in the authors' release, from which the paper's results come. On
+                the plain sum the softmax is one-hot: S suppresses a single position, and hardly any
+                gradient reaches KGM. --scale none restores the plain sum. The small run divides by
+                sqrt(c), too, because it starts from random weights.
+  Fig. 1, 6     The paper shows class activation maps. --figure shows the root mean square of the
+                last feature maps over their channels, which needs no class; there is no flag.
 
-Unspecified in the paper; our choice (the authors' release is named where the choice follows it):
-  KGM           1x1 convolution to k^2 maps, BatchNorm, ReLU; the L1 norms have an eps, so that an
-                all-zero map gives S = 1
-  Eq. 1         w_ctr for each clip, without gradient
-  SE            one vector for each clip, without biases; --se-reduction 4 as the release (the
-                cited block has 16; the paper's 0.014 GFLOPs of SBM fit 16, or no SE)
-  convolution   replicate padding
-  IDM           no bias and no BatchNorm, as Eq. 7; G^D starts at zero; one IDM: after block 4 of
-                layer2, three: after blocks 2, 3, 4
-  "evenly"      SBM after blocks 2, 4, 6 of layer3; "Same Pos.": all three after block 6
-  pooling       the maximum over the last map of a frame, then the mean over frames (release)
-  L_mi          is in a supplement: see mutual_information_loss; it takes the frame vectors after
-                the neck (release) through a linear layer (an addition); rows without SBM, for whose
-                differences between frames it is made, go without it (release): --lambda2
-  triplet       on the embedding after the BN neck, cosine distance, margin 0.3
-  backbone      the last stride of ResNet-50 is removed
-  an epoch      shows all tracklets, in groups of K of one identity (release): 235 steps on MARS;
-                --epoch identities: every identity once, 79 steps
-  resizing      bicubic (release)
-  test clips    one frame of each of T equal parts, in order, as in training; every frame is used,
-                some twice where T does not divide the length (10 frames: 3 clips of 4)
-  pieces        LS-VID's training tracklets are cut into pieces of 48 frames (release): --chunk 0
-  Table 3       at both IDM places Non-local with half the channels, GC block with reduction 16;
-                Non-local (1): the mean over all positions; (inverse): softmax of -affinity
-  GFLOPs        no count of matrix products gives the 1.081 that Sec. 4.5 prints for two IDMs (ours:
-                1.074), and no place and width that we tried the 2.216 for two Non-local blocks
-  Fig. 5        gives only the peaks, k = 3 and reduction 4; the other values, and the network
-                without the other module, are our guess
+Unspecified in the paper; our choice, which follows the authors' release where (release) is added:
+  KGM           The attention is a 1x1 convolution to k^2 maps, BatchNorm and ReLU. The L1 norms
+                have an eps: attention of zero everywhere gives a kernel of zeros, and then S = 1.
+  Eq. 1         w_ctr is computed for each clip, and no gradient flows through it.
+  SE            w_se is computed for each clip, by two linear layers without biases. Its reduction
+                is 4 (release). The block that the paper cites has 16, and the paper's 0.014 GFLOPs
+                of SBM fit 16 or no SE block: --se-reduction 16.
+  Eq. 3         The convolution has replicate padding.
+  IDM           It has neither biases nor BatchNorm, as in Eq. 7, and G^D starts at zero. One IDM
+                follows block 4 of layer2; three IDMs follow blocks 2, 3 and 4.
+  SBM           "Plugged evenly into the third layer" is after blocks 2, 4 and 6. In "Same Pos." of
+                Table 3 all three SBMs follow block 6.
+  pooling       Max pooling over the last feature map of each frame, then the mean over the frames
+                (release).
+  L_mi          The paper defines it in a supplement that we do not have; mutual_information_loss is
+                our reading. It takes the frames' vectors after the BN neck (release) and a linear
+                layer, which the paper does not mention. Variants without SBM are trained without it
+                (release, --lambda2 0), because it keeps up the differences that SBM makes.
+  triplet       The loss takes the embedding after the BN neck, the cosine distance and a margin
+                of 0.3.
+  backbone      The stride of ResNet-50's layer4 is 1.
+  epoch         One epoch visits all tracklets, in groups of K of one identity (release), which are
+                235 steps on MARS. --epoch identities visits every identity once, in 79 steps.
+  resizing      Frames are resized by bicubic interpolation (release).
+  test clips    A tracklet is cut into T equal parts, as in training, and each clip takes one frame
+                of each part, in their order. All frames are used, and some twice where T does not
+                divide the length: 10 frames give 3 clips of 4.
+  pieces        LS-VID's training tracklets are cut into pieces of 48 frames (release); --chunk 0
+                keeps them whole.
+  Table 3       Non-local blocks with half the channels inside, or GC blocks with a reduction of 16,
+                replace both IDMs. "Non-local (1)" is the mean over all positions, and "Non-local
+                (inverse)" the softmax of the negated affinity.
+  GFLOPs        We count 1.074 for two IDMs; no count of matrix products gives the 1.081 of Sec.
+                4.5. No place and width of two Non-local blocks that we tried gives their 2.216.
+  Fig. 5        The text gives only the best values, k = 3 and reduction 4. The other values are our
+                guess, and so are (a) a network without IDMs and (b) a network without SBMs.
 
-The authors' release departs from the paper's equations. --release follows it in these points, which
-its trained networks need, and sets --reduction 16 --lambda2 0.001 --scale window --pool max:
-  IDM           BN(G^I F), BN(L^I y), a ReLU at the end, biases; reduction 16 (Fig. 5b: 4 is best)
-  CPM           means, those of the later frames weighted by 1 - S, where Eq. 5-6 have sums
-  SE            has biases, and so has the classifier
-  the stem      pools without padding: 63x31 maps of 256x128 frames, not 64x32
-  L_mi          0.001 times its sum over the identities of a batch, not 0.01 times its mean
-It also departs here, which --release does not follow:
-  batches       of 8 groups, of which about 7 % hold one identity twice; BatchNorm's statistics are
-                those of half a batch, on each of two GPUs
-  random parts  training clips: T parts of floor(n / T) frames, the last one with the remainder
-  test clips    a tracklet is filled up to a multiple of T with copies of its last frames
-  erasing       another box in each frame, with 1 - p as the probability
-  results       of the best epoch on the test set; here of the last epoch
+The authors' release departs from the paper's equations. --release builds the network with these
+differences, which their trained networks need, and sets --reduction 16 --lambda2 0.001
+--scale window --pool max:
+  IDM           BatchNorms after G^I and L^I, a ReLU at the end, and biases. Its reduction is 16,
+                although Fig. 5b finds 4 best.
+  CPM           Means instead of the sums of Eq. 5-6. That of the later frames is weighted by 1 - S.
+  SE            Its linear layers have biases, and so has the classifier.
+  stem          The max pooling has no padding: frames of 256x128 give maps of 63x31, not of 64x32.
+  L_mi          It is summed over the identities of a batch and weighted by 0.001, in place of a
+                mean that is weighted by 0.01.
+The authors' release also departs in these points, which --release does not follow:
+  batches       A batch has 8 groups of K clips, and about 7 % of the batches hold one identity
+                twice. Two GPUs have half a batch each, of which BatchNorm takes the statistics.
+  train clips   Each of the T parts has floor(n / T) frames; the last one has the remainder, too.
+  test clips    A tracklet is filled up to a multiple of T with copies of its last frames.
+  erasing       Each frame has another box, and the probability is 1 - p.
+  results       They are those of the best epoch on the test set; ours are those of the last epoch.
 """
 import math
 
@@ -87,21 +107,33 @@ from common import (Release, Row, Run, at_least_float32, batch_hard_triplet, com
 from data import PKSampler, load_dataset, normalize, sample_segments, split_segments
 
 
-# ---------------------------------------------------------------- Sec. 3.1: salient-to-broad module
+# ---------------------------------------------------------------- Sec. 3.1: Salient-to-Broad Module
+
+def gap(x, dims: tuple[int, ...]):
+    """Global average pooling, GAP in Eq. 1, 5 and 6: the mean over `dims`, which keep size 1.
+
+    The result is at least float32, because float16 cannot hold the sums of large maps.
+    """
+    return x.mean(dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+
 
 class ChannelAttentionLayer(nn.Module):
-    """CAL, Eq. 1-2: keeps the channels that look at the centre, weighed by squeeze-and-excitation.
+    """CAL, Eq. 1-2: keeps the channels that are stronger in the centre of the maps than on the
+    whole, and weights them by squeeze-and-excitation.
 
-    X (B, T, C, H, W), H, W >= 3 -> w_ctr w_se (B, 1, C, 1, 1). Raises ValueError for smaller maps
-    and for an impossible reduction.
+    Input: X (B, T, C, H, W), H and W at least 3. Output: w_ctr w_se X (B, T, C, H, W), whose first
+    s frames are P and whose others are Q in Eq. 2. Copy with: gap.
 
     Args:
         channels: C.
-        reduction: C is divided by it inside the squeeze-and-excitation, 1 to C.
-        release: True gives its two layers biases, as the authors' release has them.
+        reduction: ratio by which the squeeze-and-excitation reduces the channels, 1 to C.
+        release: True gives the two layers of the squeeze-and-excitation biases, as in the authors'
+            release.
+
+    Raises ValueError for a reduction out of range, and for maps that are smaller than 3x3.
     """
 
-    def __init__(self, channels, *, reduction=4, release=False):
+    def __init__(self, channels: int, *, reduction: int = 4, release: bool = False):
         super().__init__()
         if not 1 <= reduction <= channels:
             raise ValueError(f"CAL takes a reduction of 1 to {channels}, not {reduction}")
@@ -109,72 +141,96 @@ class ChannelAttentionLayer(nn.Module):
         self.excite = nn.Linear(channels // reduction, channels, bias=release)
 
     def forward(self, x):
-        _, T, _, H, W = x.shape
+        H, W = x.shape[3:]
         if min(H, W) < 3:
             raise ValueError(f"CAL needs maps of at least 3x3, not {H}x{W}")
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x_sum = sum(frame.to(dtype) for frame in x.detach().unbind(1))
-        from_first = x_sum - x_sum[..., :1, :1]            # all equal: 0 < 0, without rounding
-        w_ctr = from_first.mean((2, 3)) < from_first[..., 1:-1, 1:-1].mean((2, 3))  # Eq. 1
-        # the gradient of a sum is cheaper than a mean's; float16 could not hold the sum
-        mean = (x.sum((1, 3, 4), dtype=dtype) / (T * H * W)).to(x.dtype)
-        w_se = self.excite(self.squeeze(mean).relu()).sigmoid()
-        return (w_ctr * w_se)[:, None, :, None, None]
+        all_but_channels = (1, 3, 4)
+        # Without their corner value, constant maps are exactly 0: rounding cannot make Eq. 1 true.
+        maps = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        maps = maps - maps[..., :1, :1]
+        no_pad = maps[..., 1:-1, 1:-1]
+        w_ctr = gap(maps, all_but_channels) < gap(no_pad, all_but_channels)       # Eq. 1
+        squeezed = gap(x, all_but_channels).to(x.dtype).flatten(1)
+        w_se = self.excite(self.squeeze(squeezed).relu()).sigmoid()
+        return w_ctr * w_se[:, None, :, None, None] * x                           # Eq. 2
 
 
 class KernelGenerationModule(nn.Module):
-    """KGM: gathers the salient features of the former frames into a k x k kernel, K = P A_p^T.
+    """KGM, K = P A_p^T: gathers the salient features of the former frames in a k x k kernel.
 
-    P (B, s, C, H, W) -> K (B, k*k, C), the taps in row-major order. kernel_size: k, odd and at
-    least 1 (ValueError).
+    Input: P (B, s, C, H, W). Output: K (B, k*k, C), the positions in the window row by row.
+
+    Args:
+        channels: C.
+        kernel_size: k, odd and at least 1.
+
+    Raises ValueError for another kernel_size.
     """
 
-    def __init__(self, channels, kernel_size=3):
+    def __init__(self, channels: int, *, kernel_size: int = 3):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"KGM takes an odd kernel size of at least 1, not {kernel_size}")
-        taps = kernel_size ** 2
+        num_maps = kernel_size ** 2
         self.attention = nn.Sequential(
-            nn.Conv2d(channels, taps, 1, bias=False), nn.BatchNorm2d(taps), nn.ReLU())
+            nn.Conv2d(channels, num_maps, 1, bias=False), nn.BatchNorm2d(num_maps), nn.ReLU())
 
     def forward(self, p):
-        a = self.attention(p.flatten(0, 1)).unflatten(0, p.shape[:2])     # (B, s, k*k, H, W)
-        a = a.to(torch.promote_types(a.dtype, torch.float32))             # eps is 0 in float16
-        a = F.normalize(a, p=1, dim=2)                                    # over the k*k maps,
-        a = F.normalize(a.transpose(1, 2).flatten(2), p=1, dim=2)         # then over s*H*W
-        return a.to(p.dtype) @ p.movedim(2, 4).flatten(1, 3)              # K = P A_p^T
+        B, s = p.shape[:2]
+        a_p = self.attention(p.flatten(0, 1)).unflatten(0, (B, s))        # (B, s, k*k, H, W)
+        # F.normalize divides by at least 1e-12, which is 0 in float16
+        a_p = a_p.to(torch.promote_types(a_p.dtype, torch.float32))
+        a_p = F.normalize(a_p, p=1, dim=2)                                # over the k*k maps,
+        a_p = a_p.transpose(1, 2).flatten(2)                              # (B, k*k, s*H*W)
+        a_p = F.normalize(a_p, p=1, dim=2)                                # then over s*H*W
+        p = p.movedim(2, 4).flatten(1, 3)                                 # (B, s*H*W, C)
+        return a_p.to(p.dtype) @ p                                        # K = P A_p^T
 
 
 def conv_by_matmul(q, kernel):
-    """Q * K: the frames (B, L, C, H, W) convolved with their clip's kernel (B, k*k, C), replicate
-    padding -> (B*L, H, W), at least float32.
+    """Q * K of Eq. 3: convolves the frames of each clip with the clip's own kernel.
 
-    The response of every pixel to every tap is one matrix product; the shifted taps are added.
+    One matrix product gives the response of every pixel to every position of the window, which is
+    much faster than a convolution with a kernel for each clip. The k*k maps of responses are then
+    shifted and added. The padding is replicate padding.
+
+    Input: Q (B, L, C, H, W), K (B, k*k, C). Output: (B*L, H, W), at least float32.
     """
-    (B, L, C, H, W), k = q.shape, math.isqrt(kernel.shape[1])
-    taps = q.movedim(2, 4).reshape(B, L * H * W, C) @ kernel.transpose(1, 2)
-    taps = taps.to(torch.promote_types(taps.dtype, torch.float32)).view(B * L, H, W, k * k)
-    for dim, size in ((1, H), (2, W)):         # torch.compile cannot take F.pad's (2.15)
-        places = torch.arange(-(k // 2), size + k // 2, device=taps.device).clamp(0, size - 1)
-        taps = taps.index_select(dim, places)
-    return sum(taps[:, i // k:i // k + H, i % k:i % k + W, i] for i in range(k * k))
+    B, L, C, H, W = q.shape
+    k = math.isqrt(kernel.shape[1])
+    responses = q.movedim(2, 4).reshape(B, L * H * W, C) @ kernel.transpose(1, 2)
+    responses = responses.to(torch.promote_types(responses.dtype, torch.float32))
+    responses = responses.view(B * L, H, W, k * k)
+    # replicate padding by indices, because torch.compile cannot take F.pad's (torch 2.15)
+    rows = torch.arange(-(k // 2), H + k // 2, device=q.device).clamp(0, H - 1)
+    columns = torch.arange(-(k // 2), W + k // 2, device=q.device).clamp(0, W - 1)
+    responses = responses.index_select(1, rows).index_select(2, columns)
+    total = 0
+    for i in range(k):
+        for j in range(k):
+            total = total + responses[:, i:i + H, j:j + W, i * k + j]
+    return total
 
 
 class SuppressOperation(nn.Module):
-    """SO, Eq. 3-4: damps the later frames where they respond to the kernel of the former ones.
+    """SO, Eq. 3-4: finds where the later frames respond to the kernel of the former ones, and gives
+    the factor S that suppresses them there.
 
-    Q (B, L, C, H, W), K (B, k*k, C) -> S (B, L, 1, H, W) in (0, 1].
-    Copied with conv_by_matmul. Raises ValueError for another beta or scale.
+    Input: Q (B, L, C, H, W) of the L = T - s later frames, K (B, k*k, C). Output: S (B, L, 1, H, W)
+    in (0, 1]. R of Eq. 3 has one value for each position of each later frame, H x W per frame, and
+    a mean of 1 / (H W) in each frame. S is 1 where R is at most this mean, and falls to e^-beta
+    where R is far above it. Copy with: conv_by_matmul.
 
     Args:
         beta: strength of the suppression, above 0.
-        scale: how the response of Eq. 3 is scaled before the softmax. "none": not at all, as the
-            paper prints it. "window": divided by k^2, so that it is a mean over the window, as in
-            the authors' release. "window+channels": divided by sqrt(C), too, which a network needs
-            that starts from random weights.
+        scale: what the response Q * K is divided by before the softmax. "none": by nothing, as in
+            the paper. "window": by k^2, which makes it a mean over the window, as in the authors'
+            release. "window+channels": by k^2 sqrt(C), which a training from random weights needs.
+
+    Raises ValueError for another beta or scale.
     """
 
-    def __init__(self, *, beta=5.0, scale="window"):
+    def __init__(self, *, beta: float = 5.0, scale: str = "window"):
         super().__init__()
         if not 0 < beta < math.inf:
             raise ValueError(f"SO takes a beta above 0, not {beta}")
@@ -185,86 +241,104 @@ class SuppressOperation(nn.Module):
 
     def forward(self, q, kernel):
         B, L, C, H, W = q.shape
-        taps = kernel.shape[1]
-        # the kernel is divided before the product, whose sums float16 could not hold otherwise
-        response = conv_by_matmul(q, kernel / (taps * math.sqrt(C)))              # Q * K
+        window = kernel.shape[1]                                          # k^2
+        # The kernel is divided before the product, so that float16 can hold the product's sums.
+        # The response is float32 and takes back the factors that the scale does not ask for.
+        response = conv_by_matmul(q, kernel / (window * math.sqrt(C)))            # Q * K
         if self.scale == "window":
             response = response * math.sqrt(C)
         elif self.scale == "none":
-            response = response * taps * math.sqrt(C)
-        # R = softmax(Q * K)                                                      # Eq. 3
-        # S = exp(beta * min(1 / (H W R) - 1, 0))                                 # Eq. 4
-        # from log R, so that a vanishing R gives no 0 * inf
+            response = response * window * math.sqrt(C)
+        # R = softmax(Q * K)                                                        Eq. 3
+        # S = exp(beta * min(1 / (H W R) - 1, 0))                                   Eq. 4
+        # From log R, because an R that vanishes would give 0 * inf in the gradient. With
+        # x = log(1 / (H W R)), expm1(x) is 1 / (H W R) - 1, and negative where x is.
         log_r = response.flatten(1).log_softmax(1)
-        s = torch.exp(self.beta * torch.expm1((-log_r - math.log(H * W)).clamp(max=0)))
-        return s.view(B, L, 1, H, W).to(q.dtype)
+        x = -log_r - math.log(H * W)
+        suppression = torch.exp(self.beta * torch.expm1(x.clamp(max=0)))
+        return suppression.view(B, L, 1, H, W).to(q.dtype)
 
 
 class CrossPropagationModule(nn.Module):
-    """CPM, Eq. 5-6: former frames get what suppression took from the later ones, and the later ones
-    get what the former frames show.
+    """CPM, Eq. 5-6: gives the former frames the mean that suppression removed, and the later frames
+    the former ones' mean.
 
-    Former X (B, s, C, H, W), later X (B, L, C, H, W), their suppression S (B, L, 1, H, W)
-    -> Z (B, s + L, C, H, W).
+    Input: the former X (B, s, C, H, W), the later X (B, L, C, H, W) and their suppression S
+    (B, L, 1, H, W). Output: Z (B, s + L, C, H, W). Copy with: gap.
 
     Args:
-        alpha: degree of the propagation, 0 for none.
-        release: False takes the sums of Eq. 5-6. True takes means, as the authors' release does:
-            over the former frames, and over the later positions weighted by 1 - S.
+        alpha: degree of the propagation; 0 for none.
+        release: False adds up the means of the frames, as in Eq. 5-6. True averages them, as in the
+            authors' release: over the former frames, and over the positions of the later ones with
+            weights of 1 - S.
     """
 
-    def __init__(self, *, alpha=0.1, release=False):
+    def __init__(self, *, alpha: float = 0.1, release: bool = False):
         super().__init__()
         self.alpha = alpha
         self.release = release
 
-    def forward(self, former, later, s):
-        def gap(x):                                     # summed over the frames
-            dtype = torch.promote_types(x.dtype, torch.float32)   # float16 cannot hold the sum
-            return x.sum((1, 3, 4), True, dtype=dtype) / (x.shape[3] * x.shape[4])
-        y = s * later
-        lost, seen = gap(later) - gap(y), gap(former)                             # Eq. 5, 6
+    def forward(self, former, later, suppression):
+        pixels = (3, 4)
+        y = suppression * later                                                   # Y = S X
+        removed = gap(later - y, pixels).sum(1, keepdim=True)                     # of Eq. 5
+        salient = gap(former, pixels).sum(1, keepdim=True)                        # of Eq. 6
         if self.release:
-            lost = lost / gap(1 - s).clamp(min=1e-6)
-            seen = seen / former.shape[1]
-        lost = lost.expand(-1, former.shape[1], -1, -1, -1)
-        seen = seen.expand(-1, later.shape[1], -1, -1, -1)
-        z = torch.cat([former.movedim(2, 4), y.movedim(2, 4)], 1)         # stays channels_last
-        z.add_(self.alpha * torch.cat([lost, seen], 1).movedim(2, 4))             # Eq. 5-6
-        return z.movedim(4, 2)
+            weights = gap(1 - suppression, pixels).sum(1, keepdim=True)
+            removed = removed / weights.clamp(min=1e-6)
+            salient = salient / former.shape[1]
+        z_former = former + (self.alpha * removed).to(former.dtype)               # Eq. 5
+        z_later = y + (self.alpha * salient).to(y.dtype)                          # Eq. 6
+        return torch.cat([z_former, z_later], 1)
+
+
+def channels_last(x):
+    """Maps (B, T, C, H, W), unchanged, but in the memory order of the ResNet blocks around a module
+    (channels_last on frames), and their gradient, too.
+
+    Slices and torch.cat leave another order, which every block on the way would copy back. Going
+    through one dimension in the order (B, T, H, W, C) fixes it, forwards and backwards.
+    """
+    _, T, C, H, W = x.shape
+    return x.movedim(2, 4).flatten().view(-1, T, H, W, C).movedim(4, 2)
 
 
 class SalientToBroadModule(nn.Module):
-    """SBM, Fig. 2: the frames after the first s attend to broader regions than the first s do.
+    """SBM, Fig. 2: suppresses in the later frames the salient region of the first s frames.
 
-    X (B, T, C, H, W) -> Z (B, T, C, H, W), T > split, H and W at least 3 (any size without CAL).
-    Copied with the four classes above and conv_by_matmul. Raises ValueError for an impossible
-    split, kernel_size, beta or reduction.
+    Input: X (B, T, C, H, W), T above s; with CAL, H and W at least 3. Output: Z, of the same shape.
+    Copy with: gap, ChannelAttentionLayer, KernelGenerationModule, conv_by_matmul,
+    SuppressOperation, CrossPropagationModule and channels_last.
 
     Args:
         channels: C.
-        split: s, the number of former frames.
-        kernel_size: k, odd.
-        beta: strength of the suppression, above 0.
-        alpha: degree of the propagation.
-        reduction: of CAL's squeeze-and-excitation, 1 to C.
-        cal: False leaves CAL out.
-        cpm: False leaves CPM out.
-        scale: of the response in Eq. 3, see SuppressOperation.
-        release: True takes CAL and CPM as the authors' release has them.
+        split: s, the number of former frames, at least 1.
+        kernel_size: k of the kernel that KGM generates, odd and at least 1.
+        beta: strength of the suppression in SO, above 0.
+        alpha: degree of the propagation in CPM.
+        se_reduction: ratio by which the squeeze-and-excitation in CAL reduces the channels, 1 to C.
+        cal: False leaves CAL out, so that P and Q are X.
+        cpm: False leaves the propagation out, so that Z has the former X and the later Y.
+        scale: what SO divides the response by: "none", "window" (k^2) or "window+channels"
+            (k^2 sqrt(C)).
+        release: True builds CAL and CPM as in the authors' release.
+
+    Raises ValueError for a split, kernel_size, beta, se_reduction or scale out of range, and for
+    maps with too few frames, with another number of channels, or too small for CAL.
     """
 
-    def __init__(self, channels, split, *, kernel_size=3, beta=5.0, alpha=0.1, reduction=4,
-                 cal=True, cpm=True, scale="window", release=False):
+    def __init__(self, channels: int, split: int, *, kernel_size: int = 3, beta: float = 5.0,
+                 alpha: float = 0.1, se_reduction: int = 4, cal: bool = True, cpm: bool = True,
+                 scale: str = "window", release: bool = False):
         super().__init__()
-        if split < 1 or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"SBM needs split >= 1 and an odd k, not {split} and {kernel_size}")
+        if split < 1:
+            raise ValueError(f"SBM takes a split of at least 1, not {split}")
         self.channels = channels
         self.split = split
         self.cal = None
         if cal:
-            self.cal = ChannelAttentionLayer(channels, reduction=reduction, release=release)
-        self.kgm = KernelGenerationModule(channels, kernel_size)
+            self.cal = ChannelAttentionLayer(channels, reduction=se_reduction, release=release)
+        self.kgm = KernelGenerationModule(channels, kernel_size=kernel_size)
         self.so = SuppressOperation(beta=beta, scale=scale)
         self.cpm = CrossPropagationModule(alpha=alpha if cpm else 0.0, release=release)
 
@@ -274,44 +348,53 @@ class SalientToBroadModule(nn.Module):
             raise ValueError(f"SBM with split {s} needs more than {s} frames, not {x.shape[1]}")
         if x.shape[2] != self.channels:
             raise ValueError(f"SBM was built for {self.channels} channels, not {x.shape[2]}")
-        parts = x.movedim(2, 4).split((s, x.shape[1] - s), 1)             # stays channels_last
-        former, later = (part.movedim(4, 2) for part in parts)
-        w = self.cal(x) if self.cal else x.new_ones(1, 1, x.shape[2], 1, 1)
-        kernel = self.kgm(w * former)                                     # P = w X, Eq. 2
-        damped = self.so(later, w[..., 0, 0] * kernel)                    # (w X) * K = X * (w K)
-        return self.cpm(former, later, damped)
+        x = channels_last(x)
+        weighted = x
+        if self.cal is not None:
+            weighted = self.cal(x)
+        p, q = weighted[:, :s], weighted[:, s:]                                   # Eq. 2
+        kernel = self.kgm(p)
+        suppression = self.so(q, kernel)                                          # Eq. 3-4
+        z = self.cpm(x[:, :s], x[:, s:], suppression)                             # Eq. 5-6
+        return channels_last(z)
 
 
-# ---------------------------------------------------- Sec. 3.2: integration and distribution module
+# ---------------------------------------------------- Sec. 3.2: Integration-and-Distribution Module
 
 class IntegrationDistributionModule(nn.Module):
-    """IDM, Eq. 7: F' = G^D G^I F (L^I L^D + I), plus F; mixes channels (G) and all positions (L).
+    """IDM, Eq. 7: F' = G^D G^I F (L^I L^D + I), plus F, which mixes the channels (G) and all
+    m = T*H*W positions of a clip (L).
 
-    X (B, T, C, H, W) -> (B, T, C, H, W), only of the m = T*H*W it was built for (ValueError).
-    Starts as identity; with release as ReLU, which leaves a stage's maps as they are.
+    Input: X (B, T, C, H, W), T*H*W being the m that it was built for. Output: of the same shape. It
+    starts as the identity. With release it starts as a ReLU, which does not change the maps of a
+    ResNet stage.
 
     Args:
         channels: C.
-        frames, height, width: T, H, W.
-        reduction: c / c' and m / m', 1 to the smaller one of C and m = T*H*W (ValueError).
+        frames, height, width: T, H and W of the maps.
+        reduction: c / c' and m / m', 1 to the smaller one of C and m.
         release: True takes the form of the authors' release, y = BN(G^I F),
             F' = ReLU(G^D (L^D BN(L^I y) + y) + F), with biases where no BatchNorm follows.
+
+    Raises ValueError for a reduction out of range, and for maps of other sizes.
     """
 
-    def __init__(self, channels, frames, height, width, *, reduction=4, release=False):
+    def __init__(self, channels: int, frames: int, height: int, width: int, *, reduction: int = 4,
+                 release: bool = False):
         super().__init__()
         m = frames * height * width
         if not 1 <= reduction <= min(channels, m):
             raise ValueError(f"IDM takes a reduction of 1 to {min(channels, m)}, for {channels} "
                              f"channels and {m} positions, not {reduction}")
-        inner, inner_m = channels // reduction, m // reduction
-        self.g_i = nn.Conv2d(channels, inner, 1, bias=False)
-        self.l_i = nn.Linear(m, inner_m, bias=False)
-        self.l_d = nn.Linear(inner_m, m, bias=release)
-        self.g_d = nn.Conv2d(inner, channels, 1, bias=release)
+        reduced_channels = channels // reduction                          # c'
+        reduced_m = m // reduction                                        # m'
+        self.g_i = nn.Conv2d(channels, reduced_channels, 1, bias=False)
+        self.l_i = nn.Linear(m, reduced_m, bias=False)
+        self.l_d = nn.Linear(reduced_m, m, bias=release)
+        self.g_d = nn.Conv2d(reduced_channels, channels, 1, bias=release)
         # Eq. 7 is linear: it has neither BatchNorm nor ReLU
-        self.bn_g = nn.BatchNorm2d(inner) if release else nn.Identity()
-        self.bn_l = nn.BatchNorm1d(inner_m) if release else nn.Identity()
+        self.bn_g = nn.BatchNorm2d(reduced_channels) if release else nn.Identity()
+        self.bn_l = nn.BatchNorm1d(reduced_m) if release else nn.Identity()
         self.relu = nn.ReLU() if release else nn.Identity()
         nn.init.zeros_(self.g_d.weight)
         if release:
@@ -323,24 +406,32 @@ class IntegrationDistributionModule(nn.Module):
             raise ValueError(f"IDM was built for {self.l_i.in_features} positions, not {T}x{H}x{W}")
         if C != self.g_i.in_channels:
             raise ValueError(f"IDM was built for {self.g_i.in_channels} channels, not {C}")
-        f = self.bn_g(self.g_i(x.flatten(0, 1)))                                  # G^I F
+        # F' = G^D G^I F (L^I L^D + I)                                              Eq. 7
+        f = self.bn_g(self.g_i(x.flatten(0, 1)))                          # G^I F: (B*T, c', H, W)
         f = f.view(B, T, -1, H, W).transpose(1, 2).flatten(2)             # (B, c', m)
-        mixed = self.bn_l(self.l_i(f).transpose(1, 2)).transpose(1, 2)            # L^I
-        f = self.l_d(mixed) + f                                                   # (L^I L^D + I)
-        f = f.view(B, -1, T, H, W).transpose(1, 2).flatten(0, 1)
-        return self.relu(self.g_d(f).view(B, T, C, H, W) + x)                     # G^D, Eq. 7
+        integrated = self.l_i(f)                                          # L^I: (B, c', m')
+        integrated = self.bn_l(integrated.transpose(1, 2)).transpose(1, 2)
+        f = self.l_d(integrated) + f                                      # L^D and I: (B, c', m)
+        f = f.view(B, -1, T, H, W).transpose(1, 2).flatten(0, 1)          # (B*T, c', H, W)
+        f = self.g_d(f).view(B, T, C, H, W)                               # G^D
+        return self.relu(f + x)                                           # F_output = F' + F
 
 
-# ----------------------------------------------- Sec. 4.5, Table 3: what stands at the IDMs' places
+# ------------------------------------- Sec. 4.5, Table 3: the blocks with which IDM is compared
 
 class NonLocalBlock(nn.Module):
     """Non-local block (Wang et al., CVPR 2018) over all positions of a clip.
 
-    X (B, T, C, H, W) -> (B, T, C, H, W). affinity: "softmax" (embedded Gaussian), "ones" (mean over
-    all positions) or "inverse" (softmax of the negated affinity). Starts as identity.
+    Input: X (B, T, C, H, W). Output: of the same shape. It starts as the identity.
+
+    Args:
+        channels: C.
+        affinity: "softmax" (embedded Gaussian, "Non-local" in Table 3), "ones" (the mean over all
+            positions, "Non-local (1)") or "inverse" (softmax of the negated affinity, "Non-local
+            (inverse)").
     """
 
-    def __init__(self, channels, affinity="softmax"):
+    def __init__(self, channels: int, *, affinity: str = "softmax"):
         super().__init__()
         self.affinity = affinity
         if affinity != "ones":
@@ -353,15 +444,20 @@ class NonLocalBlock(nn.Module):
     def forward(self, x):
         B, T, C, H, W = x.shape
 
-        def positions(layer):                                             # (B, 1, m, C/2)
+        def embed(layer):
+            """The layer's result for all positions of a clip, (B, 1, m, C/2)."""
             y = layer(x.flatten(0, 1)).view(B, T, -1, H, W)
             return y.movedim(2, 4).reshape(B, 1, T * H * W, -1)
-        g = positions(self.g)
+
+        g = embed(self.g)
         if self.affinity == "ones":
             y = g.mean(2, keepdim=True).expand_as(g)
         else:
-            theta = -positions(self.theta) if self.affinity == "inverse" else positions(self.theta)
-            y = F.scaled_dot_product_attention(theta, positions(self.phi), g, scale=1.0)
+            theta = embed(self.theta)
+            phi = embed(self.phi)
+            if self.affinity == "inverse":
+                theta = -theta
+            y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)  # softmax(theta phi^T) g
         y = y.reshape(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + x
 
@@ -369,25 +465,33 @@ class NonLocalBlock(nn.Module):
 class GlobalContextBlock(nn.Module):
     """GC block (Cao et al., ICCVW 2019) over all positions of a clip.
 
-    X (B, T, C, H, W) -> (B, T, C, H, W). Starts as identity. reduction: 1 to C (ValueError).
+    Input: X (B, T, C, H, W). Output: of the same shape. It starts as the identity.
+
+    Args:
+        channels: C.
+        reduction: ratio by which the two layers reduce the channels, 1 to C.
+
+    Raises ValueError for another reduction.
     """
 
-    def __init__(self, channels, reduction=16):
+    def __init__(self, channels: int, *, reduction: int = 16):
         super().__init__()
         if not 1 <= reduction <= channels:
             raise ValueError(f"a GC block takes a reduction of 1 to {channels}, not {reduction}")
-        inner = channels // reduction
+        reduced = channels // reduction
         self.mask = nn.Conv2d(channels, 1, 1)
-        self.transform = nn.Sequential(nn.Linear(channels, inner), nn.LayerNorm(inner), nn.ReLU(),
-                                       nn.Linear(inner, channels))
+        self.transform = nn.Sequential(
+            nn.Linear(channels, reduced), nn.LayerNorm(reduced), nn.ReLU(),
+            nn.Linear(reduced, channels))
         nn.init.zeros_(self.transform[3].weight)
         nn.init.zeros_(self.transform[3].bias)
 
     def forward(self, x):
         B, T, C, H, W = x.shape
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        a = self.mask(x.flatten(0, 1)).view(B, -1).softmax(1, dtype)              # (B, m)
-        context = torch.einsum("btchw,bthw->bc", x, a.to(x.dtype).view(B, T, H, W))
+        at_least_32_bits = torch.promote_types(x.dtype, torch.float32)
+        attention = self.mask(x.flatten(0, 1)).view(B, -1).softmax(1, at_least_32_bits)   # (B, m)
+        attention = attention.to(x.dtype).view(B, T, H, W)
+        context = torch.einsum("btchw,bthw->bc", x, attention)
         return x + self.transform(context)[:, None, :, None, None]
 
 
@@ -413,87 +517,138 @@ def resnet50(weights="none", last_stride=1):  # same in every script
     return net
 
 
-class SINet(nn.Module):
-    """SINet, Fig. 4: ResNet-50, IDMs after blocks 2 and 4 of layer2, SBMs after blocks 2, 4 and 6
-    of layer3, pooled over space and time, and a BN neck. Copied with classes and functions above.
+IDM_BLOCKS = {0: (), 1: (4,), 2: (2, 4), 3: (2, 3, 4)}  # number of IDMs: the blocks before them
 
-    Clips (B, T, 3, H, W), normalised -> in eval mode embeddings (B, 2048); in train mode also the
-    logits (B, num_classes) and the projected frame embeddings (B, T, 2048) for L_mi. Raises
-    ValueError for sizes and settings that do not go together.
+
+class SINet(nn.Module):
+    """SINet, Fig. 4: ResNet-50 with IDMs after blocks 2 and 4 of layer2 and SBMs after blocks 2, 4
+    and 6 of layer3, max pooling of each frame, the mean over the frames (TAP), and a BN neck.
+
+    Input: normalised clips (B, T, 3, height, width). Output in eval mode: the embeddings (B, 2048).
+    Output in train mode: a list of the embeddings, the logits (B, num_classes) and the projected
+    frame embeddings (B, T, 2048) for L_mi. Copy with: all classes and functions above.
+
+    The maps of a clip of 4 frames of 256x128, C x H x W for each frame:
+
+        stem       64 x 64 x 32
+        layer1    256 x 64 x 32
+        layer2    512 x 32 x 16    IDM: m = 4*32*16 = 2048, m' = 512, c' = 128
+        layer3   1024 x 16 x 8     SBM: K is 9 x 1024 for each clip, R and S are 16 x 8 for each
+                                   later frame, of which there are 3, 2 and 1
+        layer4   2048 x 16 x 8     (a stride of 1)
+        pooling  2048
 
     Args:
         num_classes: number of training identities.
-        frames, height, width: T, H, W; an IDM fixes all three.
+        frames: T, the number of frames in a clip.
+        height, width: size of the frames in pixels. With an IDM, the network takes only clips of
+            these frames, height and width.
         sbm: False leaves the SBMs out.
         idms: number of IDMs, 0 to 3.
-        positions: blocks of layer3, 1 to 6, each with an SBM after it.
-        splits: s of each SBM.
-        cal, cpm: False leaves this component out of the SBMs.
-        kernel_size, beta, alpha, scale: of the SBMs, see SalientToBroadModule.
-        se_reduction: of the SBMs' squeeze-and-excitation.
-        block: what stands at the IDMs' places: "idm", "softmax", "ones" or "inverse" (Non-local
-            with this affinity), "gc" (GC block).
-        reduction: of the IDMs.
-        project: False leaves out the projection for L_mi.
-        pool: "max" or "avg", over the positions of a frame's last map.
-        weights: of the backbone, see resnet50.
-        release: True takes the form of the authors' release, which their trained weights need: IDM,
-            CAL and CPM as there, the stem's pooling without padding, a classifier with a bias.
+        sbm_blocks: the blocks of layer3, 1 to 6, that an SBM follows; a block may be repeated.
+        sbm_splits: s of each SBM, the number of its former frames, 1 to T - 1.
+        cal: False leaves CAL out of the SBMs.
+        cpm: False leaves CPM out of the SBMs.
+        kernel_size: k of the SBMs, odd and at least 1.
+        beta: strength of the suppression in the SBMs, above 0.
+        alpha: degree of the propagation in the SBMs.
+        scale: what the SBMs divide the response of Eq. 3 by: "none", "window" (k^2) or
+            "window+channels" (k^2 sqrt(C)).
+        se_reduction: ratio by which the squeeze-and-excitation in CAL reduces the channels, 1 to
+            1024.
+        mixer: what mixes the positions at the places of the IDMs: "idm", a Non-local block with the
+            affinity "softmax", "ones" or "inverse", or "gc" (GC block).
+        reduction: c / c' and m / m' of the IDMs.
+        projection: False leaves out the linear layer for L_mi, and its output.
+        pool: "max" or "avg", the pooling over the positions of each frame's last map.
+        weights: of the backbone: "imagenet" (torchvision's), "none" (random), a state_dict of
+            torchvision's resnet50, or a file with one.
+        release: True takes the form of the authors' release, which their trained networks need:
+            its IDM, CAL and CPM, max pooling without padding in the stem, and a classifier with
+            biases.
+
+    Raises ValueError for settings out of range or that do not go together, and for frames that are
+    too few or too small for them.
     """
 
-    def __init__(self, num_classes, frames=4, height=256, width=128, *, sbm=True, idms=2,
-                 positions=(2, 4, 6), splits=(1, 2, 3), cal=True, cpm=True, kernel_size=3, beta=5.0,
-                 alpha=0.1, scale="window", se_reduction=4, block="idm", reduction=4, project=True,
-                 pool="max", weights="none", release=False):
+    def __init__(self, num_classes: int, frames: int = 4, height: int = 256, width: int = 128, *,
+                 sbm: bool = True, idms: int = 2, sbm_blocks: tuple[int, ...] = (2, 4, 6),
+                 sbm_splits: tuple[int, ...] = (1, 2, 3), cal: bool = True, cpm: bool = True,
+                 kernel_size: int = 3, beta: float = 5.0, alpha: float = 0.1,
+                 scale: str = "window", se_reduction: int = 4, mixer: str = "idm",
+                 reduction: int = 4, projection: bool = True, pool: str = "max", weights="none",
+                 release: bool = False):
         super().__init__()
-        if sbm and (len(positions) != len(splits) or not set(positions) <= {1, 2, 3, 4, 5, 6}):
-            raise ValueError(f"SINet takes a position of 1 to 6 for each split, not {positions} "
-                             f"for {splits}")
-        if sbm and frames <= max(splits, default=0):
-            raise ValueError(f"SBMs with s = {splits} need at least {max(splits) + 1} frames, not "
-                             f"{frames}")
-        if sbm and cal and min(height, width) < 33:
-            raise ValueError(f"CAL needs frames of at least 33x33 pixels, not {height}x{width}")
-        if idms not in range(4):
+        if idms not in IDM_BLOCKS:
             raise ValueError(f"SINet takes 0 to 3 IDMs, not {idms}")
+        if sbm:
+            if len(sbm_blocks) != len(sbm_splits):
+                raise ValueError(f"SINet takes a split for each block with an SBM, not "
+                                 f"{len(sbm_splits)} splits for {len(sbm_blocks)} blocks")
+            if not set(sbm_blocks) <= {1, 2, 3, 4, 5, 6}:
+                raise ValueError(f"SBMs follow blocks 1 to 6 of layer3, not {sbm_blocks}")
+            if frames <= max(sbm_splits, default=0):
+                raise ValueError(f"SBMs with s = {sbm_splits} need at least {max(sbm_splits) + 1} "
+                                 f"frames, not {frames}")
+            if cal and min(height, width) < 33:         # 32 pixels are 2 in layer3, and CAL needs 3
+                raise ValueError("CAL needs frames of at least 33x33 pixels, not "
+                                 f"{height}x{width}")
         net = resnet50(weights)
         if release:
             net.maxpool.padding = 0
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layer1, self.layer2 = net.layer1, net.layer2
-        self.layer3, self.layer4 = net.layer3, net.layer4
+        self.layer1 = net.layer1
+        self.layer2 = net.layer2
+        self.layer3 = net.layer3
+        self.layer4 = net.layer4
 
-        def layer2_size(pixels):                        # of its maps, for so many pixels
-            after_conv1 = -(-pixels // 2)
-            after_pool = (after_conv1 - 3) // 2 + 1 if release else -(-after_conv1 // 2)
-            return -(-after_pool // 2)
+        def layer2_size(pixels):
+            """Height or width of layer2's maps, for frames of this height or width."""
+            after_conv1 = math.ceil(pixels / 2)
+            if release:
+                after_pool = (after_conv1 - 3) // 2 + 1
+            else:
+                after_pool = math.ceil(after_conv1 / 2)
+            return math.ceil(after_pool / 2)
 
         after = {}                                      # "layer2_4": the modules after that block
-        for i in ((), (4,), (2, 4), (2, 3, 4))[idms]:
-            if block == "idm":
+        for number in IDM_BLOCKS[idms]:
+            if mixer == "idm":
                 module = IntegrationDistributionModule(
                     512, frames, layer2_size(height), layer2_size(width), reduction=reduction,
                     release=release)
-            elif block == "gc":
+            elif mixer == "gc":
                 module = GlobalContextBlock(512)
             else:
-                module = NonLocalBlock(512, block)
-            after[f"layer2_{i}"] = nn.Sequential(module)
+                module = NonLocalBlock(512, affinity=mixer)
+            after[f"layer2_{number}"] = nn.Sequential(module)
         if sbm:
-            for i, s in zip(positions, splits):
-                modules = after.setdefault(f"layer3_{i}", nn.Sequential())
-                modules.append(SalientToBroadModule(
-                    1024, s, kernel_size=kernel_size, beta=beta, alpha=alpha, cal=cal, cpm=cpm,
-                    reduction=se_reduction, scale=scale, release=release))
+            for number, split in zip(sbm_blocks, sbm_splits):
+                module = SalientToBroadModule(
+                    1024,
+                    split=split,
+                    kernel_size=kernel_size,
+                    beta=beta,
+                    alpha=alpha,
+                    se_reduction=se_reduction,
+                    cal=cal,
+                    cpm=cpm,
+                    scale=scale,
+                    release=release,
+                )
+                name = f"layer3_{number}"
+                if name not in after:
+                    after[name] = nn.Sequential()
+                after[name].append(module)
         self.after = nn.ModuleDict(after)
         self.pool = pool
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes, bias=release)
         nn.init.normal_(self.classifier.weight, std=0.001)
-        self.projection = nn.Linear(2048, 2048) if project else None
+        self.projection = nn.Linear(2048, 2048) if projection else None
         if release:
             nn.init.zeros_(self.classifier.bias)
-        if release and project:
+        if release and projection:
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
 
@@ -501,144 +656,187 @@ class SINet(nn.Module):
         B, T = clips.shape[:2]
         x = clips.flatten(0, 1).to(self.neck.weight.dtype)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            for i, block in enumerate(getattr(self, name), 1):
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            for number, block in enumerate(getattr(self, stage), 1):
                 x = block(x)
-                if f"{name}_{i}" in self.after:
-                    x = self.after[f"{name}_{i}"](x.unflatten(0, (B, T))).flatten(0, 1)
-        x = x.amax((2, 3)) if self.pool == "max" else x.mean((2, 3))
-        frames = x.to(self.neck.weight.dtype).view(B, T, -1)
-        embedding = self.neck(frames.mean(1))           # TAP
+                name = f"{stage}_{number}"
+                if name in self.after:
+                    maps = x.unflatten(0, (B, T))
+                    x = self.after[name](maps).flatten(0, 1)
+        if self.pool == "max":
+            x = x.amax((2, 3))
+        else:
+            x = x.mean((2, 3))
+        vectors = x.to(self.neck.weight.dtype).view(B, T, -1)   # one for each frame
+        embedding = self.neck(vectors.mean(1))                  # TAP
         if not self.training:
             return embedding
         outputs = [embedding, self.classifier(embedding)]
-        if self.projection:                             # the frames go through the neck, too
-            outputs.append(self.projection(self.neck(frames.transpose(1, 2)).transpose(1, 2)))
+        if self.projection is not None:
+            # the neck also normalises the vectors of all frames, and counts them in its statistics
+            normed = self.neck(vectors.transpose(1, 2)).transpose(1, 2)
+            outputs.append(self.projection(normed))
         return outputs
 
 
 # ---------------------------------------------------------------------- Sec. 3.3, Eq. 8: the losses
 
-def mutual_information_loss(frames, pids, temperature=0.07):
-    """L_mi of Eq. 8: frames of a clip should tell different things, which the same frames of other
-    clips tell, too.
+def mutual_information_loss(frame_embeddings, pids, *, temperature: float = 0.07):
+    """L_mi of Eq. 8: draws together the frames of the same index in clips of one identity, and
+    drives apart its frames of different indices, so that the frames of a clip differ.
 
-    Our reading: for frame i of a clip, positives are the frames i of its identity's other clips,
-    negatives the frames of another index in all its identity's clips; mean over the positive pairs,
-    0 without any, of -log(e^{s+/t} / (e^{s+/t} + sum over negatives of e^{s-/t})), s the cosine.
+    This is our reading. For frame i of a clip, the positives are the frames i of its identity's
+    other clips, and the negatives are the frames of other indices in all clips of its identity.
+    The loss is the mean of -log(e^{s+/t} / (e^{s+/t} + sum of e^{s-/t})) over all pairs of a frame
+    and a positive. s+ is the cosine similarity of the pair, and the sum goes over the frame's
+    negatives. Without any such pair the loss is 0.
 
-    frames: projected frame embeddings (B, T, D); pids: (B,); temperature: t.
+    Args:
+        frame_embeddings: projected embeddings of the frames (B, T, D).
+        pids: identities of the clips (B,).
+        temperature: t, above 0.
     """
-    B, T = frames.shape[:2]
-    frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
-    z = F.normalize(frames.flatten(0, 1), dim=1)
-    s = z @ z.T / temperature
-    clip = torch.arange(B, device=s.device).repeat_interleave(T)
-    index = torch.arange(T, device=s.device).repeat(B)
-    same = pids[clip][:, None] == pids[clip]
-    positive = same & (index[:, None] == index) & (clip[:, None] != clip)
-    negative = same & (index[:, None] != index)
-    # -log(e^a / (e^a + sum e^b)) = log(1 + e^(log sum e^b - a))
-    loss = F.softplus(s.masked_fill(~negative, -math.inf).logsumexp(1, keepdim=True) - s)
+    B, T = frame_embeddings.shape[:2]
+    at_least_32_bits = torch.promote_types(frame_embeddings.dtype, torch.float32)
+    z = frame_embeddings.to(at_least_32_bits).flatten(0, 1)
+    z = F.normalize(z, dim=1)
+    similarity = z @ z.T / temperature                                            # s / t
+    clip_of = torch.arange(B, device=z.device).repeat_interleave(T)
+    index_of = torch.arange(T, device=z.device).repeat(B)
+    same_pid = pids[clip_of][:, None] == pids[clip_of]
+    same_index = index_of[:, None] == index_of
+    same_clip = clip_of[:, None] == clip_of
+    positive = same_pid & same_index & ~same_clip
+    negative = same_pid & ~same_index
+    # -log(e^a / (e^a + sum e^b)) = log(1 + e^(log sum e^b - a)) = softplus(log sum e^b - a)
+    log_negatives = similarity.masked_fill(~negative, -math.inf).logsumexp(1, keepdim=True)
+    loss = F.softplus(log_negatives - similarity)
     return loss.masked_fill(~positive, 0).sum() / positive.sum().clamp(min=1)
 
 
 def loss_weights(args):
-    """The weights in Eq. 8, {name: weight}: L_cent + lambda1 L_tri + lambda2 L_mi."""
+    """The weights of L_cent + lambda1 L_tri + lambda2 L_mi, Eq. 8: {name: weight}."""
     return {"xent": 1.0, "triplet": args.lambda1, "mi": args.lambda2}
 
 
 def losses(outputs, pids, args):
-    """The weighted losses of Eq. 8, {name: scalar}; their sum is minimised.
+    """The weighted terms of Eq. 8, {name: scalar}. Their sum is minimised.
 
-    With --release L_mi is summed over the identities of the batch, as in the authors' release.
+    With --release, L_mi is multiplied by the number of identities in the batch. As all of them have
+    equally many clips, this is the sum over the identities that the authors' release takes.
+
+    Args:
+        outputs: what the network returns in train mode.
+        pids: identities of the clips (B,).
+        args: the settings of the run, of which margin, temperature, release, lambda1 and lambda2
+            are used.
     """
-    embedding, logits, *frames = outputs
-    parts = {"xent": F.cross_entropy(at_least_float32(logits), pids),
-             "triplet": batch_hard_triplet(embedding, pids, args.margin)}
-    if frames:
-        parts["mi"] = mutual_information_loss(*frames, pids, args.temperature)
+    embedding, logits = outputs[:2]
+    terms = {
+        "xent": F.cross_entropy(at_least_float32(logits), pids),                  # L_cent
+        "triplet": batch_hard_triplet(embedding, pids, args.margin),              # L_tri
+    }
+    if len(outputs) > 2:
+        terms["mi"] = mutual_information_loss(outputs[2], pids, temperature=args.temperature)
         if args.release:
-            parts["mi"] = len(pids.unique()) * parts["mi"]
+            terms["mi"] = len(pids.unique()) * terms["mi"]
     weights = loss_weights(args)
-    return {name: weights[name] * loss for name, loss in parts.items()}
+    return {name: weights[name] * term for name, term in terms.items()}           # Eq. 8
 
 
 # ---------------------------------------------------------------------------- Sec. 4.2: the recipe
 
-RECIPE = {  # flag: (the paper's value, the small run's, meaning and source[, choices])
-    "frames": (4, 4, "T, frames a clip (Sec. 4.2)"),
-    "height": (256, 128, "of the resized frames (Sec. 4.2)"),
-    "width": (128, 64, "of the resized frames (Sec. 4.2)"),
-    "ids": (8, 4, "P, identities a batch (Sec. 4.2)"),
-    "clips": (4, 2, "K, clips of each of them (Sec. 4.2)"),
-    "epoch": ("tracklets", "identities", "shows all of these (open; the authors' release)",
-              ("tracklets", "identities")),
+RECIPE = {  # flag: (the paper's value, the small run's value, meaning and source[, choices])
+    "frames": (4, 4, "number of frames in a clip, T (Sec. 4.2)"),
+    "height": (256, 128, "height of the resized frames (Sec. 4.2)"),
+    "width": (128, 64, "width of the resized frames (Sec. 4.2)"),
+    "ids": (8, 4, "number of identities in a batch, P (Sec. 4.2)"),
+    "clips": (4, 2, "number of clips of each identity in a batch, K (Sec. 4.2)"),
+    "epoch": ("tracklets", "identities", "what one epoch visits once (not in the paper; as in the "
+              "authors' release)", ("tracklets", "identities")),
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.2)"),
-    "epochs": (160, 8, "(Sec. 4.2)"),
+    "epochs": (160, 8, "number of epochs (Sec. 4.2)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.2)"),
-    "lr_step": (40, 7, "lr is divided by 10 every so many epochs (Sec. 4.2)"),
-    "weight_decay": (5e-4, 5e-4, "of Adam (Sec. 4.2)"),
-    "weights": ("imagenet", "none", "backbone: imagenet, none or a file (Sec. 3.3)"),
-    "pool": ("max", "max", "over the final map (open; the authors' release)", ("max", "avg")),
-    "sbm": (True, True, "with SBMs (Table 2)"),
-    "positions": ((2, 4, 6), (2, 4, 6), "blocks of layer3 with an SBM behind (Sec. 3.3, Table 3)"),
-    "splits": ((1, 2, 3), (1, 2, 3), "s of each SBM (Sec. 3.3)"),
+    "lr_step": (40, 7, "number of epochs after which the learning rate is divided by 10, again and "
+                "again (Sec. 4.2)"),
+    "weight_decay": (5e-4, 5e-4, "weight decay of Adam (Sec. 4.2)"),
+    "weights": ("imagenet", "none", "initial weights of the backbone: imagenet, none (random) or a "
+                "file (Sec. 3.3)"),
+    "pool": ("max", "max", "pooling of each frame's last feature map (not in the paper; as in the "
+             "authors' release)", ("max", "avg")),
+    "sbm": (True, True, "use SBMs (Table 2)"),
+    "sbm_blocks": ((2, 4, 6), (2, 4, 6), "blocks of layer3 that an SBM follows, 1 to 6 (Sec. 3.3, "
+                   "Table 3)"),
+    "sbm_splits": ((1, 2, 3), (1, 2, 3), "number of former frames of each SBM, s (Sec. 3.3)"),
     "k": (3, 3, "kernel size of SBM, odd (Sec. 4.2, Fig. 5a)"),
     "beta": (5.0, 5.0, "strength of the suppression (Eq. 4, Sec. 4.2)"),
-    "scale": ("window", "window+channels", "divide the response of Eq. 3 by k^2 (the authors' "
-              "release), by k^2 sqrt(c), or not (printed)", ("none", "window", "window+channels")),
+    "scale": ("window", "window+channels", "what the response of Eq. 3 is divided by: none: nothing"
+              " (the paper's form); window: k^2 (the authors' release); window+channels: "
+              "k^2 sqrt(c)",
+              ("none", "window", "window+channels")),
     "alpha": (0.1, 0.1, "degree of CPM's propagation (Eq. 5-6, Sec. 3.1)"),
-    "cal": (True, True, "with CAL (Table 3)"),
-    "cpm": (True, True, "with CPM (Table 3)"),
-    "se_reduction": (4, 4, "of CAL's squeeze-and-excitation (our choice)"),
+    "cal": (True, True, "use CAL in the SBMs (Table 3)"),
+    "cpm": (True, True, "use CPM in the SBMs (Table 3)"),
+    "se_reduction": (4, 4, "reduction of CAL's squeeze-and-excitation (not in the paper; as in the "
+                     "authors' release)"),
     "idms": (2, 2, "number of IDMs, 0 to 3 (Sec. 3.3, Table 3)", range(4)),
-    "reduction": (4, 4, "c/c' and m/m' of IDM (Fig. 5b)"),
-    "block": ("idm", "idm", "in IDM's place (Table 3)",
+    "reduction": (4, 4, "reduction of the IDMs, c/c' and m/m' (Fig. 5b)"),
+    "mixer": ("idm", "idm", "what takes the places of the IDMs: idm, a Non-local block with the "
+              "affinity softmax, ones or inverse, or a GC block (Table 3)",
               ("idm", "softmax", "ones", "inverse", "gc")),
     "lambda1": (1.0, 1.0, "weight of the triplet loss (Eq. 8, Sec. 4.2)"),
-    "release": (False, False, "modules as in the authors' release, for its weights (changed)"),
-    "lambda2": (0.01, 0.01, "weight of L_mi (Eq. 8, Sec. 4.2); 0: without its projection"),
-    "temperature": (0.07, 0.07, "t of L_mi (our choice)"),
-    "margin": (0.3, 0.3, "of the triplet loss, cosine distance (our choice)"),
+    "release": (False, False, "build the network as the authors' release does, for its trained "
+                "weights (differs from the paper)"),
+    "lambda2": (0.01, 0.01, "weight of L_mi (Eq. 8, Sec. 4.2); 0 leaves out the loss and its "
+                "projection"),
+    "temperature": (0.07, 0.07, "temperature of L_mi, t (our choice)"),
+    "margin": (0.3, 0.3, "margin of the triplet loss, in cosine distance (our choice)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
 SAMPLE = sample_segments       # a training clip: one random frame of each of T equal parts
-SPLIT = split_segments         # the test: all frames, in clips of one frame of each of T parts
-METRIC = "cosine"              # distance of the test, between means of the clips' embeddings
+SPLIT = split_segments         # the test clips: all frames, one of each of T equal parts in a clip
+METRIC = "cosine"              # the test's distance between the tracklets' means of their clips
 
-ROWS = {  # place in the paper; settings of the recipe that a row names; (mAP, rank-1) as printed
+# name: Row(place in the paper, the settings of RECIPE that it changes or the name of an equal row,
+# the paper's (mAP, rank-1) on each data set)
+ROWS = {
+    # Tables 1 and 2: SINet, and its two modules alone
     "sinet": Row("Tables 1-3: SINet, base. + SBM + IDM", sbm=True, idms=2, mars=(86.2, 91.0),
                  lsvid=(79.6, 87.4), ilids=(None, 92.5), prid=(None, 96.5)),
     "base": Row("Tables 2, 3: base.", sbm=False, idms=0, lambda2=0.0, mars=(83.2, 88.6),
                 lsvid=(73.3, 82.8)),
     "base+sbm": Row("Tables 2, 3: base. + SBM", sbm=True, idms=0, mars=(85.7, 90.2),
                     lsvid=(77.1, 85.1), more_gflops=0.014),
-    # Table 3 prints 85.8 mAP for it, "+ 2 IDM"
+    # Table 3 has the same network as "base. + 2 IDM", there with 85.8 mAP
     "base+idm": Row("Table 2: base. + IDM", sbm=False, idms=2, lambda2=0.0, mars=(85.9, 90.5),
                     lsvid=(78.0, 86.2), more_gflops=1.081),
+    # Table 3: other blocks in the places of the IDMs
     "base+nonlocal": Row("Table 3: base. + Non-local", sbm=False, idms=2, lambda2=0.0,
-                         block="softmax", mars=(85.1, 89.7), more_gflops=2.216),
+                         mixer="softmax", mars=(85.1, 89.7), more_gflops=2.216),
     "base+nonlocal-ones": Row("Table 3: base. + Non-local (1)", sbm=False, idms=2, lambda2=0.0,
-                              block="ones", mars=(85.1, 90.0)),
+                              mixer="ones", mars=(85.1, 90.0)),
     "base+nonlocal-inverse": Row("Table 3: base. + Non-local (inverse)", sbm=False, idms=2,
-                                 lambda2=0.0, block="inverse", mars=(85.0, 89.7)),
-    "base+gc": Row("Table 3: base. + GC block", sbm=False, idms=2, lambda2=0.0, block="gc",
+                                 lambda2=0.0, mixer="inverse", mars=(85.0, 89.7)),
+    "base+gc": Row("Table 3: base. + GC block", sbm=False, idms=2, lambda2=0.0, mixer="gc",
                    mars=(85.0, 89.8)),
+    # Table 3: components of SBM ("-cal" and "-cpm" are without them)
     "base+sbm-cal": Row("Table 3: base. + SBM w/o CAL", sbm=True, idms=0, cal=False,
                         mars=(85.1, 89.9)),
     "base+sbm-cpm": Row("Table 3: base. + SBM w/o CPM", sbm=True, idms=0, cpm=False,
                         mars=(85.4, 90.0)),
     "base+sbm-samepos": Row("Table 3: base. + SBM (Same Pos.)", sbm=True, idms=0,
-                            positions=(6, 6, 6), mars=(85.3, 89.5)),
+                            sbm_blocks=(6, 6, 6), mars=(85.3, 89.5)),
+    # Table 3: number of IDMs
     "base+1idm": Row("Table 3: base. + 1 IDM", sbm=False, idms=1, lambda2=0.0, mars=(85.7, 89.8)),
     "base+2idm": Row("Table 3: base. + 2 IDM (Default)", sbm=False, idms=2, lambda2=0.0,
                      mars=(85.8, 90.5)),
     "base+3idm": Row("Table 3: base. + 3 IDM", sbm=False, idms=3, lambda2=0.0, mars=(85.8, 90.5)),
+    # Fig. 5a: kernel size of SBM
     "base+sbm-k1": Row("Fig. 5a: kernel size of SBM, k = 1", sbm=True, idms=0, k=1),
     "base+sbm-k3": Row("Fig. 5a: kernel size of SBM, k = 3", "base+sbm"),
     "base+sbm-k5": Row("Fig. 5a: kernel size of SBM, k = 5", sbm=True, idms=0, k=5),
     "base+sbm-k7": Row("Fig. 5a: kernel size of SBM, k = 7", sbm=True, idms=0, k=7),
+    # Fig. 5b: reduction of IDM
     "base+idm-r2": Row("Fig. 5b: reduction in IDM, 2", sbm=False, idms=2, lambda2=0.0, reduction=2),
     "base+idm-r4": Row("Fig. 5b: reduction in IDM, 4", "base+2idm"),
     "base+idm-r8": Row("Fig. 5b: reduction in IDM, 8", sbm=False, idms=2, lambda2=0.0, reduction=8),
@@ -769,14 +967,18 @@ RELEASE = Release(read_release, chunk={"lsvid": 48}, reduction=16, lambda2=0.001
                   pool="max")
 
 
-def build(args, num_classes):
-    """The network of a row; a checkpoint brings its own weights."""
+def build(args, num_classes: int):
+    """The network with the settings of a run. The backbone starts from random weights where a
+    checkpoint is resumed, because that has the weights of the whole network."""
     return SINet(
-        num_classes, args.frames, args.height, args.width,
+        num_classes,
+        frames=args.frames,
+        height=args.height,
+        width=args.width,
         sbm=args.sbm,
         idms=args.idms,
-        positions=args.positions,
-        splits=args.splits,
+        sbm_blocks=args.sbm_blocks,
+        sbm_splits=args.sbm_splits,
         cal=args.cal,
         cpm=args.cpm,
         kernel_size=args.k,
@@ -784,9 +986,9 @@ def build(args, num_classes):
         alpha=args.alpha,
         scale=args.scale,
         se_reduction=args.se_reduction,
-        block=args.block,
+        mixer=args.mixer,
         reduction=args.reduction,
-        project=args.lambda2 > 0,
+        projection=args.lambda2 > 0,
         pool=args.pool,
         weights="none" if args.resume else args.weights,
         release=args.release,
@@ -794,6 +996,7 @@ def build(args, num_classes):
 
 
 def make_optimizer(model, args):
+    """Adam, as in Sec. 4.2."""
     return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
 
 
@@ -851,16 +1054,29 @@ def main():  # same in every script
 
 # ------------------------------------------------------------------------------------- the picture
 
-def picture(model, clips, frames):
-    """For --figure, after Figures 1 and 6: the last map, and what S of each SBM takes away, nothing
-    in the former frames."""
-    sbms = [m for m in model.modules() if isinstance(m, SalientToBroadModule)]
-    (last,), *calls = watch(model, clips, model.layer4[-1], *(sbm.so for sbm in sbms))
-    rows = {"last map, over its mean": overlays(frames, energy(last[1]))}
-    for n, (sbm, ((_, s),)) in enumerate(zip(sbms, calls), 1):
-        maps = [None] * sbm.split + [*1 - s[0, :, 0]]
-        rows[f"damped by SBM {n}, s = {sbm.split}: 1 - S"] = overlays(frames, maps, limits=(0, 1))
-    return "SINet: where the frames look", rows
+def picture(model, clips, images):
+    """The drawing of --figure, in the manner of Figures 1 and 6: the root mean square of the last
+    feature maps over their channels, and 1 - S of each SBM, which the former frames do not have.
+
+    Args:
+        model: the network.
+        clips: one normalised clip (1, T, 3, H, W).
+        images: its frames as they are shown (T, 3, H, W), uint8.
+
+    Returns (title, {label: row of the drawing}).
+    """
+    sbms = [module for module in model.modules() if isinstance(module, SalientToBroadModule)]
+    layers = [model.layer4[-1]] + [sbm.so for sbm in sbms]
+    last_calls, *so_calls = watch(model, clips, *layers)
+    _, last_maps = last_calls[0]
+    rows = {"last feature maps, divided by their mean": overlays(images, energy(last_maps))}
+    for number, (sbm, calls) in enumerate(zip(sbms, so_calls), 1):
+        _, suppression = calls[0]
+        of_later_frames = 1 - suppression[0, :, 0]
+        maps = [None] * sbm.split + list(of_later_frames)
+        label = f"suppressed by SBM {number}, s = {sbm.split}: 1 - S"
+        rows[label] = overlays(images, maps, limits=(0, 1))
+    return "SINet: where the network attends in each frame", rows
 
 
 if __name__ == "__main__":  # same in every script

@@ -110,7 +110,7 @@ BLOCK = {
     "s_w": "block_stride",
 }
 NETWORKS = {  # their classes; settings that are arguments of another name, or of none
-    "sinet.py": ("SINet", {"k": "kernel_size", "lambda2": "project"}),
+    "sinet.py": ("SINet", {"k": "kernel_size", "lambda2": "projection"}),
     "tclnet.py": ("TCLNet", BLOCK),
     "bicnet_tks.py": ("BiCnet", {}),
     "m3d.py": ("TwoStreamM3D", {"height": None, "width": None, "in_stages": None}),
@@ -277,8 +277,9 @@ def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
     args = parsed("--data", "mars", "--variant", "base+sbm", "--k", "5", "--beta", "3")
     assert (args.idms, args.sbm, args.k, args.beta) == (0, True, 5, 3.0)
     assert (args.epochs, args.lr, args.height) == (160, 3e-4, 256) and args.printed == (85.7, 90.2)
-    args = parsed("--variant", "base+sbm", "--no-sbm", "--positions", "1", "--splits", "2")
-    assert (args.sbm, args.positions, args.splits) == (False, (1,), (2,))
+    args = parsed("--variant", "base+sbm", "--no-sbm", "--sbm-blocks", "1",
+                  "--sbm-splits", "2")
+    assert (args.sbm, args.sbm_blocks, args.sbm_splits) == (False, (1,), (2,))
     assert (args.epochs, args.lr, args.height) == (8, 5e-4, 128) and args.printed is None
     args = parsed("--data", "mars", "--small", "--k", "5")
     assert args.small and (args.epochs, args.weights, args.height, args.k) == (8, "none", 128, 5)
@@ -782,7 +783,7 @@ def test_every_number_of_a_recipe_is_tried(script, monkeypatch, tmp_path, one_ba
         for value in ("-1", "nan", "inf", ""):
             assert typed_flag(key) in outcomes[key, value], (key, value)
     if script == "sinet.py":
-        for key in ("beta", "k", "reduction", "se_reduction", "splits", "frames"):
+        for key in ("beta", "k", "reduction", "se_reduction", "sbm_splits", "frames"):
             assert outcomes[key, "0"] != "ran" and outcomes[key, "0"], key
     assert {outcomes[key, "0"] for key in ("lr", "erase", "weight_decay")} == {"ran"}
 
@@ -805,8 +806,8 @@ def test_modules_name_the_sizes_they_take():
         (lambda: sinet.ChannelAttentionLayer(64, reduction=0), "a reduction of 1 to 64, not 0"),
         (lambda: sinet.ChannelAttentionLayer(64, reduction=65), "a reduction of 1 to 64, not 65"),
         (lambda: sinet.GlobalContextBlock(64, reduction=65), "a reduction of 1 to 64, not 65"),
-        (lambda: sinet.KernelGenerationModule(64, 2), "odd kernel size of at least 1, not 2"),
-        (lambda: sinet.KernelGenerationModule(64, -1), "odd kernel size of at least 1, not -1"),
+        (lambda: sinet.KernelGenerationModule(64, kernel_size=2), "odd kernel size of at least 1, not 2"),
+        (lambda: sinet.KernelGenerationModule(64, kernel_size=-1), "odd kernel size of at least 1, not -1"),
         (lambda: sinet.SuppressOperation(beta=0.0), "beta above 0, not 0.0"),
         (lambda: sinet.SuppressOperation(beta=math.nan), "beta above 0, not nan"),
         (lambda: sinet.SuppressOperation(beta=math.inf), "beta above 0, not inf"),

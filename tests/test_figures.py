@@ -365,7 +365,7 @@ def test_pictures_of_two_checkpoints_for_papers(monkeypatch, trained, tmp_path, 
         assert files[1].name == f"training.{format}"
         assert all(file.read_bytes().startswith(first) for file in files)
     assert [name for name, *_ in seen[0]] == ["base+idm", "base"]
-    label = "last map, over its mean"
+    label = "last feature maps, divided by their mean"
     assert [label for label, _ in original(seen[0])] == [f"base+idm: {label}", f"base: {label}"]
     assert not torch.equal(seen[0][0][2][label][0][0], seen[0][1][2][label][0][0])
     small = sinet.load(last).state_dict()

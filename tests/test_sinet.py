@@ -144,14 +144,14 @@ def slow_sbm(sbm, x, cal=True, cpm=True, beta=5.0, alpha=0.1, scale="window"):
 @LENGTHS
 def test_cal(T, C, H, W):
     cal, x = randomize(ChannelAttentionLayer(C)), maps(T, C, H, W)
-    out = cal(x) * x
+    out = cal(x)
     close(out, torch.stack([slow_cal(cal, clip) for clip in x]))
     kept = (out != 0).any((1, 3, 4))
     assert kept.any() and not kept.all()  # both kinds of channels occurred
 
 
 def test_cal_drops_channels_of_equal_values():
-    """Eq. 1 is strict: nothing is brighter in the middle, whatever the means are rounded to."""
+    """Eq. 1 is strict: a constant map is not stronger in its centre, whatever the rounding does."""
     x = torch.linspace(0.01, 30, 64)[None, None, :, None, None].expand(2, 4, -1, 7, 5)
     assert not ChannelAttentionLayer(64)(x).any()
 
@@ -160,7 +160,7 @@ def test_cal_drops_channels_of_equal_values():
 @LENGTHS
 @pytest.mark.parametrize("k", [1, 3])
 def test_kgm(T, C, H, W, k):
-    kgm, p = randomize(KernelGenerationModule(C, k)), maps(T, C, H, W)
+    kgm, p = randomize(KernelGenerationModule(C, kernel_size=k)), maps(T, C, H, W)
     close(kgm(p), torch.stack([slow_kernel(a, clip) for a, clip in zip(slow_attention(kgm, p), p)]))
 
 
@@ -203,9 +203,9 @@ def test_sbm(T, C, H, W, options):
     close(out, slow_sbm(sbm, x, **options))
 
 
-def test_sbm_damps_what_the_former_frames_found():
-    """A region that all frames share is damped in the later frames, more with a higher beta; the
-    former ones gain it."""
+def test_sbm_suppresses_what_the_former_frames_found():
+    """A region that all frames share is suppressed in the later frames, more strongly with a higher
+    beta, and the former frames gain what was removed."""
     x = torch.full((1, 3, 4, 6, 6), 0.1)
     x[..., 2:4, 2:4] = 1.0
     kernel, means = x[0, 0, :, 2, 2].expand(1, 9, 4), []
@@ -221,8 +221,8 @@ def test_sbm_damps_what_the_former_frames_found():
 
 
 def test_released_cpm_takes_means():
-    """As the authors' release: means of the former frames, and of the later ones weighted by what
-    suppression took; a clip that loses nothing gives nothing."""
+    """As in the authors' release: the mean of the former frames, and the mean of the later ones
+    weighted by 1 - S. A clip in which nothing is suppressed passes nothing on."""
     x, s = maps(4, 3, 5, 2), torch.rand(2, 3, 1, 5, 2, dtype=torch.float64)
     s[1] = 1
     z = CrossPropagationModule(alpha=0.2, release=True)(x[:, :1], x[:, 1:], s)
@@ -239,17 +239,18 @@ def test_released_cpm_takes_means():
         close(z[b, 1:], s[b] * x[b, 1:] + 0.2 * seen[:, None, None])
 
 
-def test_scaled_suppression_is_broad_and_the_printed_one_is_one_cell():
-    """Rectified features at the width of layer3, maps of 8x4: on random weights the softmax of the
-    plain sum is one-hot."""
+def test_scaled_suppression_is_broad_and_that_of_the_paper_is_one_position():
+    """For rectified features with the channels of layer3 and maps of 8x4, as random weights give
+    them, the softmax of the plain sum is one-hot."""
     q, kernel = maps(3, 1024, 8, 4, B=4), maps(1, 1024, 3, 3, B=4).flatten(3)[:, 0].transpose(1, 2)
 
-    def cells_below(limit, scale):  # of the 32 of a frame, on average
+    def positions_below(limit, scale):  # of the 32 of a frame, on average
         s = SuppressOperation(beta=5.0, scale=scale)(q, kernel / 2)
         return (s < limit).sum((3, 4)).double().mean()
 
-    assert cells_below(0.9, "none") < 3 and cells_below(0.1, "none") >= 1
-    assert cells_below(0.9, "window+channels") > 8 and cells_below(0.1, "window+channels") == 0
+    assert positions_below(0.9, "none") < 3 and positions_below(0.1, "none") >= 1
+    assert positions_below(0.9, "window+channels") > 8
+    assert positions_below(0.1, "window+channels") == 0
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -268,7 +269,7 @@ def test_sbm_is_finite_on_flat_input(value, dtype):
     s = sbm.so(
         torch.zeros(2, 2, 8, 4, 4, dtype=dtype), sbm.kgm(torch.zeros(2, 2, 8, 4, 4, dtype=dtype))
     )
-    assert (s == 1).all()  # nothing salient: nothing is damped
+    assert (s == 1).all()  # nothing is salient, so nothing is suppressed
 
 
 def test_suppression_is_finite_where_the_softmax_vanishes():
@@ -287,14 +288,15 @@ def test_gradients_reach_every_parameter_of_sbm():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-def test_sbm_refuses():
+def test_sbm_on_invalid_arguments():
     with pytest.raises(ValueError, match="more than 2 frames"):
         SalientToBroadModule(8, 2)(torch.zeros(1, 2, 8, 4, 4))
     with pytest.raises(ValueError, match="at least 3x3"):
         SalientToBroadModule(8, 2)(torch.zeros(1, 3, 8, 2, 4))
-    for options in (dict(split=0), dict(split=1, kernel_size=2)):
-        with pytest.raises(ValueError, match="split >= 1 and an odd"):
-            SalientToBroadModule(8, **options)
+    with pytest.raises(ValueError, match="a split of at least 1, not 0"):
+        SalientToBroadModule(8, split=0)
+    with pytest.raises(ValueError, match="an odd kernel size of at least 1, not 2"):
+        SalientToBroadModule(8, split=1, kernel_size=2)
 
 
 # ---------------------------------------------------------------------------------- IDM and Table 3
@@ -323,7 +325,7 @@ def test_idm(T, C, H, W, reduction):
             idm.l_i.weight.T,
             idm.l_d.weight.T,
         )
-        f = g_d @ g_i @ f @ (l_i @ l_d + torch.eye(m, dtype=f.dtype)) + f  # Eq. 7 as printed
+        f = g_d @ g_i @ f @ (l_i @ l_d + torch.eye(m, dtype=f.dtype)) + f  # Eq. 7
         out.append(
             torch.stack(
                 [
@@ -354,11 +356,13 @@ def test_idm_starts_as_identity_and_learns():
 @SIZES
 @pytest.mark.parametrize("affinity", ["softmax", "ones", "inverse"])
 def test_non_local(C, H, W, affinity):
-    block, x = randomize(NonLocalBlock(C, affinity)).eval(), maps(3, C, H, W)
+    def lin(layer, f):
+        return layer.weight[:, :, 0, 0] @ f + layer.bias[:, None]
+
+    block, x = randomize(NonLocalBlock(C, affinity=affinity)).eval(), maps(3, C, H, W)
     out = []
     for clip in x:
         f = clip.transpose(0, 1).flatten(1)  # (C, m)
-        lin = lambda layer, f: layer.weight[:, :, 0, 0] @ f + layer.bias[:, None]  # noqa: E731
         g, m, y = lin(block.g, f), f.shape[1], []
         if affinity != "ones":
             theta, phi = lin(block.theta, f), lin(block.phi, f)
@@ -378,7 +382,7 @@ def test_non_local(C, H, W, affinity):
         )
         out.append(z.view(C, 3, H, W).transpose(0, 1))
     close(block(x), torch.stack(out))
-    fresh = NonLocalBlock(C, affinity)
+    fresh = NonLocalBlock(C, affinity=affinity)
     assert torch.equal(fresh(x.float()), x.float())
 
 
@@ -392,7 +396,7 @@ def test_global_context(C, H, W):
         context = sum(e[j] / e.sum() * f[:, j] for j in range(f.shape[1]))
         out.append(clip + block.transform(context)[None, :, None, None])
     close(block(x), torch.stack(out))
-    assert torch.equal(GlobalContextBlock(C, 4)(x.float()), x.float())
+    assert torch.equal(GlobalContextBlock(C, reduction=4)(x.float()), x.float())
 
 
 # ---------------------------------------------------------------------------------------- objective
@@ -432,12 +436,11 @@ def test_mutual_information_loss():
     assert loss == 0 and single.grad.isfinite().all()
     for length, temperature in ((4, 1e-6), (4, 1e-3), (4, 100.0), (1, 0.07)):  # 1: no negatives
         frames = torch.randn(4, length, 10, requires_grad=True)
-        loss = mutual_information_loss(frames, torch.tensor([0, 0, 1, 1]), temperature)
+        loss = mutual_information_loss(frames, torch.tensor([0, 0, 1, 1]), temperature=temperature)
         loss.backward()
         assert loss.isfinite() and frames.grad.isfinite().all(), temperature
-    distinct = torch.eye(T, 10)[None].repeat(
-        2, 1, 1
-    )  # frames tell different things, clips agree: nearly 0
+    # the frames of a clip differ and the clips agree: nearly 0
+    distinct = torch.eye(T, 10)[None].repeat(2, 1, 1)
     assert (
         mutual_information_loss(distinct, torch.tensor([0, 0]))
         < 1e-4
@@ -449,7 +452,7 @@ def test_mutual_information_loss():
 
 
 def network(variant="sinet", num_classes=625, **others):
-    """The network of a row as a run builds it."""
+    """The network of a variant as a run builds it."""
     return sinet.build(settings(sinet.RECIPE, ROWS, variant, weights="none", **others), num_classes)
 
 
@@ -495,10 +498,9 @@ def test_parameters(variant):
 
 
 def test_multiply_adds():
-    """The paper prints +1.081 GFLOPs for the IDMs and +0.014 for the SBMs, for a clip of 4 frames
-    of 256x128."""
+    """In the paper the IDMs add 1.081 GFLOPs and the SBMs 0.014, for 4 frames of 256x128."""
     base = multiply_adds(meta("base"), 4, 256, 128)
-    assert round(base / 4e9, 3) == 4.053  # conv-only trunk a frame
+    assert round(base / 4e9, 3) == 4.053  # for a frame: the convolutions of the trunk alone
     idms = multiply_adds(meta("base+idm"), 4, 256, 128) - base
     assert idms == 2 * 536_870_912  # 1.074e9; the paper's 1.081 counts some element-wise work
     sbms = multiply_adds(meta("base+sbm"), 4, 256, 128) - base
@@ -510,7 +512,7 @@ def test_multiply_adds():
             responses + 9 * 1024 * 128 * (4 - s),
         )
     assert sbms == attention + products + responses + 3 * 524_288
-    assert attention + responses == 14_155_776  # 0.014e9, as printed: the convolutions alone
+    assert attention + responses == 14_155_776  # the paper's 0.014e9: the convolutions alone
     assert multiply_adds(meta("sinet"), 4, 256, 128) == base + idms + sbms
 
 
@@ -518,7 +520,7 @@ def test_multiply_adds_of_non_local_blocks():
     base = multiply_adds(meta("base"), 4, 256, 128)
     nonlocal_block = multiply_adds(meta("base+nonlocal"), 4, 256, 128) - base
     assert nonlocal_block == 2 * (4 * 512 * 256 * 2048 + 2 * 256 * 2048**2)
-    assert 2 * 4 * 512 * 256 * 2048 == 2_147_483_648  # its projections alone: 3 % below the print
+    assert 2 * 4 * 512 * 256 * 2048 == 2_147_483_648  # its projections alone: 3 % below the paper's
 
 
 @pytest.mark.parametrize("T, H, W, pool", [(4, 64, 48, "avg"), (6, 70, 33, "max")])
@@ -540,7 +542,7 @@ def test_network(T, H, W, pool, one_backbone):
 
 
 def test_losses_are_weighted_and_configured():
-    """Eq. 8: every weight of the recipe arrives, and each term is that of its own definition."""
+    """Eq. 8: every weight of the recipe is applied, and each term is that of its own definition."""
     outputs = torch.randn(6, 16), torch.randn(6, 3), torch.randn(6, 4, 8)
     pids = torch.tensor([0, 0, 1, 1, 2, 2])
     args = settings(
@@ -549,11 +551,12 @@ def test_losses_are_weighted_and_configured():
     parts = sinet.losses(outputs, pids, args)
     assert torch.equal(parts["xent"], nn.functional.cross_entropy(outputs[1], pids))
     assert torch.equal(parts["triplet"], 0.7 * batch_hard_triplet(outputs[0], pids, 0.5))
-    assert torch.equal(parts["mi"], 0.3 * mutual_information_loss(outputs[2], pids, 0.2))
+    l_mi = mutual_information_loss(outputs[2], pids, temperature=0.2)
+    assert torch.equal(parts["mi"], 0.3 * l_mi)
     assert set(sinet.losses(outputs[:2], pids, args)) == {"xent", "triplet"}
 
 
-def test_rows_without_sbm_have_no_projection():
+def test_variants_without_sbm_have_no_projection():
     for name in ROWS:
         row = settings(sinet.RECIPE, ROWS, name)
         assert (row.lambda2 > 0) == row.sbm
@@ -561,7 +564,7 @@ def test_rows_without_sbm_have_no_projection():
 
 
 def test_the_projection_takes_the_frames_after_the_neck():
-    """Each frame's vector, normalised over all frames of the batch, as in the authors' release."""
+    """Each frame's vector is normalised over all frames of the batch, as in the authors' release."""
     model, seen = SINet(5, 4, 48, 48, pool="avg").double(), []
     model.projection = nn.Identity()
     model.layer4[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -576,8 +579,8 @@ def test_every_setting_reaches_its_module():
         num_classes=3,
         height=64,
         width=64,
-        positions=(1, 5),
-        splits=(2, 1),
+        sbm_blocks=(1, 5),
+        sbm_splits=(2, 1),
         k=5,
         beta=2.0,
         alpha=0.4,
@@ -606,9 +609,9 @@ def test_every_variant_runs(variant, one_backbone):
     assert len(frames) == settings(sinet.RECIPE, ROWS, variant).sbm
 
 
-def test_where_the_modules_stand():
+def test_which_blocks_the_modules_follow():
     def places(variant):
-        return {place: len(modules) for place, modules in meta(variant).after.items()}
+        return {block: len(modules) for block, modules in meta(variant).after.items()}
 
     one = {"layer2_2": 1, "layer2_4": 1, "layer3_2": 1, "layer3_4": 1, "layer3_6": 1}
     assert places("sinet") == one
@@ -618,8 +621,8 @@ def test_where_the_modules_stand():
     assert [after[f"layer3_{i}"][0].split for i in (2, 4, 6)] == [1, 2, 3]
 
 
-def test_idms_and_variants_share_the_backbone_at_the_start():
-    """G^D is zero, so that a network with IDMs starts as the baseline."""
+def test_a_network_with_idms_starts_as_the_baseline():
+    """G^D is zero."""
     torch.manual_seed(1)
     base = SINet(3, 4, 48, 48, sbm=False, idms=0).double().eval()
     idm = SINet(3, 4, 48, 48, sbm=False).double().eval()
@@ -635,7 +638,7 @@ def test_idms_and_variants_share_the_backbone_at_the_start():
         ((4, 32, 128), "at least 33x33 pixels, not 32x128"),
     ],
 )
-def test_network_refuses(arguments, says):
+def test_network_on_invalid_arguments(arguments, says):
     with pytest.raises(ValueError, match=says):
         SINet(5, *arguments)
     assert SINet(5, *arguments, sbm=False, idms=0)  # the baseline takes any
@@ -643,6 +646,7 @@ def test_network_refuses(arguments, says):
         SINet(5, scale="channels")
     with pytest.raises(ValueError, match="0 to 3 IDMs, not 4"):
         SINet(5, idms=4)
-    for options in (dict(splits=(1, 2)), dict(positions=(2, 4, 7))):
-        with pytest.raises(ValueError, match="a position of 1 to 6 for each split"):
-            SINet(5, **options)
+    with pytest.raises(ValueError, match="not 2 splits for 3 blocks"):
+        SINet(5, sbm_splits=(1, 2))
+    with pytest.raises(ValueError, match=r"blocks 1 to 6 of layer3, not \(2, 4, 7\)"):
+        SINet(5, sbm_blocks=(2, 4, 7))
