@@ -145,7 +145,8 @@ class ChannelAttentionLayer(nn.Module):
         if min(H, W) < 3:
             raise ValueError(f"CAL needs maps of at least 3x3, not {H}x{W}")
         all_but_channels = (1, 3, 4)
-        # Without their corner value, constant maps are exactly 0: rounding cannot make Eq. 1 true.
+        # The value in the corner is subtracted, so that a map that is constant is exactly 0.
+        # Otherwise, the rounding of its two means could make Eq. 1 true.
         maps = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         maps = maps - maps[..., :1, :1]
         no_pad = maps[..., 1:-1, 1:-1]
@@ -219,7 +220,8 @@ class SuppressOperation(nn.Module):
     Input: Q (B, L, C, H, W) of the L = T - s later frames, K (B, k*k, C). Output: S (B, L, 1, H, W)
     in (0, 1]. R of Eq. 3 has one value for each position of each later frame, H x W per frame, and
     a mean of 1 / (H W) in each frame. S is 1 where R is at most this mean, and falls to e^-beta
-    where R is far above it. Copy with: conv_by_matmul.
+    where R is far above it. The product Y = S X is taken in CrossPropagationModule, which needs X
+    and Y. Copy with: conv_by_matmul.
 
     Args:
         beta: strength of the suppression, above 0.
@@ -249,13 +251,13 @@ class SuppressOperation(nn.Module):
             response = response * math.sqrt(C)
         elif self.scale == "none":
             response = response * window * math.sqrt(C)
-        # R = softmax(Q * K)                                                        Eq. 3
-        # S = exp(beta * min(1 / (H W R) - 1, 0))                                   Eq. 4
-        # From log R, because an R that vanishes would give 0 * inf in the gradient. With
-        # x = log(1 / (H W R)), expm1(x) is 1 / (H W R) - 1, and negative where x is.
-        log_r = response.flatten(1).log_softmax(1)
-        x = -log_r - math.log(H * W)
-        suppression = torch.exp(self.beta * torch.expm1(x.clamp(max=0)))
+        # Eq. 3: R = softmax(Q * K)
+        # Eq. 4: S = exp(beta * min(1 / (H W R) - 1, 0))
+        # Both are computed from log R, because an R that vanishes would give 0 * inf in the
+        # gradient. 1 / (H W R) - 1 is expm1(log_ratio), and it is negative where log_ratio is.
+        log_r = response.flatten(1).log_softmax(1)                                # Eq. 3
+        log_ratio = -log_r - math.log(H * W)                              # log(1 / (H W R))
+        suppression = torch.exp(self.beta * torch.expm1(log_ratio.clamp(max=0)))  # Eq. 4
         return suppression.view(B, L, 1, H, W).to(q.dtype)
 
 
@@ -281,8 +283,8 @@ class CrossPropagationModule(nn.Module):
     def forward(self, former, later, suppression):
         pixels = (3, 4)
         y = suppression * later                                                   # Y = S X
-        removed = gap(later - y, pixels).sum(1, keepdim=True)                     # of Eq. 5
-        salient = gap(former, pixels).sum(1, keepdim=True)                        # of Eq. 6
+        removed = gap(later - y, pixels).sum(1, keepdim=True)             # sum of GAP(X_j - Y_j)
+        salient = gap(former, pixels).sum(1, keepdim=True)                # sum of GAP(X_j)
         if self.release:
             weights = gap(1 - suppression, pixels).sum(1, keepdim=True)
             removed = removed / weights.clamp(min=1e-6)
@@ -348,15 +350,16 @@ class SalientToBroadModule(nn.Module):
             raise ValueError(f"SBM with split {s} needs more than {s} frames, not {x.shape[1]}")
         if x.shape[2] != self.channels:
             raise ValueError(f"SBM was built for {self.channels} channels, not {x.shape[2]}")
-        x = channels_last(x)
+        x = channels_last(x)                                    # for the gradients of the slices
         weighted = x
         if self.cal is not None:
-            weighted = self.cal(x)
-        p, q = weighted[:, :s], weighted[:, s:]                                   # Eq. 2
+            weighted = self.cal(x)                                                # Eq. 1-2
+        p = weighted[:, :s]
+        q = weighted[:, s:]
         kernel = self.kgm(p)
         suppression = self.so(q, kernel)                                          # Eq. 3-4
         z = self.cpm(x[:, :s], x[:, s:], suppression)                             # Eq. 5-6
-        return channels_last(z)
+        return channels_last(z)                                 # for torch.cat in CPM
 
 
 # ---------------------------------------------------- Sec. 3.2: Integration-and-Distribution Module
@@ -403,7 +406,8 @@ class IntegrationDistributionModule(nn.Module):
     def forward(self, x):
         B, T, C, H, W = x.shape
         if T * H * W != self.l_i.in_features:
-            raise ValueError(f"IDM was built for {self.l_i.in_features} positions, not {T}x{H}x{W}")
+            raise ValueError(f"IDM was built for {self.l_i.in_features} positions, not {T}x{H}x{W} "
+                             f"= {T * H * W}")
         if C != self.g_i.in_channels:
             raise ValueError(f"IDM was built for {self.g_i.in_channels} channels, not {C}")
         # F' = G^D G^I F (L^I L^D + I)                                              Eq. 7
@@ -852,7 +856,8 @@ RELEASED_LAYERS = {  # name of a layer in the authors' networks: its name here
     "bn1": "stem.1",
     "bn": "neck",
 }
-RELEASED_PARTS = {  # the same for the parts of an inserted module: IDM
+RELEASED_PARTS = {  # the same for the layers of an inserted module
+    # IDM
     "chl_reduction.0": "g_i",
     "chl_reduction.1": "bn_g",
     "thw_reduction.0": "l_i",
@@ -873,21 +878,24 @@ def read_release(state):
     Args:
         state: the state_dict of a file.
 
-    Returns (name of the row in ROWS, {setting: value} as the shapes tell them, state_dict with our
-    names), or None if the state_dict is not one of the authors' release.
+    Returns (name of the variant in ROWS, {setting: value} as the shapes tell them, state_dict with
+    our names), or None if the state_dict is not one of the authors' release.
     """
     if not {"conv1.bias", "bn.weight", "classifier.weight"} <= state.keys():
         return None
     names = released_names(state)
     model = renamed_weights(state, names)
     fold_biases(state, names, model)
-    row, settings = released_settings(state, names)
-    return row, settings, model
+    variant, settings = released_settings(state, names)
+    return variant, settings, model
 
 
 def released_names(state):
-    """{name of a layer in the authors' network: its name here}. In their names, an inserted module
-    counts as a block of its stage: layer2.2 is the IDM after our layer2.1."""
+    """Returns {name of a layer in the authors' network: its name here}.
+
+    In the authors' names, an inserted module counts as a block of its stage: their layer2.2 is the
+    first IDM, and their layer2.3 is our layer2.2.
+    """
     layers = {key.rpartition(".")[0] for key in state}
     inserted = set()                                    # "layer2.2", ...
     for layer in layers:
@@ -912,8 +920,8 @@ def released_names(state):
 
 
 def renamed_weights(state, names):
-    """The state_dict with our names. The authors' convolutions are 3-D with one frame in time, and
-    some of our linear layers are convolutions there."""
+    """Returns the state_dict with our names and shapes. The authors' convolutions are 3-D, over one
+    frame, and some layers are convolutions there and linear layers here."""
     linear = ("l_i", "l_d", "squeeze", "excite", "projection")
     model = {}
     for key, value in state.items():
@@ -929,8 +937,8 @@ def renamed_weights(state, names):
 
 
 def fold_biases(state, names, model):
-    """Takes the biases out of `model` that our convolutions do not have. The BatchNorm after such a
-    convolution has it subtracted from its running mean, which gives the same results."""
+    """Takes the biases out of `model` that our convolutions do not have. A bias before a BatchNorm is
+    subtracted from the running mean of the BatchNorm, which gives the same results."""
     for layer in names:
         if layer.endswith(".0"):
             norm = layer[:-1] + "1"                     # downsample.0: downsample.1
@@ -942,7 +950,7 @@ def fold_biases(state, names, model):
 
 
 def released_settings(state, names):
-    """(name of the row in ROWS, {setting: value}) of the authors' network."""
+    """Returns (name of the variant in ROWS, {setting: value}) of the authors' network."""
     places = {name.split(".")[1] for name in names.values() if name.startswith("after.")}
     idms = sum(place.startswith("layer2") for place in places)
     sbm = len(places) > idms
@@ -954,13 +962,13 @@ def released_settings(state, names):
             settings["se_reduction"] = value.shape[1] // value.shape[0]
     if "projection.weight" not in state:
         settings["lambda2"] = 0.0
-    rows = {  # (with SBMs, number of IDMs): row
+    variants = {  # (with SBMs, number of IDMs): name
         (True, 2): "sinet",
         (True, 0): "base+sbm",
         (False, 2): "base+idm",
         (False, 0): "base",
     }
-    return rows.get((sbm, idms), "sinet"), settings
+    return variants.get((sbm, idms), "sinet"), settings
 
 
 RELEASE = Release(read_release, chunk={"lsvid": 48}, reduction=16, lambda2=0.001, scale="window",

@@ -806,8 +806,14 @@ def test_modules_name_the_sizes_they_take():
         (lambda: sinet.ChannelAttentionLayer(64, reduction=0), "a reduction of 1 to 64, not 0"),
         (lambda: sinet.ChannelAttentionLayer(64, reduction=65), "a reduction of 1 to 64, not 65"),
         (lambda: sinet.GlobalContextBlock(64, reduction=65), "a reduction of 1 to 64, not 65"),
-        (lambda: sinet.KernelGenerationModule(64, kernel_size=2), "odd kernel size of at least 1, not 2"),
-        (lambda: sinet.KernelGenerationModule(64, kernel_size=-1), "odd kernel size of at least 1, not -1"),
+        (
+            lambda: sinet.KernelGenerationModule(64, kernel_size=2),
+            "odd kernel size of at least 1, not 2",
+        ),
+        (
+            lambda: sinet.KernelGenerationModule(64, kernel_size=-1),
+            "odd kernel size of at least 1, not -1",
+        ),
         (lambda: sinet.SuppressOperation(beta=0.0), "beta above 0, not 0.0"),
         (lambda: sinet.SuppressOperation(beta=math.nan), "beta above 0, not nan"),
         (lambda: sinet.SuppressOperation(beta=math.inf), "beta above 0, not inf"),

@@ -564,7 +564,7 @@ def test_variants_without_sbm_have_no_projection():
 
 
 def test_the_projection_takes_the_frames_after_the_neck():
-    """Each frame's vector is normalised over all frames of the batch, as in the authors' release."""
+    """They are normalised over all frames of the batch, as in the authors' release."""
     model, seen = SINet(5, 4, 48, 48, pool="avg").double(), []
     model.projection = nn.Identity()
     model.layer4[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
