@@ -761,8 +761,7 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.2)"),
     "epochs": (160, 8, "number of epochs (Sec. 4.2)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.2)"),
-    "lr_step": (40, 7, "number of epochs after which the learning rate is divided by 10, again and "
-                "again (Sec. 4.2)"),
+    "lr_step": (40, 7, "divide the learning rate by 10 every so many epochs (Sec. 4.2)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of Adam (Sec. 4.2)"),
     "weights": ("imagenet", "none", "initial weights of the backbone: imagenet, none (random) or a "
                 "file (Sec. 3.3)"),
@@ -785,8 +784,8 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
                      "authors' release)"),
     "idms": (2, 2, "number of IDMs, 0 to 3 (Sec. 3.3, Table 3)", range(4)),
     "reduction": (4, 4, "reduction of the IDMs, c/c' and m/m' (Fig. 5b)"),
-    "mixer": ("idm", "idm", "what takes the places of the IDMs: idm, a Non-local block with the "
-              "affinity softmax, ones or inverse, or a GC block (Table 3)",
+    "mixer": ("idm", "idm", "what mixes all positions in layer2: idm, a Non-local block with the "
+              "affinity softmax, ones or inverse, or gc (GC block) (Table 3)",
               ("idm", "softmax", "ones", "inverse", "gc")),
     "lambda1": (1.0, 1.0, "weight of the triplet loss (Eq. 8, Sec. 4.2)"),
     "release": (False, False, "build the network as the authors' release does, for its trained "
@@ -937,8 +936,8 @@ def renamed_weights(state, names):
 
 
 def fold_biases(state, names, model):
-    """Takes the biases out of `model` that our convolutions do not have. A bias before a BatchNorm is
-    subtracted from the running mean of the BatchNorm, which gives the same results."""
+    """Takes the biases out of `model` that our convolutions do not have. A bias before a BatchNorm
+    is subtracted from the running mean of the BatchNorm, which gives the same results."""
     for layer in names:
         if layer.endswith(".0"):
             norm = layer[:-1] + "1"                     # downsample.0: downsample.1
