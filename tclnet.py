@@ -498,13 +498,20 @@ class TemporalConv(nn.Module):
 # ---------------------------------------------------------------------------- Sec. 3.3: the network
 
 def resnet50(weights="none", last_stride=1):  # same in every script
-    """torchvision's ResNet-50 without its classifier, by default with the last stride removed.
+    """torchvision's ResNet-50 without its classifier.
 
-    weights: "imagenet" (torchvision's V1 weights), "none", a state_dict of torchvision's resnet50,
-    or a file with one. Raises OSError when they cannot be had, RuntimeError when others are there.
+    Args:
+        weights: where its weights come from: "imagenet" (torchvision's V1 weights, which are
+            downloaded once), "none" (random weights), a state_dict of torchvision's resnet50, or
+            the path of a file with one.
+        last_stride: stride of stage 4. With 1 its maps are as large as those of stage 3, as is
+            usual in re-identification; torchvision's own is 2.
+
+    Raises OSError when the weights cannot be read or downloaded, and RuntimeError when they are not
+    those of a ResNet-50.
     """
     v1 = "IMAGENET1K_V1" if weights == "imagenet" else None
-    # zero_init_residual: from random weights a deep network starts to learn much sooner
+    # From random weights a network whose residual branches start at zero learns much sooner.
     net = torchvision.models.resnet50(weights=v1, zero_init_residual=True)
     net.fc = nn.Identity()
     if weights not in ("imagenet", "none"):
@@ -835,33 +842,34 @@ def make_optimizer(model, args):
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):  # same in every script
-    """Trains a network, or with --evaluate or --figure shows one; returns the last result."""
+    """Trains the network, tests it (--evaluate) or draws it (--figure); returns the last result."""
     if args.plan:
         return plan(args, recipe=RECIPE, sampler=SAMPLER, split=SPLIT, metric=METRIC, build=build,
                     loss_weights=loss_weights)
-    run = Run(args)                                     # processes, device, folder, checkpoint
-    with run.setting_up():                              # what is missing is drawn or downloaded
-        dataset = load_dataset(args.data, args.root, int(args.split), args.chunk,
+    run = Run(args)                                     # device, processes, folder, checkpoint
+    with run.setting_up():                              # one process creates or downloads first
+        dataset = load_dataset(args.data, args.root, split=int(args.split), chunk=args.chunk,
                                training=not args.evaluate)
         print(dataset.summary())
         model = build(args, run.num_classes(dataset))
-    model = run.prepare(model)                          # device, channels_last, weights of --resume
+    model = run.prepare(model)                          # to the device, with the saved weights
     if args.figure:
-        return figures(run, model, dataset, SPLIT, METRIC, picture, load)
+        return figures(run, model, dataset, split=SPLIT, metric=METRIC, picture=picture, load=load)
     if args.evaluate:
         return run.test(model, dataset, SPLIT, METRIC)
     optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_step, gamma=0.1)
     loader = run.loader(dataset.train, SAMPLER, SAMPLE)
-    network = run.start(model=model, optimizer=optimizer, scheduler=scheduler)  # or goes on
+    # After --resume this restores all three; under torchrun `network` is wrapped for several GPUs.
+    network = run.start(model=model, optimizer=optimizer, scheduler=scheduler)
     if run.evaluates_first:
-        run.test(model, dataset, SPLIT, METRIC)         # untrained
+        run.test(model, dataset, SPLIT, METRIC)         # of the untrained network
     for epoch in run.epochs():
         model.train()
-        for clips, pids in run.batches(loader, epoch):  # a signal ends it, with a checkpoint
+        for clips, pids in run.batches(loader, epoch):  # a signal saves a checkpoint and exits
             with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
                 outputs = network(normalize(clips))
-            parts = losses(gather(outputs), gather(pids), args)  # of all processes' clips
+            parts = losses(gather(outputs), gather(pids), args)  # clips of all processes
             optimizer.zero_grad()
             run.backward(sum(parts.values()))
             optimizer.step()
@@ -873,13 +881,17 @@ def train(args):  # same in every script
 
 
 def load(file, **settings):  # same in every script
-    """The network of a run's last.pt, in eval mode on the CPU; `.args` has its settings. settings:
-    those of the recipe that a file of an earlier version lacks."""
+    """Loads the network of a checkpoint, a run's last.pt, in eval mode on the CPU.
+
+    Its attribute `args` has its settings. A checkpoint of an earlier version may lack settings of
+    the recipe, which are then given here: load(file, pool="avg").
+    """
     return load_network(file, build, settings, recipe=RECIPE, rows=ROWS, release=RELEASE,
                         script=__file__)
 
 
 def main():  # same in every script
+    """Does what the command line asks for."""
     run_script(train, build, recipe=RECIPE, rows=ROWS, release=RELEASE, text=__doc__,
                script=__file__)
 
