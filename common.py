@@ -25,7 +25,30 @@ from data import (CHUNK, DATA_SETS, NO_MATCH, SPLIT_SETS, AllClips, Parser, Trac
                   printable, progress, read_clip, replacing, save_rows)
 
 
-# ------------------------------------------------------------------------- distances and retrieval
+# ------------------------------------------------------------------------------- losses and metrics
+
+def at_least_float32(x):
+    """x, or a float32 copy of what autocast or `.half()` has made less precise."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def batch_hard_triplet(x, pids, margin):
+    """Batch-hard triplet loss (Hermans et al., 2017) with the cosine distance, 1 - cos: the mean
+    over anchors of [margin + d(hardest positive) - d(hardest negative)]+.
+
+    x: embeddings (N, D); pids: (N,). An anchor without a positive or a negative counts nothing.
+    """
+    x = F.normalize(at_least_float32(x), dim=1)
+    d = 1 - x @ x.T
+    same = pids[:, None] == pids
+    positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    # without a positive the first is -inf, without a negative the second inf: then the hinge is 0
+    hardest_positive = d.masked_fill(~positive, -math.inf).amax(1)
+    hardest_negative = d.masked_fill(same, math.inf).amin(1)
+    hinge = (margin + hardest_positive - hardest_negative).relu()
+    # an anchor has no negative only where nobody has one: then the sum is 0, whatever is counted
+    return hinge.sum() / positive.any(1).sum().clamp(min=1)
+
 
 # A squared distance that is a smaller share of the vectors' squares than this is the rounding of
 # their numbers and becomes 0, so that equal vectors have a distance of exactly 0.
@@ -60,29 +83,6 @@ def distance_blocks(a, b, metric="cosine", rows=512):
                 squares.mul_(-2).add_(size)
                 d[:, columns] = squares.masked_fill_(squares < size.mul_(ROUNDING), 0).sqrt_()
         yield here, d
-
-
-def at_least_float32(x):
-    """x, or a float32 copy of what autocast or `.half()` has made less precise."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def batch_hard_triplet(x, pids, margin):
-    """Batch-hard triplet loss (Hermans et al., 2017) with the cosine distance, 1 - cos: the mean
-    over anchors of [margin + d(hardest positive) - d(hardest negative)]+.
-
-    x: embeddings (N, D); pids: (N,). An anchor without a positive or a negative counts nothing.
-    """
-    x = F.normalize(at_least_float32(x), dim=1)
-    d = 1 - x @ x.T
-    same = pids[:, None] == pids
-    positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    # without a positive the first is -inf, without a negative the second inf: then the hinge is 0
-    hardest_positive = d.masked_fill(~positive, -math.inf).amax(1)
-    hardest_negative = d.masked_fill(same, math.inf).amin(1)
-    hinge = (margin + hardest_positive - hardest_negative).relu()
-    # an anchor has no negative only where nobody has one: then the sum is 0, whatever is counted
-    return hinge.sum() / positive.any(1).sum().clamp(min=1)
 
 
 def as_array(values):
@@ -218,6 +218,8 @@ def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
     return out
 
 
+# --------------------------------------------------------------------------------------- evaluation
+
 def as_tracklets(tracklets):
     """Tracklets whose frames are files or pixels; what is a list of frames alone becomes a Tracklet
     of it. One that has no frames is a UserError, because it has no mean."""
@@ -340,17 +342,7 @@ def write_export(folder, dataset, q, g, d, reranked=False):
     print(f"wrote features.npz and queries.csv into {folder}{note}", flush=True)
 
 
-# --------------------------------------------------------------------------------------- complexity
-
-def complexity(model, T, height, width, without=()):
-    """(learnable parameters, multiply-adds of a clip's convolutions and matrix products, in eval
-    mode), counted without computing; without: first names of parts without whose parameters."""
-    shadow = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.empty(1, T, 3, height, width, device="meta"))
-    counted = (p for name, p in model.named_parameters() if not name.startswith(without))
-    return sum(p.numel() for p in counted), counter.get_total_flops() // 2
-
+# ----------------------------------------------------------------------------------- rows and flags
 
 COSTS = {  # what a paper prints of a row beside its accuracy, and the unit
     "million_parameters": "million parameters",
@@ -360,497 +352,6 @@ COSTS = {  # what a paper prints of a row beside its accuracy, and the unit
     "more_gflops": "GFLOPs more than the baseline",
 }
 
-
-def complexity_table(rows, recipe, build):
-    """Prints the parameters and GFLOPs of every row, in Markdown, beside what the paper prints."""
-    print("The parameters are those without neck, classifier and projection. The GFLOPs are\n"
-          "multiply-adds of convolutions and matrix products.\n")
-    table = [["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "in the paper"]]
-    for name in rows:
-        args = settings(recipe, rows, name, weights="none")
-        with torch.device("meta"):
-            model = build(args, num_classes=1)
-        parameters, macs = complexity(model, args.frames, args.height, args.width,
-                                      without=("neck", "classifier", "projection"))
-        printed = [f"{value} {COSTS[cost]}" for cost, value in row_of(rows, name).costs.items()]
-        table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{parameters:,}",
-                      f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}", ", ".join(printed)])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in [table[0], ["-" * width for width in widths], *table[1:]]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-
-
-# -------------------------------------------------------------------------------- several processes
-# torchrun starts `world` of them, with a `rank` from 0 each; without it there is one, of rank 0.
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def pick_device(gpu=None):
-    """The device of this process, by --gpu; under torchrun the process joins the group, too."""
-    count, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    asked, gpu = gpu, gpu and gpu.lower()
-    if gpu and gpu.startswith("cuda"):  # torch's names: cuda is the first one, cuda:1 the second
-        gpu = "0" if gpu == "cuda" else gpu.removeprefix("cuda:") or gpu
-    there = f"there are GPUs 0 to {count - 1}" if count else "no GPU is there"
-    if gpu and gpu != "cpu" and not re.fullmatch("[0-9]+", gpu):
-        raise UserError(f"--gpu {asked}: {there}; everything here runs on CUDA or CPU, so that "
-                        "--gpu takes the number of a GPU with CUDA, or cpu")
-    if processes > 1 and gpu != "cpu" and (gpu or 0 < count < here):
-        raise UserError(f"--gpu {asked}: torchrun gives every process its own GPU, here are {here} "
-                        f"processes and {count} GPUs: leave --gpu out, or say --gpu cpu")
-    gpu = gpu or (os.environ.get("LOCAL_RANK", "0") if count else "cpu")
-    if gpu not in ("cpu", *map(str, range(count))):
-        raise UserError(f"--gpu {asked or gpu}: {there}")
-    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
-    cuda = device.type == "cuda"
-    if processes > 1 and not dist.is_initialized():
-        if cuda:
-            torch.cuda.set_device(device)
-        # the others wait while the first one downloads or draws; torchrun ends them when one dies
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-    name = torch.cuda.get_device_name(device) if cuda else f"{count or 'no'} GPU found"
-    print(f"device: {device} ({name})" + f", {processes} processes" * (processes > 1))
-    return device
-
-
-def gather(outputs):
-    """The outputs of all processes, tensors or lists and dicts of them, joined along the batch.
-    Gradients flow into this process' part only, and add up to those of a single process."""
-    if world() == 1:
-        return outputs
-    if isinstance(outputs, dict):
-        return {name: gather(part) for name, part in outputs.items()}
-    if isinstance(outputs, (tuple, list)):
-        return [gather(part) for part in outputs]
-    parts = [torch.empty_like(outputs, memory_format=torch.contiguous_format)
-             for _ in range(world())]
-    dist.all_gather(parts, outputs.detach().contiguous())
-    parts[rank()] = outputs
-    return torch.cat(parts)
-
-
-class Stop(Exception):
-    """A signal asked for the end of a run; the argument is its number."""
-
-
-_asked = 0
-_writing = False
-
-
-def catch_signals():
-    """From here on signals are only noted, for `stop_asked`, but for a second Ctrl-C, which ends
-    the program at once, unless it is `writing`."""
-    def note(number, _):
-        global _asked
-        second = number == _asked == signal.SIGINT
-        if second and not _writing and world() == 1:  # torchrun may send it twice
-            raise KeyboardInterrupt
-        _asked = _asked or number
-    for number in signal.Signals:  # no SIGHUP on Windows
-        hung_up = number.name == "SIGHUP" and signal.getsignal(number) != signal.SIG_IGN  # nohup
-        if hung_up or number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note)
-
-
-@contextlib.contextmanager
-def writing():
-    """The block, which takes a second or two, is not cut short by a second Ctrl-C."""
-    global _writing
-    _writing = True
-    try:
-        yield
-    finally:
-        _writing = False
-
-
-def own_group(_):
-    """worker_init_fn: a signal to the group of a run's processes is not for loaders' workers."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
-def stop_asked():
-    """The signal that asked any of the processes to stop, or 0; all of them call it together."""
-    if world() == 1:
-        return _asked
-    asked = torch.tensor(_asked, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return int(asked)
-
-
-def tell_torchrun(line):
-    """torchrun prints some fifty lines when a process ends with an error. It quotes, as the last
-    one, what the first process that failed wrote into the file that it names: here our line."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": int(time.time())}}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": told}))
-
-
-def command_line(main):
-    """Runs a script's main(). What a user can cause ends in one line and an exit code."""
-    if os.environ.get("RANK", "0") != "0":  # only the first process prints
-        sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
-    code, again = 2, "the same command with --resume goes on"
-    try:
-        main()
-        sys.stdout.flush()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
-    except UserError as error:
-        message = str(error)
-        if any(word.startswith(("--local-rank", "--local_rank")) for word in sys.argv[1:]):
-            message = ("python -m torch.distributed.launch adds --local-rank, which this script "
-                       "does not take: use torchrun in its place, with the same flags")
-    except Stop as stop:
-        code = 128 + stop.args[0]
-        message = f"stopped by {signal.Signals(*stop.args).name}; {again}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code, message = 141, "ended, because its output is read no more"
-    except (RuntimeError, MemoryError) as error:
-        # when a loader process was killed the cause tells by what
-        says = f"{error} {error.__cause__}".lower()
-        if isinstance(error, MemoryError) or "out of memory" in says or "cpuallocator" in says:
-            message = "out of memory: use fewer --ids or --clips, smaller frames, or --amp"
-        elif "open files" in says or "ancdata" in says:
-            code, message = 1, ("the loader processes need more open files than are allowed: use "
-                                "fewer --workers, or raise the limit (ulimit -n 4096); "
-                                f"{again}, from the last checkpoint")
-        elif re.search("bus error|shared memory|file </torch_", says):
-            code, message = 1, ("a loader process found no room in the shared memory, through "
-                                "which batches come: use fewer --workers, or give it more (docker "
-                                f"run --shm-size 8g); {again}, from the last checkpoint")
-        elif re.search(r"dataloader worker \(pid.*(killed by signal|exited unexpectedly)", says):
-            code, why = 1, "a loader process was killed, out of memory perhaps: use fewer --workers"
-            if _asked:  # the signal was sent to every process
-                code, why = 128 + _asked, f"stopped by {signal.Signals(_asked).name} in a step"
-            message = f"{why}; {again}, from the last checkpoint"
-        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in says):
-            code, message = 1, f"another process is gone ({first_line(error)})"
-        else:
-            raise
-    process = rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
-        # A refused setting is refused by all processes. The first one of a machine says it, and
-        # torchrun ends the others, which wait for that: if another process ended sooner, torchrun
-        # would end the first one before it says anything.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
-    line = Path(sys.argv[0]).name + (f": process {process}: " if process else ": ") + message
-    print(printable(line), file=sys.stderr, flush=True)
-    tell_torchrun(printable(line))
-    sys.stdout.flush()
-    if dist.is_initialized():
-        os._exit(code)  # the usual end can wait for processes gone
-    sys.exit(code)
-
-
-# -------------------------------------------------------------------------------------------- files
-
-class Release:
-    """Trained weights that the authors of a paper offer for download, and what they need.
-
-    Args:
-        read: a function of a state_dict -> (the row of the script that it is, the settings of the
-            recipe that its shapes give, the state_dict in the script's names), or None where the
-            state_dict is not of the authors' release.
-        settings: what --release sets in the recipe, beside the form of the modules.
-    """
-
-    def __init__(self, read, **settings):
-        self.read = read
-        self.settings = settings
-
-    def checkpoint(self, file, script):
-        """The contents of a file as a checkpoint of this script, or None where it is none of the
-        authors' release."""
-        state = state_dict_in(file)
-        found = None
-        if all(map(torch.is_tensor, state.values())):
-            found = without_prefix(state, lambda part: self.read(part) is not None)
-        if found is None:
-            return None
-        variant, shaped, model = self.read(found)
-        args = {"data": "mars", "root": FLAGS["root"][0], "variant": variant, "small": False,
-                **self.settings, **shaped, "release": True}
-        return {"script": script, "args": args, "num_classes": len(model["classifier.weight"]),
-                "history": [], "model": model, "release": True}
-
-
-# the dictionaries in which training programs wrap a state_dict
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module",
-            "backbone", "weights", "params")
-
-
-def state_dict_in(file):
-    """The state_dict in what a file holds: the usual dictionaries around it are opened."""
-    for _ in range(9):  # anything can be in a file, a dictionary that holds itself, too
-        wrapped = [file[name] for name in WRAPPERS if isinstance(file.get(name), dict)]
-        if wrapped:
-            file = wrapped[0]
-    return file
-
-
-def without_prefix(state, fits):
-    """The part of a state_dict for which the function `fits` is true, or None: all of it, or what
-    has a prefix in common, such as "module." or "backbone.", without the prefix."""
-    parts = [state]
-    while parts:
-        for part in parts:
-            if fits(part):
-                return part
-        shorter = []
-        for part in parts:
-            inner = {}
-            for name, value in part.items():
-                first, dot, rest = str(name).partition(".")
-                if dot:
-                    inner.setdefault(first, {})[rest] = value
-            shorter += inner.values()
-        parts = shorter
-    return None
-
-
-def difference(state, own):
-    """In words, how a state_dict differs from the network's own: the first name that only one of
-    them has, or the first shape."""
-    says = []
-    for name in [name for name in state if name not in own][:1]:
-        says.append(f"it has {name!r}, which the network has not")
-    for name in [name for name in own if name not in state][:1]:
-        says.append(f"it lacks {name!r}")
-    if not says:
-        for name, value in own.items():
-            theirs, ours = getattr(state[name], "shape", None), value.shape
-            if theirs != ours:
-                has = "no shape" if theirs is None else f"the shape {list(theirs)}"
-                return f"its {name!r} has {has}, that of the network {list(ours)}"
-    return ", and ".join(says)
-
-
-def backbone_weights(path):
-    """The state_dict in a file of --weights, in the names of torchvision's ResNet-50, without its
-    classifier; prints what else is in the file. UserError when it does not fit."""
-    with torch.device("meta"):
-        net = torchvision.models.resnet50()
-    own = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
-    layers = {name.partition(".")[0] for name in own}
-    needed = {name for name in own if not name.endswith("num_batches_tracked")}  # old files: none
-    everything = state_dict_in(load_file(path))
-    state = (without_prefix(everything, lambda part: needed <= part.keys())
-             or without_prefix(everything, lambda part: "conv1.weight" in part) or everything)
-    theirs, others = {}, []
-    for name, value in state.items():
-        first = str(name).partition(".")[0]
-        if first in layers:
-            theirs[name] = value
-        elif first != "fc":
-            others.append(first)
-    wrong = difference(theirs, {name: own[name] for name in own if name in needed | theirs.keys()})
-    if wrong:
-        raise UserError(f"--weights {path}: does not fit torchvision's ResNet-50: {wrong} (the "
-                        f"first entry of the file is {next(iter(everything), None)!r})")
-    prefix = next(str(name).removesuffix("conv1.weight") for name, value in everything.items()
-                  if value is state["conv1.weight"])
-    names = map(str, everything)
-    others += [name.partition(".")[0] for name in names if not name.startswith(prefix)]
-    if others:
-        parts = textwrap.shorten(", ".join(dict.fromkeys(others)), 160)
-        print(f"--weights {path}: not taken from it: {parts}")
-    return theirs
-
-
-def read_checkpoint(path, script, release):
-    """The contents of a file that a run of ours, or where there is one the authors' release, has
-    written, as a checkpoint of ours."""
-    file = load_file(path)
-    file.pop("release", None)  # a run does not write it: it marks what was read below
-    try:
-        return (release and release.checkpoint(file, script)) or file
-    except Exception:  # anything can be in a file
-        raise UserError(f"{path}: has the names of the authors' release, but another form"
-                        ) from None
-
-
-def load_checkpoint(path, script, rows, flags, but, training=True, release=None, *, recipe, given):
-    """A checkpoint of `script`, as a run writes it, with these flags, but for those in `but`.
-
-    recipe: that of the script; given: the names of the flags that the user has given, which fill in
-    what a file of an earlier version lacks.
-    """
-    checkpoint = read_checkpoint(path, script, release)
-    try:
-        model = checkpoint["model"] = state_dict_in({"model": checkpoint["model"]})
-        saved, classes = checkpoint["args"], checkpoint["num_classes"]
-        history, columns = checkpoint["history"], []
-        steps, totals = checkpoint.get("progress", (0, {}))
-        values = [value for row in history for value in row.values() if value != ""]
-        if history:
-            columns = ["epoch", "lr", *[*history[0]][2:-2], "mAP", "rank-1"]
-            if "loss" not in columns or not totals.keys() <= {*columns}:
-                raise ValueError
-        if not (checkpoint["script"] == script and saved["data"] in DATA_SETS
-                and saved["variant"] in rows and isinstance(saved["root"], str)
-                and [row["epoch"] for row in history] == [*range(1, len(history) + 1)]
-                and all([*row] == columns for row in history)
-                and all(isinstance(v, (int, float)) for v in [steps, *totals.values(), *values])
-                and (not model or classes in [len(w) for w in model.values() if w.dim()])):
-            raise ValueError
-    except Exception:  # anything can be in a file
-        says = f"{path}: not a checkpoint of {script}, as a run writes it"
-        if "args" not in checkpoint:
-            first = next(iter(state_dict_in(checkpoint)), None)
-            says += f" (its first entry is {first!r}); weights without settings go to --init"
-        raise UserError(says) from None
-    checkpoint["args"] = settings_of(path, checkpoint, recipe, rows, given)
-    saved = checkpoint["args"]
-    if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
-        raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further "
-                        "(--init starts another training from it)")
-    for key in sorted(flags.keys() & saved.keys() - but):
-        if flags[key] != saved[key]:
-            raise UserError(f"{path}: was trained with {typed(key, saved[key])}, not "
-                            f"{typed(key, flags[key])}")
-    return checkpoint
-
-
-def settings_of(path, checkpoint, recipe, rows, given):
-    """The settings in a checkpoint that a run takes from it, each of which must be a value that its
-    flag takes; UserError otherwise, and when one of the recipe is neither in the file nor among the
-    flags that are given. The authors' release has few settings: it takes those of the recipe."""
-    saved, kinds = checkpoint["args"], flag_kinds(recipe, rows)
-    taken = {key: saved[key] for key in kinds if key in saved and key not in HERE}
-    for key, value in taken.items():
-        absent = value is None and (key == "init" or key in recipe and recipe[key][0] is None)
-        if not (absent or is_taken(kinds[key], value)) or (key, value) == ("split", "all"):
-            says = textwrap.shorten(repr(value), 60)
-            raise UserError(f"{path}: its setting {key} is {says}, which {typed(key, ())} does not "
-                            "take")
-    missing = [typed(key, ()) for key in recipe if key not in saved and key not in given]
-    if missing and not checkpoint.get("release"):
-        raise UserError(f"{path}: lacks settings that an earlier version did not have: give them "
-                        f"as flags, {' '.join(missing)}, with the values of that run (in Python as "
-                        "arguments of load)")
-    return taken
-
-
-def alike(a, b):
-    """Whether a has the form of b: the same types and lengths, and the keys of b."""
-    if isinstance(b, dict):
-        a, b = [a.get(key) for key in b], [*b.values()]
-    if isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return isinstance(a, type(b)) or a is None and b is True  # fused, of older checkpoints
-
-
-def restore(path, checkpoint, **objects):
-    """load_state_dict of each object from the checkpoint; UserError when one does not fit."""
-    for name, target in objects.items():
-        own, state = target.state_dict(), checkpoint[name]
-        wrong = ""
-        try:
-            if isinstance(target, torch.nn.Module):
-                state = without_prefix(state, lambda part: part.keys() == own.keys()) or state
-                wrong = difference(state, own)
-            target.load_state_dict(state)
-            shapes = [(value.shape, p.shape) for p, state in getattr(target, "state", {}).items()
-                      for value in state.values() if value is not None]
-            if not (alike(target.state_dict(), own) and all(a in ((), b) for a, b in shapes)):
-                raise ValueError("other types or shapes than a run writes")
-        except Exception as error:  # a state of another network raises many kinds
-            says = wrong or last_line(error)
-            raise UserError(f"{path}: its {name} does not fit ({says})") from None
-
-
-def start_from(path, model, release=None, args=None):
-    """Loads into the network what a file has of its names and shapes, and prints the rest. The file
-    is a run's last.pt, one of the authors' release, or holds weights alone. The classifier is taken
-    only from a run on the data set and the split of args: elsewhere the identities are others."""
-    file = read_checkpoint(path, "", release)
-    own = model.state_dict()
-    theirs = part_of_network(path, file, "", own)
-    wrong = other_identities(file, args)
-    same = {name for name, value in theirs.items()
-            if name in own and getattr(value, "shape", None) == own[name].shape}
-    taken = {name: theirs[name] for name in same
-             if not (wrong and name.startswith("classifier."))}
-    if not same:
-        raise UserError(f"{path}: holds nothing of this network: {difference(theirs, own)}")
-    model.load_state_dict(taken, strict=False)
-    print(f"starting from {path}")
-    for says, names in (("as initialised", own), ("not taken from it", theirs)):
-        parts = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in taken)
-        if parts:
-            print(f"  {says}: {printable(textwrap.shorten(', '.join(parts), 160))}")
-    classifier = [name for name in own if name.startswith("classifier.")]
-    if classifier and not wrong and not same.issuperset(classifier):
-        wrong = "its shape is another one"
-    if classifier and wrong:
-        print(f"  the classifier is left out, because {printable(wrong)}")
-    elif classifier:
-        print("  the classifier is kept, because the file was also trained on "
-              f"{printable(identities(vars(args)))}")
-
-
-def other_identities(file, args):
-    """Why the classifier in a file is not one of the identities of a run with these args, in words;
-    "" when it is."""
-    saved = file.get("args")
-    if file.get("release"):
-        return "the authors' release does not say on which data set it was trained"
-    if args is None or not isinstance(saved, dict) or "data" not in saved:
-        return "the file does not say on which data set it was trained"
-    theirs, ours = identities(saved), identities(vars(args))
-    return "" if theirs == ours else f"the file was trained on {theirs}, and this run is on {ours}"
-
-
-def identities(settings):
-    """Whose identities a run has with these settings, in words: those of a data set, of its split
-    where it has several, and of a folder where the data set's name alone does not say it."""
-    data = settings["data"]
-    if data in SPLIT_SETS:
-        return f"{data}, split {settings.get('split')}"
-    if data in ("folder", "synthetic"):
-        return f"{data} in {os.path.abspath(str(settings.get('root')))}"
-    return str(data)
-
-
-def load_network(path, build, given=None, *, recipe, rows, release, script):
-    """A script's network of a checkpoint, in eval mode on the CPU; `.args` has its settings. given:
-    settings {name: value} that a file of an earlier version lacks."""
-    given = given or {}
-    if not given.keys() <= recipe.keys():
-        raise TypeError(f"load takes settings of the recipe, not {', '.join(given)}")
-    checkpoint = load_checkpoint(path, Path(script).name, rows, given, set(),
-                                 training=False, release=release, recipe=recipe, given=given)
-    saved = {**given, **checkpoint["args"]}
-    row = settings(recipe, rows, saved["variant"], saved.get("small", saved["data"] == "synthetic"))
-    args = argparse.Namespace(**{**vars(row), **saved, "resume": str(path)})
-    try:
-        model = build(args, checkpoint["num_classes"])
-    except ValueError as error:
-        raise UserError(f"{path}: its settings do not go together ({last_line(error)})") from None
-    if checkpoint["model"].get("neck.weight", torch.empty(0)).dtype == torch.float64:
-        model.double()
-    restore(path, checkpoint, model=model)
-    model.args, model.origin = args, trained_for(checkpoint)
-    return model.eval()
-
-
-# --------------------------------------------------------------------------------- the command line
 
 class Row:
     """A row of a paper's table: its place and name there; the name of the row that it equals, or
@@ -1170,33 +671,17 @@ def part_of(args, rows, folder, variant=None, **changes):
     return part
 
 
-def part_of_network(path, checkpoint, prefix, names=()):
-    """The weights in a checkpoint whose names start with prefix, without it. names: some that a
-    network has, by which a prefix of the whole is known, see `without_prefix`."""
-    model = state_dict_in(checkpoint)
-
-    def fits(part):
-        if names:
-            return not part.keys().isdisjoint(names)
-        return any(str(name).startswith(prefix) for name in part)
-    part = without_prefix(model, fits) or {}
-    state = {k.removeprefix(prefix): part[k] for k in part if str(k).startswith(prefix)}
-    if not state:
-        says = f"holds no {prefix.rstrip('.') or 'network'} of a run"
-        if names and any(map(torch.is_tensor, model.values())):
-            says = f"holds nothing of this network: {difference(model, names)}"
-        elif model:
-            says += f" (its first entry is {next(iter(model))!r})"
-        raise UserError(f"{path}: {says}")
-    return state
-
-
-def load_part(path, prefix, module=None):
-    """The weights in a run's last.pt whose names start with prefix, loaded into module, if any."""
-    state = part_of_network(path, load_file(path), prefix)
-    if module:
-        restore(path, {"network": state}, network=module)
-    return state
+def run_script(train, build, *, recipe, rows, release, text, script):
+    """What a command line asks for, of the parts of a script."""
+    args = parse_args(recipe, rows, text, script, release)
+    if args.complexity:
+        complexity_table(rows, recipe, build)
+        return
+    without_memory(build, args, 2)  # refuses settings that do not go together, before data are read
+    if args.split == "all" and not args.plan:
+        all_splits(train, args, rows)
+    else:
+        train(args)
 
 
 def all_splits(train, args, rows):
@@ -1214,19 +699,6 @@ def all_splits(train, args, rows):
     (mean_ap, first), (d_map, d_first) = values.mean(0), values.std(0, ddof=1)
     print(f"10 splits: mAP {mean_ap:.1f} +- {d_map:.1f}   rank-1 {first:.1f} +- {d_first:.1f}"
           f"   of {args.variant}; {in_the_paper(args.printed)}")
-
-
-def run_script(train, build, *, recipe, rows, release, text, script):
-    """What a command line asks for, of the parts of a script."""
-    args = parse_args(recipe, rows, text, script, release)
-    if args.complexity:
-        complexity_table(rows, recipe, build)
-        return
-    without_memory(build, args, 2)  # refuses settings that do not go together, before data are read
-    if args.split == "all" and not args.plan:
-        all_splits(train, args, rows)
-    else:
-        train(args)
 
 
 def without_memory(build, args, num_classes):
@@ -1291,42 +763,7 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
         print(f"  {typed(key, value):32} {meaning}")
 
 
-def make_sampler(sampler, pids, args):
-    """A script's sampler for these labels of training tracklets, with the settings in args."""
-    options = {"shows": args.epoch} if "epoch" in args else {}
-    return sampler(pids, args.ids, args.clips, seed=args.seed, rank=rank(), world=world(),
-                   **options)
-
-
 # ----------------------------------------------------------------------------------- a training run
-
-class RandomStates:
-    """torch's random generators, of the GPUs that are there, too."""
-
-    def state_dict(self):
-        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-
-    def load_state_dict(self, states):
-        torch.set_rng_state(states[0])
-        torch.cuda.set_rng_state_all(states[1:][:torch.cuda.device_count()])
-
-
-def trained_for(checkpoint):
-    """For how long the network of a checkpoint was trained, in words."""
-    if checkpoint.get("release"):
-        return "the authors' release"
-    epochs, (steps, _) = len(checkpoint["history"]), checkpoint.get("progress", (0, {}))
-    if steps:
-        return f"after {steps} steps of epoch {epochs + 1}"
-    return f"after epoch {epochs}" if epochs else "untrained"
-
-
-def in_the_paper(printed):
-    """What a paper prints for a row, (mAP, rank-1) or None, in words."""
-    printed = zip(("mAP", "rank-1"), printed or ())
-    figures = ", ".join(f"{name} {value}" for name, value in printed if value is not None)
-    return f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
-
 
 class Run:
     """What a training run needs beside the paper. args: of `parse_args`; `history`: the log's rows;
@@ -1618,6 +1055,571 @@ class Run:
             self.origin = f"after epoch {len(self.history)}"
             self.beside_the_paper(result)
         return result
+
+
+def make_sampler(sampler, pids, args):
+    """A script's sampler for these labels of training tracklets, with the settings in args."""
+    options = {"shows": args.epoch} if "epoch" in args else {}
+    return sampler(pids, args.ids, args.clips, seed=args.seed, rank=rank(), world=world(),
+                   **options)
+
+
+def trained_for(checkpoint):
+    """For how long the network of a checkpoint was trained, in words."""
+    if checkpoint.get("release"):
+        return "the authors' release"
+    epochs, (steps, _) = len(checkpoint["history"]), checkpoint.get("progress", (0, {}))
+    if steps:
+        return f"after {steps} steps of epoch {epochs + 1}"
+    return f"after epoch {epochs}" if epochs else "untrained"
+
+
+def in_the_paper(printed):
+    """What a paper prints for a row, (mAP, rank-1) or None, in words."""
+    printed = zip(("mAP", "rank-1"), printed or ())
+    figures = ", ".join(f"{name} {value}" for name, value in printed if value is not None)
+    return f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
+
+
+class RandomStates:
+    """torch's random generators, of the GPUs that are there, too."""
+
+    def state_dict(self):
+        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+    def load_state_dict(self, states):
+        torch.set_rng_state(states[0])
+        torch.cuda.set_rng_state_all(states[1:][:torch.cuda.device_count()])
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+class Release:
+    """Trained weights that the authors of a paper offer for download, and what they need.
+
+    Args:
+        read: a function of a state_dict -> (the row of the script that it is, the settings of the
+            recipe that its shapes give, the state_dict in the script's names), or None where the
+            state_dict is not of the authors' release.
+        settings: what --release sets in the recipe, beside the form of the modules.
+    """
+
+    def __init__(self, read, **settings):
+        self.read = read
+        self.settings = settings
+
+    def checkpoint(self, file, script):
+        """The contents of a file as a checkpoint of this script, or None where it is none of the
+        authors' release."""
+        state = state_dict_in(file)
+        found = None
+        if all(map(torch.is_tensor, state.values())):
+            found = without_prefix(state, lambda part: self.read(part) is not None)
+        if found is None:
+            return None
+        variant, shaped, model = self.read(found)
+        args = {"data": "mars", "root": FLAGS["root"][0], "variant": variant, "small": False,
+                **self.settings, **shaped, "release": True}
+        return {"script": script, "args": args, "num_classes": len(model["classifier.weight"]),
+                "history": [], "model": model, "release": True}
+
+
+# the dictionaries in which training programs wrap a state_dict
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module",
+            "backbone", "weights", "params")
+
+
+def state_dict_in(file):
+    """The state_dict in what a file holds: the usual dictionaries around it are opened."""
+    for _ in range(9):  # anything can be in a file, a dictionary that holds itself, too
+        wrapped = [file[name] for name in WRAPPERS if isinstance(file.get(name), dict)]
+        if wrapped:
+            file = wrapped[0]
+    return file
+
+
+def without_prefix(state, fits):
+    """The part of a state_dict for which the function `fits` is true, or None: all of it, or what
+    has a prefix in common, such as "module." or "backbone.", without the prefix."""
+    parts = [state]
+    while parts:
+        for part in parts:
+            if fits(part):
+                return part
+        shorter = []
+        for part in parts:
+            inner = {}
+            for name, value in part.items():
+                first, dot, rest = str(name).partition(".")
+                if dot:
+                    inner.setdefault(first, {})[rest] = value
+            shorter += inner.values()
+        parts = shorter
+    return None
+
+
+def difference(state, own):
+    """In words, how a state_dict differs from the network's own: the first name that only one of
+    them has, or the first shape."""
+    says = []
+    for name in [name for name in state if name not in own][:1]:
+        says.append(f"it has {name!r}, which the network has not")
+    for name in [name for name in own if name not in state][:1]:
+        says.append(f"it lacks {name!r}")
+    if not says:
+        for name, value in own.items():
+            theirs, ours = getattr(state[name], "shape", None), value.shape
+            if theirs != ours:
+                has = "no shape" if theirs is None else f"the shape {list(theirs)}"
+                return f"its {name!r} has {has}, that of the network {list(ours)}"
+    return ", and ".join(says)
+
+
+def backbone_weights(path):
+    """The state_dict in a file of --weights, in the names of torchvision's ResNet-50, without its
+    classifier; prints what else is in the file. UserError when it does not fit."""
+    with torch.device("meta"):
+        net = torchvision.models.resnet50()
+    own = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
+    layers = {name.partition(".")[0] for name in own}
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}  # old files: none
+    everything = state_dict_in(load_file(path))
+    state = (without_prefix(everything, lambda part: needed <= part.keys())
+             or without_prefix(everything, lambda part: "conv1.weight" in part) or everything)
+    theirs, others = {}, []
+    for name, value in state.items():
+        first = str(name).partition(".")[0]
+        if first in layers:
+            theirs[name] = value
+        elif first != "fc":
+            others.append(first)
+    wrong = difference(theirs, {name: own[name] for name in own if name in needed | theirs.keys()})
+    if wrong:
+        raise UserError(f"--weights {path}: does not fit torchvision's ResNet-50: {wrong} (the "
+                        f"first entry of the file is {next(iter(everything), None)!r})")
+    prefix = next(str(name).removesuffix("conv1.weight") for name, value in everything.items()
+                  if value is state["conv1.weight"])
+    names = map(str, everything)
+    others += [name.partition(".")[0] for name in names if not name.startswith(prefix)]
+    if others:
+        parts = textwrap.shorten(", ".join(dict.fromkeys(others)), 160)
+        print(f"--weights {path}: not taken from it: {parts}")
+    return theirs
+
+
+def read_checkpoint(path, script, release):
+    """The contents of a file that a run of ours, or where there is one the authors' release, has
+    written, as a checkpoint of ours."""
+    file = load_file(path)
+    file.pop("release", None)  # a run does not write it: it marks what was read below
+    try:
+        return (release and release.checkpoint(file, script)) or file
+    except Exception:  # anything can be in a file
+        raise UserError(f"{path}: has the names of the authors' release, but another form"
+                        ) from None
+
+
+def load_checkpoint(path, script, rows, flags, but, training=True, release=None, *, recipe, given):
+    """A checkpoint of `script`, as a run writes it, with these flags, but for those in `but`.
+
+    recipe: that of the script; given: the names of the flags that the user has given, which fill in
+    what a file of an earlier version lacks.
+    """
+    checkpoint = read_checkpoint(path, script, release)
+    try:
+        model = checkpoint["model"] = state_dict_in({"model": checkpoint["model"]})
+        saved, classes = checkpoint["args"], checkpoint["num_classes"]
+        history, columns = checkpoint["history"], []
+        steps, totals = checkpoint.get("progress", (0, {}))
+        values = [value for row in history for value in row.values() if value != ""]
+        if history:
+            columns = ["epoch", "lr", *[*history[0]][2:-2], "mAP", "rank-1"]
+            if "loss" not in columns or not totals.keys() <= {*columns}:
+                raise ValueError
+        if not (checkpoint["script"] == script and saved["data"] in DATA_SETS
+                and saved["variant"] in rows and isinstance(saved["root"], str)
+                and [row["epoch"] for row in history] == [*range(1, len(history) + 1)]
+                and all([*row] == columns for row in history)
+                and all(isinstance(v, (int, float)) for v in [steps, *totals.values(), *values])
+                and (not model or classes in [len(w) for w in model.values() if w.dim()])):
+            raise ValueError
+    except Exception:  # anything can be in a file
+        says = f"{path}: not a checkpoint of {script}, as a run writes it"
+        if "args" not in checkpoint:
+            first = next(iter(state_dict_in(checkpoint)), None)
+            says += f" (its first entry is {first!r}); weights without settings go to --init"
+        raise UserError(says) from None
+    checkpoint["args"] = settings_of(path, checkpoint, recipe, rows, given)
+    saved = checkpoint["args"]
+    if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
+        raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further "
+                        "(--init starts another training from it)")
+    for key in sorted(flags.keys() & saved.keys() - but):
+        if flags[key] != saved[key]:
+            raise UserError(f"{path}: was trained with {typed(key, saved[key])}, not "
+                            f"{typed(key, flags[key])}")
+    return checkpoint
+
+
+def settings_of(path, checkpoint, recipe, rows, given):
+    """The settings in a checkpoint that a run takes from it, each of which must be a value that its
+    flag takes; UserError otherwise, and when one of the recipe is neither in the file nor among the
+    flags that are given. The authors' release has few settings: it takes those of the recipe."""
+    saved, kinds = checkpoint["args"], flag_kinds(recipe, rows)
+    taken = {key: saved[key] for key in kinds if key in saved and key not in HERE}
+    for key, value in taken.items():
+        absent = value is None and (key == "init" or key in recipe and recipe[key][0] is None)
+        if not (absent or is_taken(kinds[key], value)) or (key, value) == ("split", "all"):
+            says = textwrap.shorten(repr(value), 60)
+            raise UserError(f"{path}: its setting {key} is {says}, which {typed(key, ())} does not "
+                            "take")
+    missing = [typed(key, ()) for key in recipe if key not in saved and key not in given]
+    if missing and not checkpoint.get("release"):
+        raise UserError(f"{path}: lacks settings that an earlier version did not have: give them "
+                        f"as flags, {' '.join(missing)}, with the values of that run (in Python as "
+                        "arguments of load)")
+    return taken
+
+
+def alike(a, b):
+    """Whether a has the form of b: the same types and lengths, and the keys of b."""
+    if isinstance(b, dict):
+        a, b = [a.get(key) for key in b], [*b.values()]
+    if isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return isinstance(a, type(b)) or a is None and b is True  # fused, of older checkpoints
+
+
+def restore(path, checkpoint, **objects):
+    """load_state_dict of each object from the checkpoint; UserError when one does not fit."""
+    for name, target in objects.items():
+        own, state = target.state_dict(), checkpoint[name]
+        wrong = ""
+        try:
+            if isinstance(target, torch.nn.Module):
+                state = without_prefix(state, lambda part: part.keys() == own.keys()) or state
+                wrong = difference(state, own)
+            target.load_state_dict(state)
+            shapes = [(value.shape, p.shape) for p, state in getattr(target, "state", {}).items()
+                      for value in state.values() if value is not None]
+            if not (alike(target.state_dict(), own) and all(a in ((), b) for a, b in shapes)):
+                raise ValueError("other types or shapes than a run writes")
+        except Exception as error:  # a state of another network raises many kinds
+            says = wrong or last_line(error)
+            raise UserError(f"{path}: its {name} does not fit ({says})") from None
+
+
+def start_from(path, model, release=None, args=None):
+    """Loads into the network what a file has of its names and shapes, and prints the rest. The file
+    is a run's last.pt, one of the authors' release, or holds weights alone. The classifier is taken
+    only from a run on the data set and the split of args: elsewhere the identities are others."""
+    file = read_checkpoint(path, "", release)
+    own = model.state_dict()
+    theirs = part_of_network(path, file, "", own)
+    wrong = other_identities(file, args)
+    same = {name for name, value in theirs.items()
+            if name in own and getattr(value, "shape", None) == own[name].shape}
+    taken = {name: theirs[name] for name in same
+             if not (wrong and name.startswith("classifier."))}
+    if not same:
+        raise UserError(f"{path}: holds nothing of this network: {difference(theirs, own)}")
+    model.load_state_dict(taken, strict=False)
+    print(f"starting from {path}")
+    for says, names in (("as initialised", own), ("not taken from it", theirs)):
+        parts = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in taken)
+        if parts:
+            print(f"  {says}: {printable(textwrap.shorten(', '.join(parts), 160))}")
+    classifier = [name for name in own if name.startswith("classifier.")]
+    if classifier and not wrong and not same.issuperset(classifier):
+        wrong = "its shape is another one"
+    if classifier and wrong:
+        print(f"  the classifier is left out, because {printable(wrong)}")
+    elif classifier:
+        print("  the classifier is kept, because the file was also trained on "
+              f"{printable(identities(vars(args)))}")
+
+
+def other_identities(file, args):
+    """Why the classifier in a file is not one of the identities of a run with these args, in words;
+    "" when it is."""
+    saved = file.get("args")
+    if file.get("release"):
+        return "the authors' release does not say on which data set it was trained"
+    if args is None or not isinstance(saved, dict) or "data" not in saved:
+        return "the file does not say on which data set it was trained"
+    theirs, ours = identities(saved), identities(vars(args))
+    return "" if theirs == ours else f"the file was trained on {theirs}, and this run is on {ours}"
+
+
+def identities(settings):
+    """Whose identities a run has with these settings, in words: those of a data set, of its split
+    where it has several, and of a folder where the data set's name alone does not say it."""
+    data = settings["data"]
+    if data in SPLIT_SETS:
+        return f"{data}, split {settings.get('split')}"
+    if data in ("folder", "synthetic"):
+        return f"{data} in {os.path.abspath(str(settings.get('root')))}"
+    return str(data)
+
+
+def part_of_network(path, checkpoint, prefix, names=()):
+    """The weights in a checkpoint whose names start with prefix, without it. names: some that a
+    network has, by which a prefix of the whole is known, see `without_prefix`."""
+    model = state_dict_in(checkpoint)
+
+    def fits(part):
+        if names:
+            return not part.keys().isdisjoint(names)
+        return any(str(name).startswith(prefix) for name in part)
+    part = without_prefix(model, fits) or {}
+    state = {k.removeprefix(prefix): part[k] for k in part if str(k).startswith(prefix)}
+    if not state:
+        says = f"holds no {prefix.rstrip('.') or 'network'} of a run"
+        if names and any(map(torch.is_tensor, model.values())):
+            says = f"holds nothing of this network: {difference(model, names)}"
+        elif model:
+            says += f" (its first entry is {next(iter(model))!r})"
+        raise UserError(f"{path}: {says}")
+    return state
+
+
+def load_part(path, prefix, module=None):
+    """The weights in a run's last.pt whose names start with prefix, loaded into module, if any."""
+    state = part_of_network(path, load_file(path), prefix)
+    if module:
+        restore(path, {"network": state}, network=module)
+    return state
+
+
+def load_network(path, build, given=None, *, recipe, rows, release, script):
+    """A script's network of a checkpoint, in eval mode on the CPU; `.args` has its settings. given:
+    settings {name: value} that a file of an earlier version lacks."""
+    given = given or {}
+    if not given.keys() <= recipe.keys():
+        raise TypeError(f"load takes settings of the recipe, not {', '.join(given)}")
+    checkpoint = load_checkpoint(path, Path(script).name, rows, given, set(),
+                                 training=False, release=release, recipe=recipe, given=given)
+    saved = {**given, **checkpoint["args"]}
+    row = settings(recipe, rows, saved["variant"], saved.get("small", saved["data"] == "synthetic"))
+    args = argparse.Namespace(**{**vars(row), **saved, "resume": str(path)})
+    try:
+        model = build(args, checkpoint["num_classes"])
+    except ValueError as error:
+        raise UserError(f"{path}: its settings do not go together ({last_line(error)})") from None
+    if checkpoint["model"].get("neck.weight", torch.empty(0)).dtype == torch.float64:
+        model.double()
+    restore(path, checkpoint, model=model)
+    model.args, model.origin = args, trained_for(checkpoint)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------- processes, signals, exit
+# torchrun starts `world` of them, with a `rank` from 0 each; without it there is one, of rank 0.
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def pick_device(gpu=None):
+    """The device of this process, by --gpu; under torchrun the process joins the group, too."""
+    count, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    asked, gpu = gpu, gpu and gpu.lower()
+    if gpu and gpu.startswith("cuda"):  # torch's names: cuda is the first one, cuda:1 the second
+        gpu = "0" if gpu == "cuda" else gpu.removeprefix("cuda:") or gpu
+    there = f"there are GPUs 0 to {count - 1}" if count else "no GPU is there"
+    if gpu and gpu != "cpu" and not re.fullmatch("[0-9]+", gpu):
+        raise UserError(f"--gpu {asked}: {there}; everything here runs on CUDA or CPU, so that "
+                        "--gpu takes the number of a GPU with CUDA, or cpu")
+    if processes > 1 and gpu != "cpu" and (gpu or 0 < count < here):
+        raise UserError(f"--gpu {asked}: torchrun gives every process its own GPU, here are {here} "
+                        f"processes and {count} GPUs: leave --gpu out, or say --gpu cpu")
+    gpu = gpu or (os.environ.get("LOCAL_RANK", "0") if count else "cpu")
+    if gpu not in ("cpu", *map(str, range(count))):
+        raise UserError(f"--gpu {asked or gpu}: {there}")
+    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
+    cuda = device.type == "cuda"
+    if processes > 1 and not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(device)
+        # the others wait while the first one downloads or draws; torchrun ends them when one dies
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    name = torch.cuda.get_device_name(device) if cuda else f"{count or 'no'} GPU found"
+    print(f"device: {device} ({name})" + f", {processes} processes" * (processes > 1))
+    return device
+
+
+def gather(outputs):
+    """The outputs of all processes, tensors or lists and dicts of them, joined along the batch.
+    Gradients flow into this process' part only, and add up to those of a single process."""
+    if world() == 1:
+        return outputs
+    if isinstance(outputs, dict):
+        return {name: gather(part) for name, part in outputs.items()}
+    if isinstance(outputs, (tuple, list)):
+        return [gather(part) for part in outputs]
+    parts = [torch.empty_like(outputs, memory_format=torch.contiguous_format)
+             for _ in range(world())]
+    dist.all_gather(parts, outputs.detach().contiguous())
+    parts[rank()] = outputs
+    return torch.cat(parts)
+
+
+class Stop(Exception):
+    """A signal asked for the end of a run; the argument is its number."""
+
+
+_asked = 0
+_writing = False
+
+
+def catch_signals():
+    """From here on signals are only noted, for `stop_asked`, but for a second Ctrl-C, which ends
+    the program at once, unless it is `writing`."""
+    def note(number, _):
+        global _asked
+        second = number == _asked == signal.SIGINT
+        if second and not _writing and world() == 1:  # torchrun may send it twice
+            raise KeyboardInterrupt
+        _asked = _asked or number
+    for number in signal.Signals:  # no SIGHUP on Windows
+        hung_up = number.name == "SIGHUP" and signal.getsignal(number) != signal.SIG_IGN  # nohup
+        if hung_up or number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note)
+
+
+@contextlib.contextmanager
+def writing():
+    """The block, which takes a second or two, is not cut short by a second Ctrl-C."""
+    global _writing
+    _writing = True
+    try:
+        yield
+    finally:
+        _writing = False
+
+
+def own_group(_):
+    """worker_init_fn: a signal to the group of a run's processes is not for loaders' workers."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def stop_asked():
+    """The signal that asked any of the processes to stop, or 0; all of them call it together."""
+    if world() == 1:
+        return _asked
+    asked = torch.tensor(_asked, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return int(asked)
+
+
+def tell_torchrun(line):
+    """torchrun prints some fifty lines when a process ends with an error. It quotes, as the last
+    one, what the first process that failed wrote into the file that it names: here our line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": int(time.time())}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": told}))
+
+
+def command_line(main):
+    """Runs a script's main(). What a user can cause ends in one line and an exit code."""
+    if os.environ.get("RANK", "0") != "0":  # only the first process prints
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
+    code, again = 2, "the same command with --resume goes on"
+    try:
+        main()
+        sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except UserError as error:
+        message = str(error)
+        if any(word.startswith(("--local-rank", "--local_rank")) for word in sys.argv[1:]):
+            message = ("python -m torch.distributed.launch adds --local-rank, which this script "
+                       "does not take: use torchrun in its place, with the same flags")
+    except Stop as stop:
+        code = 128 + stop.args[0]
+        message = f"stopped by {signal.Signals(*stop.args).name}; {again}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code, message = 141, "ended, because its output is read no more"
+    except (RuntimeError, MemoryError) as error:
+        # when a loader process was killed the cause tells by what
+        says = f"{error} {error.__cause__}".lower()
+        if isinstance(error, MemoryError) or "out of memory" in says or "cpuallocator" in says:
+            message = "out of memory: use fewer --ids or --clips, smaller frames, or --amp"
+        elif "open files" in says or "ancdata" in says:
+            code, message = 1, ("the loader processes need more open files than are allowed: use "
+                                "fewer --workers, or raise the limit (ulimit -n 4096); "
+                                f"{again}, from the last checkpoint")
+        elif re.search("bus error|shared memory|file </torch_", says):
+            code, message = 1, ("a loader process found no room in the shared memory, through "
+                                "which batches come: use fewer --workers, or give it more (docker "
+                                f"run --shm-size 8g); {again}, from the last checkpoint")
+        elif re.search(r"dataloader worker \(pid.*(killed by signal|exited unexpectedly)", says):
+            code, why = 1, "a loader process was killed, out of memory perhaps: use fewer --workers"
+            if _asked:  # the signal was sent to every process
+                code, why = 128 + _asked, f"stopped by {signal.Signals(_asked).name} in a step"
+            message = f"{why}; {again}, from the last checkpoint"
+        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in says):
+            code, message = 1, f"another process is gone ({first_line(error)})"
+        else:
+            raise
+    process = rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+        # A refused setting is refused by all processes. The first one of a machine says it, and
+        # torchrun ends the others, which wait for that: if another process ended sooner, torchrun
+        # would end the first one before it says anything.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    line = Path(sys.argv[0]).name + (f": process {process}: " if process else ": ") + message
+    print(printable(line), file=sys.stderr, flush=True)
+    tell_torchrun(printable(line))
+    sys.stdout.flush()
+    if dist.is_initialized():
+        os._exit(code)  # the usual end can wait for processes gone
+    sys.exit(code)
+
+
+# --------------------------------------------------------------------------------------- complexity
+
+def complexity(model, T, height, width, without=()):
+    """(learnable parameters, multiply-adds of a clip's convolutions and matrix products, in eval
+    mode), counted without computing; without: first names of parts without whose parameters."""
+    shadow = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(torch.empty(1, T, 3, height, width, device="meta"))
+    counted = (p for name, p in model.named_parameters() if not name.startswith(without))
+    return sum(p.numel() for p in counted), counter.get_total_flops() // 2
+
+
+def complexity_table(rows, recipe, build):
+    """Prints the parameters and GFLOPs of every row, in Markdown, beside what the paper prints."""
+    print("The parameters are those without neck, classifier and projection. The GFLOPs are\n"
+          "multiply-adds of convolutions and matrix products.\n")
+    table = [["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "in the paper"]]
+    for name in rows:
+        args = settings(recipe, rows, name, weights="none")
+        with torch.device("meta"):
+            model = build(args, num_classes=1)
+        parameters, macs = complexity(model, args.frames, args.height, args.width,
+                                      without=("neck", "classifier", "projection"))
+        printed = [f"{value} {COSTS[cost]}" for cost, value in row_of(rows, name).costs.items()]
+        table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{parameters:,}",
+                      f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}", ", ".join(printed)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in [table[0], ["-" * width for width in widths], *table[1:]]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
 # ----------------------------------------------------------------------------------------- pictures
