@@ -28,194 +28,295 @@ from data import (CHUNK, DATA_SETS, NO_MATCH, SPLIT_SETS, AllClips, Parser, Trac
 # ------------------------------------------------------------------------------- losses and metrics
 
 def at_least_float32(x):
-    """x, or a float32 copy of what autocast or `.half()` has made less precise."""
+    """Returns x in float32 if its dtype is less precise (autocast, `.half()`), else unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def batch_hard_triplet(x, pids, margin):
-    """Batch-hard triplet loss (Hermans et al., 2017) with the cosine distance, 1 - cos: the mean
-    over anchors of [margin + d(hardest positive) - d(hardest negative)]+.
+def batch_hard_triplet(embeddings, pids, margin):
+    """Returns the batch-hard triplet loss (Hermans et al., 2017) with the cosine distance, 1 - cos:
+    the mean over the anchors of [margin + d(hardest positive) - d(hardest negative)]+.
 
-    x: embeddings (N, D); pids: (N,). An anchor without a positive or a negative counts nothing.
+    An anchor without a positive or without a negative is left out of the mean.
+
+    Args:
+        embeddings: tensor (N, D).
+        pids: tensor (N,), the identities.
+        margin: by how much the hardest negative should be farther away than the hardest positive.
     """
-    x = F.normalize(at_least_float32(x), dim=1)
-    d = 1 - x @ x.T
+    x = F.normalize(at_least_float32(embeddings), dim=1)
+    distances = 1 - x @ x.T
     same = pids[:, None] == pids
     positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    # without a positive the first is -inf, without a negative the second inf: then the hinge is 0
-    hardest_positive = d.masked_fill(~positive, -math.inf).amax(1)
-    hardest_negative = d.masked_fill(same, math.inf).amin(1)
+    # -inf for an anchor without a positive, inf for one without a negative: the hinge is 0 for both
+    hardest_positive = distances.masked_fill(~positive, -math.inf).amax(1)
+    hardest_negative = distances.masked_fill(same, math.inf).amin(1)
     hinge = (margin + hardest_positive - hardest_negative).relu()
-    # an anchor has no negative only where nobody has one: then the sum is 0, whatever is counted
+    # If one anchor has no negative, the batch has a single identity and no anchor has a negative.
+    # The sum is then 0, so that it does not matter how many anchors are counted.
     return hinge.sum() / positive.any(1).sum().clamp(min=1)
 
 
-# A squared distance that is a smaller share of the vectors' squares than this is the rounding of
-# their numbers and becomes 0, so that equal vectors have a distance of exactly 0.
+# A squared distance below ROUNDING * (|a|^2 + |b|^2) is a rounding error and is set to 0, so that
+# equal vectors have a distance of exactly 0. The same holds for 1 - cos below ROUNDING.
 ROUNDING = 1e-14
 
 
-def distance_blocks(a, b, metric="cosine", rows=512):
-    """Distances between the rows of a (M, D) and b (N, D), float32, at most `rows` rows at a time:
-    yields (slice of a, (rows, N)). metric: "cosine", 1 - cos in [0, 2], or "euclidean".
+def distance_blocks(a, b, metric="cosine", *, block_size=512):
+    """Yields the distances between the rows of a and the rows of b, one block of rows at a time, as
+    (slice of the rows of a, float32 tensor (rows, N)).
 
-    They are differences of large numbers, products and squares of norms. In float32 these have an
-    error as large as the distances of near duplicates, so that they are taken in float64.
+    A distance is a small difference of large terms, a dot product and squared norms. In float32
+    their rounding errors are as large as the distances of near duplicates. The terms are therefore
+    computed in float64.
+
+    Args:
+        a: tensor (M, D).
+        b: tensor (N, D).
+        metric: "cosine" for 1 - cos, in [0, 2], or "euclidean".
+        block_size: largest number of rows in a block.
+
+    Raises ValueError for another metric.
     """
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
-    norm_a, norm_b = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (a, b))
-    for start in range(0, len(a), rows):
-        here = slice(start, min(start + rows, len(a)))
-        part, norm = a[here].double(), norm_a[here, None]
-        d = torch.empty(len(part), len(b), device=a.device)
-        for first in range(0, len(b), 1024):  # a float64 copy of all of b would need much memory
+    norm_a = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
+    norm_b = torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
+    for start in range(0, len(a), block_size):
+        rows = slice(start, min(start + block_size, len(a)))
+        part = a[rows].double()
+        norm = norm_a[rows, None]
+        distances = torch.empty(len(part), len(b), device=a.device)
+        for first in range(0, len(b), 1024):  # in pieces: a float64 copy of b needs much memory
             columns = slice(first, first + 1024)
-            squares = part @ b[columns].double().T  # what follows is in place: it is much faster
+            block = part @ b[columns].double().T
+            # The operations below are in place, which is much faster.
             if metric == "cosine":
                 # 1 - a b / (|a| |b|)
-                squares.div_(norm.clamp(min=1e-12)).div_(norm_b[columns].clamp(min=1e-12))
-                squares.neg_().add_(1)
-                d[:, columns] = squares.masked_fill_(squares < ROUNDING, 0)
+                block.div_(norm.clamp(min=1e-12)).div_(norm_b[columns].clamp(min=1e-12))
+                block.neg_().add_(1)
+                block.masked_fill_(block < ROUNDING, 0)
             else:
                 # |a|^2 + |b|^2 - 2 a b
-                size = norm ** 2 + norm_b[columns] ** 2
-                squares.mul_(-2).add_(size)
-                d[:, columns] = squares.masked_fill_(squares < size.mul_(ROUNDING), 0).sqrt_()
-        yield here, d
+                squared_norms = norm ** 2 + norm_b[columns] ** 2
+                block.mul_(-2).add_(squared_norms)
+                block.masked_fill_(block < squared_norms.mul_(ROUNDING), 0).sqrt_()
+            distances[:, columns] = block
+        yield rows, distances
 
 
-def as_array(values):
-    """A list, an array or a tensor on any device as an array; bfloat16, which NumPy does not have,
-    becomes float32."""
+def to_numpy(values):
+    """Returns a list, an array or a tensor on any device as a NumPy array. bfloat16, which NumPy
+    does not have, becomes float32."""
     if not torch.is_tensor(values):
         return np.asarray(values)
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
+    if values.dtype == torch.bfloat16:
+        values = values.float()
+    return values.numpy(force=True)
 
 
-def match_ranks(d, q_pids, q_cams, g_pids, g_cams):
-    """Ranks (0 is the first) of the true matches of each query, as a list of ascending int arrays.
+def in_ranking(pid, cam, g_pids, g_cams):
+    """Returns which gallery entries a query is ranked against, a boolean array (G,).
 
-    MARS' protocol: gallery entries of the query's own identity and camera, and junk (pid -1), are
-    taken out of its ranking; equal distances rank in gallery order. d: distances (Q, G), all of
-    them finite (UserError). All arguments may be lists, arrays or tensors.
+    This is MARS' protocol: entries of the query's own identity and camera are left out, and so is
+    junk, whose pid is -1.
     """
-    q_pids, q_cams, g_pids, g_cams = map(as_array, (q_pids, q_cams, g_pids, g_cams))
-    found = []
-    for row, pid, cam in zip(d, q_pids, q_cams, strict=True):
-        row = as_array(row)
+    same_camera = (g_pids == pid) & (g_cams == cam)
+    junk = g_pids == -1
+    return ~(same_camera | junk)
+
+
+def match_ranks(distances, q_pids, q_cams, g_pids, g_cams):
+    """Returns the ranks of the true matches of each query, a list of ascending integer arrays. The
+    best rank is 0. Equal distances rank in the order of the gallery, see also `in_ranking`.
+
+    Args:
+        distances: (Q, G), from the queries to the gallery entries.
+        q_pids, q_cams: identities and cameras of the queries, (Q,).
+        g_pids, g_cams: identities and cameras of the gallery entries, (G,).
+
+    All arguments may be lists, arrays or tensors. Raises UserError for distances that are not
+    finite.
+    """
+    q_pids, q_cams, g_pids, g_cams = map(to_numpy, (q_pids, q_cams, g_pids, g_cams))
+    ranks_of_queries = []
+    for row, pid, cam in zip(distances, q_pids, q_cams, strict=True):
+        row = to_numpy(row)
         if not np.isfinite(row).all():
-            raise UserError(f"a query (identity {pid}, camera {cam}) has a distance that is NaN or "
-                            "infinite, by which nothing can be ranked: are the features finite?")
-        kept = ~((g_pids == pid) & (g_cams == cam) | (g_pids == -1))
-        row, same = row[kept], g_pids[kept] == pid
-        ranking, matches = np.sort(row), np.sort(row[same])
+            raise UserError(f"the distances of a query (identity {pid}, camera {cam}) contain NaN "
+                            "or infinity and cannot be ranked; check that the features are finite")
+        kept = in_ranking(pid, cam, g_pids, g_cams)
+        row = row[kept]
+        is_match = g_pids[kept] == pid
+        # to sort the values is faster than a stable argsort, which only equal distances need
+        ranking = np.sort(row)
+        matches = np.sort(row[is_match])
         ranks = np.searchsorted(ranking, matches)
-        if (np.searchsorted(ranking, matches, "right") > ranks + 1).any():  # equal distances
-            ranks = np.flatnonzero(same[row.argsort(kind="stable")])
-        found.append(ranks)
-    return found
+        has_ties = np.searchsorted(ranking, matches, "right") > ranks + 1
+        if has_ties.any():
+            ranks = np.flatnonzero(is_match[row.argsort(kind="stable")])
+        ranks_of_queries.append(ranks)
+    return ranks_of_queries
 
 
 def average_precision(ranks):
-    """The mean, over the matches of a query, of the precision at the match (not interpolated)."""
+    """Returns the mean, over the matches of a query, of the precision at the match, which is not
+    interpolated. ranks: one array of `match_ranks`, not empty."""
     return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
 
 
-def ranked_rows(d, q_pids, q_cams, g_pids, g_cams):
-    """Of each query its distances and its `match_ranks`. d: as there, or of `distance_blocks`."""
-    q_pids, q_cams, g_pids, g_cams = map(as_array, (q_pids, q_cams, g_pids, g_cams))
-    whole = hasattr(d, "shape") or isinstance(d, (list, tuple)) and not isinstance(d[0], tuple)
-    for rows, block in [(slice(None), d)] if whole else d:
-        block = as_array(block)
-        yield from zip(block, match_ranks(block, q_pids[rows], q_cams[rows], g_pids, g_cams))
+def distances_and_ranks(distances, q_pids, q_cams, g_pids, g_cams):
+    """Yields (distances to the gallery, ranks of the true matches) for each query.
 
-
-def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
-    """CMC (top,) and mAP, in [0, 1], and the number of queries with a match, which are averaged.
-
-    CMC[k - 1] is the share of queries with a match among the first k. d: see `ranked_rows`; a
-    distance that is NaN or infinite is refused (UserError), as every number would be wrong.
+    distances: a (Q, G) matrix, or the blocks of it that `distance_blocks` yields. The other
+    arguments are those of `match_ranks`.
     """
-    found = [ranks for _, ranks in ranked_rows(d, q_pids, q_cams, g_pids, g_cams) if len(ranks)]
+    q_pids, q_cams, g_pids, g_cams = map(to_numpy, (q_pids, q_cams, g_pids, g_cams))
+    blocks = distances
+    is_matrix = hasattr(distances, "shape")
+    if isinstance(distances, (list, tuple)):  # of rows, or of blocks, which are pairs
+        is_matrix = not isinstance(distances[0], tuple)
+    if is_matrix:
+        blocks = [(slice(None), distances)]
+    for rows, block in blocks:
+        block = to_numpy(block)
+        ranks = match_ranks(block, q_pids=q_pids[rows], q_cams=q_cams[rows],
+                            g_pids=g_pids, g_cams=g_cams)
+        yield from zip(block, ranks)
+
+
+def cmc_and_map(distances, q_pids, q_cams, g_pids, g_cams, *, top=20):
+    """Returns the CMC curve, mAP and the number of queries that have a match.
+
+    CMC[k - 1] is the share of the queries with a match among their first k gallery entries, for k
+    from 1 to `top`. CMC and mAP are in [0, 1] and leave out the queries that have no match at all.
+    The other arguments are those of `distances_and_ranks`. Raises UserError for distances that are
+    not finite, and when no query has a match.
+    """
+    found = []
+    for _, ranks in distances_and_ranks(distances, q_pids=q_pids, q_cams=q_cams,
+                                        g_pids=g_pids, g_cams=g_cams):
+        if len(ranks):
+            found.append(ranks)
     if not found:
-        raise UserError("no query has a match in the gallery: another camera must have seen the "
-                        "same identity")
-    first = np.array([ranks[0] for ranks in found])
+        raise UserError("no query has a match in the gallery; a match is an entry of the same "
+                        "identity from another camera")
+    first_ranks = np.array([ranks[0] for ranks in found])
+    cmc = (first_ranks[:, None] < np.arange(1, top + 1)).mean(0)
     mean_ap = float(np.mean([average_precision(ranks) for ranks in found]))
-    return (first[:, None] < np.arange(1, top + 1)).mean(0), mean_ap, len(found)
+    return cmc, mean_ap, len(found)
 
 
-def smallest(d, k):
-    """The places of the k smallest of each row of d (M, N), float32, in ascending order; equal ones
-    in the order of their places, of which `topk` alone takes any."""
-    values, places = d.topk(min(k + 1, d.shape[1]), largest=False)
+def smallest_indices(distances, k):
+    """Returns the indices of the k smallest entries of each row of a float32 matrix (M, N), in
+    ascending order. Equal entries rank in the order of their indices, where `topk` alone would
+    take any order."""
+    values, indices = distances.topk(min(k + 1, distances.shape[1]), largest=False)
     tied = (values[:, 1:] == values[:, :-1]).any(1)
-    # the bits of floats sort as they do, unless both are negative; the place goes behind them
-    keys = d[tied].view(torch.int32).long() * 2 ** 32 + torch.arange(d.shape[1], device=d.device)
-    places[tied] = keys.topk(places.shape[1], largest=False).indices
-    return places[:, :k]
+    # The bit patterns of floats sort like the floats unless both are negative. Shifted by 32 bits,
+    # with the index in the lower bits, they make keys that are never equal.
+    bits = distances[tied].view(torch.int32).long()
+    keys = bits * 2 ** 32 + torch.arange(distances.shape[1], device=distances.device)
+    indices[tied] = keys.topk(indices.shape[1], largest=False).indices
+    return indices[:, :k]
 
 
-def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
-    """k-reciprocal re-ranking (Zhong et al., CVPR 2017) of features (Q, D) and (G, D): new
-    distances (Q, G), weight * d + (1 - weight) * d_Jaccard.
+def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, original_weight=0.3):
+    """k-reciprocal re-ranking (Zhong et al., CVPR 2017): returns new distances (Q, G), the weighted
+    sum of the original distance d and the Jaccard distance of the k-reciprocal neighbours.
 
-    d is the cosine or the squared Euclidean distance, divided by each sample's largest. Neighbours
-    are counted without the sample itself, which stands first in its own list; equally distant ones
-    rank in the order of the features. k1: neighbours of the reciprocal sets; k2: of the query
-    expansion. As in the paper, but not in the authors' code: V is not divided by its sum, and a
-    half set is added from ">= 2/3" on, not "> 2/3".
+    d is the cosine or the squared Euclidean distance, divided by the largest distance of its query.
+    A sample comes first in its own list of neighbours and is not counted among the k1. Equally
+    distant neighbours rank in the order of the features.
+
+    Two details follow the paper and differ from its authors' code: the encoding V is not divided by
+    its sum, and the neighbours R(q, k1/2) of a neighbour q are added if at least 2/3 of them are in
+    R(p, k1); the code asks for more than 2/3.
+
+    Args:
+        query_features: tensor (Q, D).
+        gallery_features: tensor (G, D).
+        metric: "cosine" or "euclidean".
+        k1: number of neighbours for the reciprocal sets.
+        k2: number of neighbours over which local query expansion averages, the sample included.
+        original_weight: weight of d, in [0, 1]; the paper's lambda.
     """
     from scipy.sparse import csr_array
-    x = torch.cat([q, g])
-    n, power = len(x), 1 if metric == "cosine" else 2
-    k1, k2 = min(k1, n - 1), min(k2, n)
-    near, farthest = torch.empty(n, k1 + 1, dtype=torch.long), torch.empty(n)
+    x = torch.cat([query_features, gallery_features])
+    Q, n = len(query_features), len(x)
+    exponent = 2 if metric == "euclidean" else 1
+    k1 = min(k1, n - 1)
+    k2 = min(k2, n)
+
+    def sparse(values, rows, columns):
+        return csr_array((values, (rows, columns)), shape=(n, n))
+
+    neighbours = torch.empty(n, k1 + 1, dtype=torch.long)
+    farthest = torch.empty(n)
     for rows, d in distance_blocks(x, x, metric):
-        d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1  # before its duplicates
-        near[rows] = smallest(d, k1 + 1).cpu()
-        farthest[rows] = d.amax(1).cpu() ** power
-    if not farthest.any():  # all features are equal, and their neighbours arbitrary
-        return np.zeros((len(q), len(g)), np.float32)
+        # -1: a sample comes before its exact duplicates
+        d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1
+        neighbours[rows] = smallest_indices(d, k1 + 1).cpu()
+        farthest[rows] = d.amax(1).cpu() ** exponent
+    if not farthest.any():  # all features are equal: neighbours are arbitrary, all distances 0
+        return np.zeros((Q, n - Q), np.float32)
     farthest[farthest == 0] = 1
-    near, farthest = near.numpy(), farthest.numpy()
+    neighbours = neighbours.numpy()
+    farthest = farthest.numpy()
 
-    def reciprocal(k):  # R(p, k): neighbours with p as neighbour
-        lists = near[:, :k + 1]
-        mutual = (lists[lists] == np.arange(n)[:, None, None]).any(2)
+    def reciprocal(k):
+        """R(p, k): the neighbours of p that have p among their own k nearest neighbours."""
+        nearest = neighbours[:, :k + 1]
+        of_neighbours = nearest[nearest]  # (n, k + 1, k + 1): the neighbours of each neighbour
+        mutual = (of_neighbours == np.arange(n)[:, None, None]).any(2)
         p = np.repeat(np.arange(n), mutual.sum(1))
-        return csr_array((np.ones(len(p), np.float32), (p, lists[mutual])), shape=(n, n))
+        return sparse(np.ones(len(p), np.float32), p, nearest[mutual])
 
-    full, half = reciprocal(k1), reciprocal(round(k1 / 2))
-    common = (full @ half.T).multiply(full).tocoo()  # of the neighbours' half sets, in R(p, k1)
-    mostly = common.data >= 2 / 3 * half.sum(1)[common.col]
-    chosen = csr_array((common.data[mostly], (common.row[mostly], common.col[mostly])), (n, n))
-    p, members = (full + chosen @ half).nonzero()  # R*(p, k1): with half sets mostly in it
+    full = reciprocal(k1)
+    half = reciprocal(round(k1 / 2))
+    # how many of R(q, k1/2) are in R(p, k1), for each q in R(p, k1)
+    overlap = (full @ half.T).multiply(full).tocoo()
+    is_large = overlap.data >= 2 / 3 * half.sum(1)[overlap.col]
+    expansion = sparse(overlap.data[is_large], overlap.row[is_large], overlap.col[is_large])
+    # R*(p, k1): R(p, k1) and every R(q, k1/2) of which at least 2/3 are in it
+    p, members = (full + expansion @ half).nonzero()
     weights = np.empty(len(p), np.float32)
-    for some in np.array_split(np.arange(len(p)), 1 + len(p) // 1000):
-        a, b = x[p[some]].double(), x[members[some]].double()
+    for chunk in np.array_split(np.arange(len(p)), 1 + len(p) // 1000):
+        a = x[p[chunk]].double()
+        b = x[members[chunk]].double()
         if metric == "cosine":
             d = 1 - (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1)
             d[d < ROUNDING] = 0
         else:
             d = (a - b).square().sum(1)
-        weights[some] = np.exp(-d.cpu().numpy() / farthest[p[some]])
-    V = csr_array((weights, (p, members)), shape=(n, n))
-    p = np.repeat(np.arange(n), k2)  # local query expansion
-    V = csr_array((np.full(n * k2, 1 / k2, V.dtype), (p, near[:, :k2].ravel()))) @ V
-    columns, total = V[len(q):].tocsc(), V.sum(1)
-    out = np.empty((len(q), len(g)), np.float32)
-    for rows, d in distance_blocks(x[:len(q)], x[len(q):], metric):
-        for p, row in zip(range(rows.start, rows.stop), d.cpu().numpy() ** power):
-            mine = slice(V.indptr[p], V.indptr[p + 1])
-            minima = columns[:, V.indices[mine]]
-            values = np.repeat(V.data[mine], np.diff(minima.indptr))
-            minima.data = np.minimum(minima.data, values)
-            both = minima.sum(1)
-            jaccard = 1 - both / (total[p] + total[len(q):] - both)
-            out[p] = weight * row / farthest[p] + (1 - weight) * jaccard
-    return out
+        weights[chunk] = np.exp(-d.cpu().numpy() / farthest[p[chunk]])
+    V = sparse(weights, p, members)
+    # local query expansion: the mean of V over the k2 nearest
+    p = np.repeat(np.arange(n), k2)
+    V = sparse(np.full(n * k2, 1 / k2, V.dtype), p, neighbours[:, :k2].ravel()) @ V
+
+    gallery_columns = V[Q:].tocsc()
+    total = V.sum(1)
+    reranked = np.empty((Q, n - Q), np.float32)
+    for rows, d in distance_blocks(x[:Q], x[Q:], metric):
+        for query, row in zip(range(rows.start, rows.stop), d.cpu().numpy() ** exponent):
+            entries = slice(V.indptr[query], V.indptr[query + 1])
+            minima = sums_of_minima(V.data[entries], gallery_columns[:, V.indices[entries]])
+            jaccard = 1 - minima / (total[query] + total[Q:] - minima)
+            original = original_weight * row / farthest[query]
+            reranked[query] = original + (1 - original_weight) * jaccard
+    return reranked
+
+
+def sums_of_minima(values, columns):
+    """Returns the sum over the columns of min(the value of the column, entry), for each row of a
+    sparse matrix.
+
+    values: one number for each column, at least 0; columns: a csc_array (rows, columns), which is
+    overwritten.
+    """
+    values = np.repeat(values, np.diff(columns.indptr))  # one for each entry that is stored
+    columns.data = np.minimum(columns.data, values)
+    return columns.sum(1)
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -303,7 +404,7 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
         if rank() == 0:
             write_export(Path(export), dataset, q, g, d)
         return {}
-    cmc, mean_ap, matched = cmc_map(d, *dataset.ids())
+    cmc, mean_ap, matched = cmc_and_map(d, *dataset.ids())
     result = {"mAP": 100 * mean_ap} | {f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}
     frames = "all frames" if split(T + 1, T).size > T else f"whole clips of {T} frames"
     places = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
@@ -319,7 +420,7 @@ def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, 
 
 def write_export(folder, dataset, q, g, d, reranked=False):
     """Features of the test part, and of each query AP, rank of the first match and first ten of the
-    gallery by the distances d, see `ranked_rows`. A tracklet is named by its first frame. reranked:
+    gallery by the distances d, see `distances_and_ranks`. A tracklet is named by its first frame. reranked:
     d is not of the features alone, which is said."""
     q_pids, q_cams, g_pids, g_cams = dataset.ids()
     queries, gallery = [[str(t.frames[0]) for t in p] for p in (dataset.query, dataset.gallery)]
@@ -328,7 +429,7 @@ def write_export(folder, dataset, q, g, d, reranked=False):
                  query_tracklets=queries, gallery_features=g.numpy(force=True),
                  gallery_pids=g_pids, gallery_cams=g_cams, gallery_tracklets=gallery)
     rows = []
-    for i, (row, ranks) in enumerate(ranked_rows(d, q_pids, q_cams, g_pids, g_cams)):
+    for i, (row, ranks) in enumerate(distances_and_ranks(d, q_pids, q_cams, g_pids, g_cams)):
         kept = np.flatnonzero((g_pids != -1) & ((g_pids != q_pids[i]) | (g_cams != q_cams[i])))
         firsts = [gallery[j] for j in kept[row[kept].argsort(kind="stable")[:10]]]
         ap, first = (100 * average_precision(ranks), ranks[0] + 1) if len(ranks) else ("", "")
@@ -1818,7 +1919,7 @@ def figures(run, model, dataset, split, metric, picture, load):
             rows.append(strip(label, dataset.gallery[ranking[k]], colour))
         draw(f"Ranked list; {state}", rows, f"{name}-ranked", 1)
 
-    cmc, mean_ap, _ = cmc_map(d, *ids)
+    cmc, mean_ap, _ = cmc_and_map(d, *ids)
     says = f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
     chart = curves({says: dict(enumerate(100 * cmc, 1))}, len(cmc), "rank")
     draw(f"CMC; {state}", [("% of queries matched up to a rank", [chart])], "cmc", 1.9)

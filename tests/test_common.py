@@ -15,7 +15,7 @@ import torch.nn as nn
 import common
 from common import (
     batch_hard_triplet,
-    cmc_map,
+    cmc_and_map,
     complexity,
     distance_blocks,
     evaluate,
@@ -44,7 +44,7 @@ def test_distances(metric):
     a, b = torch.randn(7, 5), torch.randn(9, 5)
     expected = torch.tensor([[slow_distance(x, y, metric) for y in b] for x in a])
     torch.testing.assert_close(distances(a, b, metric), expected, atol=1e-5, rtol=1e-5)
-    blocks = list(distance_blocks(a, b, metric, rows=3))
+    blocks = list(distance_blocks(a, b, metric, block_size=3))
     assert [len(d) for _, d in blocks] == [3, 3, 1] and [rows.start for rows, _ in blocks] == [
         0,
         3,
@@ -52,7 +52,7 @@ def test_distances(metric):
     ]
     assert torch.equal(
         torch.cat([d for _, d in blocks]),
-        torch.cat([d for _, d in distance_blocks(a, b, metric, rows=3)]),
+        torch.cat([d for _, d in distance_blocks(a, b, metric, block_size=3)]),
     )
     with pytest.raises(ValueError, match="metric"):
         next(distance_blocks(a, b, "manhattan"))
@@ -142,7 +142,7 @@ def slow_cmc_map(d, q_pids, q_cams, g_pids, g_cams, top):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_cmc_map(seed):
+def test_cmc_and_map(seed):
     rng = np.random.default_rng(seed)
     Q, G = rng.integers(1, 15), rng.integers(5, 60)
     d = rng.integers(0, rng.choice([2, 5, 1000]), (Q, G)).astype(np.float32)  # many ties
@@ -154,7 +154,7 @@ def test_cmc_map(seed):
     q_pids[0], q_cams[0], g_pids[0], g_cams[0] = 1, 1, 1, 2  # at least one query has a match
     expected = slow_cmc_map(d, q_pids, q_cams, g_pids, g_cams, 20)
     for given in (d, ((slice(i, i + 4), d[i : i + 4]) for i in range(0, Q, 4))):
-        cmc, mean_ap, matched = cmc_map(given, q_pids, q_cams, g_pids, g_cams, 20)
+        cmc, mean_ap, matched = cmc_and_map(given, q_pids, q_cams, g_pids, g_cams, top=20)
         np.testing.assert_allclose(cmc, expected[0], atol=1e-12)
         assert abs(mean_ap - expected[1]) < 1e-12 and matched == expected[2]
 
@@ -171,13 +171,13 @@ def test_ties_rank_in_gallery_order():
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
-def test_cmc_map_takes_ids_and_distances_of_any_kind(kind):
+def test_cmc_and_map_takes_ids_and_distances_of_any_kind(kind):
     d = torch.tensor([[0.5, 0.25, 2.0, 1.0], [0.5, 1.0, 0.125, 4.0]])
     ids = [kind(x) for x in ([1, 2], [1, 1], [1, 1, 2, 2], [2, 1, 2, 3])]
     expected = slow_cmc_map(d.tolist(), *ids, 4)
     for given in (d, d.bfloat16(), d.half(), d.double(), d.numpy(), d.tolist(),
                   [(slice(0, 1), d[:1].bfloat16()), (slice(1, 2), d[1:].bfloat16())]):
-        cmc, mean_ap, matched = cmc_map(given, *ids, 4)
+        cmc, mean_ap, matched = cmc_and_map(given, *ids, top=4)
         np.testing.assert_allclose(cmc, expected[0])
         assert abs(mean_ap - expected[1]) < 1e-12 and matched == 2
     assert [ranks.tolist() for ranks in match_ranks(d.bfloat16(), *ids)] == [[0], [0, 3]]
@@ -186,10 +186,10 @@ def test_cmc_map_takes_ids_and_distances_of_any_kind(kind):
 def test_what_cannot_be_ranked_is_an_error():
     for d in (np.full((2, 3), np.nan), np.array([[0.1, 0.2, 0.3], [0.1, np.inf, 0.3]])):
         for given in (d, torch.tensor(d), [(slice(0, 1), d[:1]), (slice(1, 2), d[1:])]):
-            with pytest.raises(UserError, match="NaN or infinite"):
-                cmc_map(given, [1, 1], [1, 1], [1, 1, 2], [1, 2, 2])
+            with pytest.raises(UserError, match="contain NaN or infinity"):
+                cmc_and_map(given, [1, 1], [1, 1], [1, 1, 2], [1, 2, 2])
     with pytest.raises(UserError, match="no query has a match"):
-        cmc_map(np.zeros((1, 2)), np.array([1]), np.array([1]), np.array([1, 2]), np.array([1, 2]))
+        cmc_and_map(np.zeros((1, 2)), [1], [1], [1, 2], [1, 2])
 
 
 def slow_rerank(q, g, metric, k1, k2, weight):
@@ -230,20 +230,24 @@ def test_rerank(metric, k1, k2, weight):
     centres = torch.randn(6, 8)
     q, g = centres + 0.3 * torch.randn(6, 8), centres.repeat(5, 1) + 0.3 * torch.randn(30, 8)
     np.testing.assert_allclose(
-        rerank(q, g, metric, k1, k2, weight), slow_rerank(q, g, metric, k1, k2, weight), atol=2e-5
+        rerank(q, g, metric, k1=k1, k2=k2, original_weight=weight),
+        slow_rerank(q, g, metric, k1, k2, weight),
+        atol=2e-5,
     )
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_rerank_of_duplicates(metric):
-    """A sample stands first in its own list, also behind duplicates with smaller numbers, as the
-    queries of MARS have them in the gallery: here more of them than a list has places. All others
-    rank in the order of their places."""
+    """A sample comes first in its own list, also before duplicates with smaller numbers, which the
+    queries of MARS have in the gallery. Here there are more duplicates than places in a list. All
+    others rank in the order of the features."""
     x = torch.randn(4, 8)
     q, g = x[[0, 1, 0]], torch.cat([x, x[:2], x[2:3] + 0.1, x[:1]])
     for k1, k2 in ((1, 1), (2, 1), (2, 2)):
         np.testing.assert_allclose(
-            rerank(q, g, metric, k1, k2, 0.3), slow_rerank(q, g, metric, k1, k2, 0.3), atol=2e-5
+            rerank(q, g, metric, k1=k1, k2=k2, original_weight=0.3),
+            slow_rerank(q, g, metric, k1, k2, 0.3),
+            atol=2e-5,
         )
 
 
@@ -348,7 +352,7 @@ def test_export(small_root, tmp_path, capsys, monkeypatch, use_rerank):
     parts = x.split([len(query), len(gallery)])
     monkeypatch.setattr(common, "test_features", lambda *_, **__: parts)
     blocks = common.distance_blocks
-    monkeypatch.setattr(common, "distance_blocks", lambda *a, rows=3: blocks(*a, rows=rows))
+    monkeypatch.setattr(common, "distance_blocks", lambda *a: blocks(*a, block_size=3))
     dataset.query[1] = dataset.query[1]._replace(frames=odd)
     options = (None, dataset, split_segments, 4, (64, 32), "euclidean", use_rerank)
     with monkeypatch.context() as patch:

@@ -450,7 +450,7 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     common.figures(*rest)
     q, g = common.test_features(network, dataset, sinet.SPLIT, 4, (48, 40))
     ids = dataset.ids()
-    cmc, mean_ap, _ = common.cmc_map(common.rerank(q, g, "euclidean"), *ids)
+    cmc, mean_ap, _ = common.cmc_and_map(common.rerank(q, g, "euclidean"), *ids)
     (label, (panel,)), = sheets["cmc.png"]
     line, = axes_of(panel).lines
     assert f"mAP {100 * mean_ap:.1f}" in line.get_label()

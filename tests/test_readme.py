@@ -248,7 +248,7 @@ def test_the_python_runs_as_printed(trained, small_root, monkeypatch, tmp_path):
     assert space["q"].shape == (len(dataset.query), 2048)
     assert space["g"].shape == (len(dataset.gallery), 2048)
     assert len(space["ranks"]) == len(dataset.query)
-    _, mean_ap, _ = common.cmc_map(space["distances"], *dataset.ids())
+    _, mean_ap, _ = common.cmc_and_map(space["distances"], *dataset.ids())
     assert f"mAP {100 * mean_ap:.1f}   CMC-1" in trained[1].splitlines()[-2]
     exec(crops, space)
     assert space["x"].shape == (2, 2048) and space["likeness"].diag().allclose(torch.ones(2))
