@@ -320,126 +320,221 @@ def sums_of_minima(values, columns):
 
 
 # --------------------------------------------------------------------------------------- evaluation
+# A network that is evaluated takes clips (B, T, 3, H, W) and returns embeddings (B, D), in eval
+# mode. It may have two methods: finish(features) is applied to the tracklets' mean embeddings, and
+# test_parts() returns [(network, frames in a clip)], whose features a test concatenates.
 
 def as_tracklets(tracklets):
-    """Tracklets whose frames are files or pixels; what is a list of frames alone becomes a Tracklet
-    of it. One that has no frames is a UserError, because it has no mean."""
-    named = []
+    """Returns a list of `Tracklet`. A bare list of frames becomes a Tracklet of identity 0 and
+    camera 0.
+
+    Raises UserError for a path, which is no list of frames, and for a tracklet without frames,
+    which has no mean embedding.
+    """
+    found = []
     for number, tracklet in enumerate(tracklets, 1):
         if isinstance(tracklet, (str, os.PathLike)):
-            raise UserError(f"tracklet {number}, {tracklet}: a tracklet is a list of frames")
+            raise UserError(f"tracklet {number} is a path ({tracklet}), but a tracklet is a list "
+                            "of frames")
         if not hasattr(tracklet, "frames"):
             tracklet = Tracklet(tracklet, pid=0, cam=0)
         if len(tracklet.frames) == 0:
             raise UserError(f"tracklet {number} of {len(tracklets)} (identity {tracklet.pid}, "
                             f"camera {tracklet.cam}) has no frames")
-        named.append(tracklet)
-    return named
+        found.append(tracklet)
+    return found
 
 
 @torch.no_grad()
-def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
-    """Features of whole tracklets, (N, D), float32: means of their clips' embeddings. Batches are
-    full across tracklets; processes take them in turn and get the result of a single one.
+def extract(model, tracklets, *, split_clips, clip_length, size, batch_size=32, workers=0,
+            amp=False):
+    """Returns the features of whole tracklets, float32 (N, D): the means of their clips'
+    embeddings.
 
-    model: (B, T, 3, H, W) to (B, D) in eval mode; its method `finish`, where it has one, takes the
-    tracklets' means; tracklets: each a Tracklet, or its frames alone: a list of image files or of
-    crops in RGB, uint8 arrays or tensors (h, w, 3) of any sizes, or one of them (n, h, w, 3);
-    split: (n, T) -> frame indices (clips, T); batch: clips a forward pass.
+    A batch may hold clips of several tracklets, so that all batches but the last are full. Several
+    processes share the batches, and each returns the features of all tracklets.
+
+    Args:
+        model: the network, see the top of this section.
+        tracklets: each a `Tracklet`, or its frames alone. Frames are image files, or crops in RGB:
+            uint8 arrays or tensors (h, w, 3) of any sizes, or a single array or tensor
+            (n, h, w, 3).
+        split_clips: function of (n, T) that returns the clips of a tracklet of n frames, an array
+            of frame indices (clips, T); a script's SPLIT.
+        clip_length: number of frames in a clip, T.
+        size: (height, width) to which the frames are resized.
+        batch_size: number of clips in a forward pass.
+        workers: number of processes that load images; 0 loads them in this one.
+        amp: True runs the network with bfloat16 autocast.
+
+    Raises UserError for tracklets and frames that cannot be used.
     """
     tracklets = as_tracklets(tracklets)
-    device, training = next(model.parameters()).device, model.training
-    clips = AllClips(tracklets, split, T, size)
-    batches = [range(i, min(i + batch, len(clips))) for i in range(0, len(clips), batch)]
-    # the numbers of this process' batches, as many in each process: some repeat one at the end
-    mine = torch.utils.data.DistributedSampler(batches, world(), rank(), shuffle=False)
+    device = next(model.parameters()).device
+    was_training = model.training
+    clips = AllClips(tracklets, split_clips, clip_length, size)
+    starts = range(0, len(clips), batch_size)
+    batches = [range(i, min(i + batch_size, len(clips))) for i in starts]
+    # The processes take the batches in turn. Each gets equally many: some repeat one at the end.
+    own_batches = torch.utils.data.DistributedSampler(
+        batches, num_replicas=world_size(), rank=process_rank(), shuffle=False)
     loader = torch.utils.data.DataLoader(
-        clips, batch_sampler=[batches[i] for i in mine], num_workers=workers,
-        worker_init_fn=own_group, pin_memory=device.type == "cuda", generator=torch.Generator())
-    owners = torch.tensor([owner for owner, _ in clips.clips], device=device)
-    total = None
-    for buffer in model.buffers() if world() > 1 else ():  # BatchNorm's statistics may differ
-        dist.broadcast(buffer, 0)
+        clips, batch_sampler=[batches[i] for i in own_batches], num_workers=workers,
+        worker_init_fn=ignore_terminal_signals, pin_memory=device.type == "cuda",
+        generator=torch.Generator())
+    tracklet_of_clip = torch.tensor([number for number, _ in clips.clips], device=device)
+    if world_size() > 1:  # the BatchNorm statistics of the processes may differ: take the first's
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     model.eval()
+    sums = None
     with progress(what="features", total=len(clips), unit=" clips", leave=False,
-                  hidden=rank() > 0) as bar:
-        for (frames, _), part in zip(loader, owners.split(batch * world())):
-            if asked := stop_asked():
-                raise Stop(asked)
+                  hidden=process_rank() > 0) as bar:
+        # the n-th batches of all processes together are the n-th of these slices of clips
+        slices = tracklet_of_clip.split(batch_size * world_size())
+        for (images, _), owners in zip(loader, slices):
+            raise_if_stopped()
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                x = model(normalize(frames.to(device, non_blocking=True))).float()
-            if world() > 1:  # all parts but the last one are full
-                x = gather(F.pad(x, (0, 0, 0, batch - len(x))))
-            if total is None:
-                total = x.new_zeros(len(tracklets), x.shape[1])
-            total.index_add_(0, part, x[:len(part)])
-            bar.update(len(part))
-    model.train(training)
-    features = total / owners.bincount()[:, None]
-    return model.finish(features) if hasattr(model, "finish") else features
+                x = model(normalize(images.to(device, non_blocking=True))).float()
+            if world_size() > 1:  # the last batch may be smaller, but all must have one shape
+                x = gather(F.pad(x, (0, 0, 0, batch_size - len(x))))
+            if sums is None:
+                sums = x.new_zeros(len(tracklets), x.shape[1])
+            sums.index_add_(0, owners, x[:len(owners)])
+            bar.update(len(owners))
+    model.train(was_training)
+    features = sums / tracklet_of_clip.bincount()[:, None]
+    if hasattr(model, "finish"):
+        features = model.finish(features)
+    return features
 
 
-def test_features(model, dataset, split, T, size, **extraction):
-    """Features of the query and the gallery tracklets, (Q, D) and (G, D). A model's method
-    `test_parts` gives the networks whose features are joined, and the frames of their clips."""
+def networks_of_test(model, clip_length):
+    """Returns [(network, frames in a clip)] whose features a test concatenates."""
+    if hasattr(model, "test_parts"):
+        return model.test_parts()
+    return [(model, clip_length)]
+
+
+def tracklet_features(model, dataset, *, split_clips, clip_length, size, **extraction):
+    """Returns the features of the query tracklets (Q, D) and of the gallery tracklets (G, D).
+
+    dataset: a `Dataset`; extraction: further arguments of `extract`, which explains the others.
+    Raises UserError for features that are not finite.
+    """
+    # by their first frame: a query that is also in the gallery is computed once
     tracklets = {t.frames[0]: t for t in as_tracklets(dataset.query + dataset.gallery)}
-    parts = model.test_parts() if hasattr(model, "test_parts") else [(model, T)]
-    x = torch.cat([extract(part, [*tracklets.values()], split, frames, size, **extraction)
-                   for part, frames in parts], 1)
-    if not x.isfinite().all():
-        raise UserError("features are not finite: damaged weights, or a training that diverged")
-    place = {first: i for i, first in enumerate(tracklets)}
-    return [x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery)]
+    parts = []
+    for network, length in networks_of_test(model, clip_length):
+        parts.append(extract(network, [*tracklets.values()], split_clips=split_clips,
+                             clip_length=length, size=size, **extraction))
+    features = torch.cat(parts, 1)
+    if not features.isfinite().all():
+        raise UserError("the features are not finite: the weights are damaged or the training "
+                        "diverged")
+    row_of_frame = {first: row for row, first in enumerate(tracklets)}
+
+    def features_of(part):
+        return features[[row_of_frame[t.frames[0]] for t in part]]
+
+    return features_of(dataset.query), features_of(dataset.gallery)
 
 
-def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
-             export=None, **extraction):
-    """Prints mAP and CMC of the test part in percent; returns them, {"mAP", "rank-1", ...}. export:
-    a folder for `write_export`; with it a test part without any match is no error, but {}."""
+def evaluate(model, dataset, *, split_clips, clip_length, size, metric="cosine", use_rerank=False,
+             label="test", export_folder=None, **extraction):
+    """Prints mAP and CMC of the test part and returns them, in percent: {"mAP": 84.6, "rank-1":
+    88.8, "rank-5": ..., "rank-10": ..., "rank-20": ...}.
+
+    Args:
+        model, split_clips, clip_length, size, extraction: arguments of `extract`.
+        dataset: a `Dataset` with query and gallery.
+        metric: "cosine" or "euclidean".
+        use_rerank: True ranks by the distances of `rerank`.
+        label: what the printed line begins with.
+        export_folder: where `write_export` writes features and rankings; None for nowhere. With a
+            folder, a test part without any match is no error: the features are written, and an
+            empty dict is returned.
+
+    Raises UserError when nothing can be ranked.
+    """
     start = time.time()
-    q, g = test_features(model, dataset, split, T, size, **extraction)
-    d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
-    if export and not dataset.has_a_match():  # the features are of use nevertheless
+    queries, gallery = tracklet_features(model, dataset, split_clips=split_clips,
+                                         clip_length=clip_length, size=size, **extraction)
+    reranked = rerank(queries, gallery, metric) if use_rerank else None
+
+    def distances():
+        return distance_blocks(queries, gallery, metric) if reranked is None else reranked
+
+    def export():
+        if export_folder and process_rank() == 0:
+            write_export(Path(export_folder), dataset, query_features=queries,
+                         gallery_features=gallery, distances=distances(), is_reranked=use_rerank)
+
+    if export_folder and not dataset.has_a_match():
         print(f"{label}: nothing can be ranked: {NO_MATCH}", flush=True)
-        if rank() == 0:
-            write_export(Path(export), dataset, q, g, d)
+        export()
         return {}
-    cmc, mean_ap, matched = cmc_and_map(d, *dataset.ids())
-    result = {"mAP": 100 * mean_ap} | {f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}
-    frames = "all frames" if split(T + 1, T).size > T else f"whole clips of {T} frames"
-    places = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
-    skipped = f", {len(q) - matched:,} more have no match and are left out" * (matched < len(q))
-    print(f"{label}, {frames}{', re-ranked' * use_rerank}:  mAP {result['mAP']:.1f}   {places}   "
-          f"({matched:,} queries{skipped}, {len(g):,} gallery tracklets, "
-          f"{time.time() - start:.0f} s)", flush=True)
-    if export and rank() == 0:
-        d = d if use_rerank else distance_blocks(q, g, metric)
-        write_export(Path(export), dataset, q, g, d, use_rerank)
+    cmc, mean_ap, matched = cmc_and_map(distances(), *dataset.ids())
+    result = {"mAP": 100 * mean_ap}
+    for k in (1, 5, 10, 20):
+        result[f"rank-{k}"] = 100 * float(cmc[k - 1])
+    takes_all_frames = split_clips(clip_length + 1, clip_length).size > clip_length
+    if takes_all_frames:
+        how = "all frames"
+    else:
+        how = f"whole clips of {clip_length} frames"
+    if use_rerank:
+        how += ", re-ranked"
+    cmc_text = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
+    counts = f"{matched:,} queries"
+    if matched < len(queries):
+        counts += f", {len(queries) - matched:,} more without a match are not counted"
+    print(f"{label}, {how}:  mAP {result['mAP']:.1f}   {cmc_text}   "
+          f"({counts}, {len(gallery):,} gallery tracklets, {time.time() - start:.0f} s)",
+          flush=True)
+    export()
     return result
 
 
-def write_export(folder, dataset, q, g, d, reranked=False):
-    """Features of the test part, and of each query AP, rank of the first match and first ten of the
-    gallery by the distances d, see `distances_and_ranks`. A tracklet is named by its first frame. reranked:
-    d is not of the features alone, which is said."""
+def write_export(folder, dataset, *, query_features, gallery_features, distances, is_reranked):
+    """Writes features.npz, the features of the test part, and queries.csv, which has a line for
+    each query: its average precision, the rank of its first match and its first ten gallery
+    tracklets. A tracklet is named by its first frame.
+
+    Args:
+        folder: a Path, made where it is missing.
+        dataset: a `Dataset` with query and gallery.
+        query_features: tensor (Q, D).
+        gallery_features: tensor (G, D).
+        distances: a (Q, G) matrix or its blocks, as `distances_and_ranks` takes them.
+        is_reranked: whether the distances are those of `rerank`, which the printed line then says.
+    """
     q_pids, q_cams, g_pids, g_cams = dataset.ids()
-    queries, gallery = [[str(t.frames[0]) for t in p] for p in (dataset.query, dataset.gallery)]
+    queries = [str(t.frames[0]) for t in dataset.query]
+    gallery = [str(t.frames[0]) for t in dataset.gallery]
     with replacing(folder / "features.npz") as file:
-        np.savez(file, query_features=q.numpy(force=True), query_pids=q_pids, query_cams=q_cams,
-                 query_tracklets=queries, gallery_features=g.numpy(force=True),
-                 gallery_pids=g_pids, gallery_cams=g_cams, gallery_tracklets=gallery)
-    rows = []
-    for i, (row, ranks) in enumerate(distances_and_ranks(d, q_pids, q_cams, g_pids, g_cams)):
-        kept = np.flatnonzero((g_pids != -1) & ((g_pids != q_pids[i]) | (g_cams != q_cams[i])))
-        firsts = [gallery[j] for j in kept[row[kept].argsort(kind="stable")[:10]]]
-        ap, first = (100 * average_precision(ranks), ranks[0] + 1) if len(ranks) else ("", "")
-        rows.append({"query": queries[i], "AP": ap, "rank": first,
-                     **dict.fromkeys(range(1, 11)), **dict(enumerate(firsts, 1))})
-    save_rows(rows, folder / "queries.csv")
+        np.savez(file, query_features=query_features.numpy(force=True), query_pids=q_pids,
+                 query_cams=q_cams, query_tracklets=queries,
+                 gallery_features=gallery_features.numpy(force=True), gallery_pids=g_pids,
+                 gallery_cams=g_cams, gallery_tracklets=gallery)
+    lines = []
+    found = distances_and_ranks(distances, q_pids=q_pids, q_cams=q_cams, g_pids=g_pids,
+                                g_cams=g_cams)
+    for i, (row, ranks) in enumerate(found):
+        kept = np.flatnonzero(in_ranking(q_pids[i], q_cams[i], g_pids, g_cams))
+        nearest = [gallery[j] for j in kept[row[kept].argsort(kind="stable")[:10]]]
+        line = {"query": queries[i], "AP": "", "rank": ""}
+        if len(ranks):
+            line["AP"] = 100 * average_precision(ranks)
+            line["rank"] = ranks[0] + 1
+        for place in range(10):
+            line[place + 1] = nearest[place] if place < len(nearest) else None
+        lines.append(line)
+    save_rows(lines, folder / "queries.csv")
     note = ""
-    if reranked:
-        note = ("; queries.csv is by the re-ranked distances, as the line above, and features.npz "
-                "has the features alone: their own distances give another order")
+    if is_reranked:
+        note = ("; queries.csv uses the re-ranked distances, and features.npz holds the features "
+                "alone, whose own distances give another order")
     print(f"wrote features.npz and queries.csv into {folder}{note}", flush=True)
 
 
@@ -847,7 +942,7 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
         print("loss: " + " + ".join(f"{weight:g} x {name}" for name, weight in weights.items()
                                     if weight))
     tracklets = {t.frames[0]: t for t in dataset.query + dataset.gallery}.values()
-    parts = model.test_parts() if hasattr(model, "test_parts") else [(model, args.frames)]
+    parts = networks_of_test(model, args.frames)
     clips = [split(len(t.frames), frames) for _, frames in parts for t in tracklets]
     when = "" if args.evaluate else f" after epoch {args.epochs}"
     if args.eval_every and not args.evaluate:
@@ -880,11 +975,11 @@ class Run:
         if args.amp and self.cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
             print("--amp: this GPU has no bfloat16, it is emulated and slow", flush=True)
         if args.workers is None:
-            args.workers = min(8, (os.cpu_count() or 1) // world()) if self.cuda else 0
+            args.workers = min(8, (os.cpu_count() or 1) // world_size()) if self.cuda else 0
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True  # sizes are fixed
         self.size, self.batch = (args.height, args.width), args.ids * args.clips
-        self.extraction = dict(batch=self.batch, workers=args.workers, amp=args.amp)
+        self.extraction = dict(batch_size=self.batch, workers=args.workers, amp=args.amp)
         self.last, self.log_file = Path(args.output) / "last.pt", Path(args.output) / "log.csv"
         self.history = self.checkpoint["history"] if self.checkpoint else []
         self.origin = "untrained"  # of the network that `prepare` is given, in words
@@ -898,7 +993,7 @@ class Run:
         weights, hub = self.args.weights, Path(torch.hub.get_dir(), "checkpoints")
         file = hub / IMAGENET if weights == "imagenet" else Path(weights)
         first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if world() > 1 and not first:
+        if world_size() > 1 and not first:
             dist.barrier()
         if not self.args.resume and weights == "imagenet" and file.exists():
             load_file(file)  # for its checksums
@@ -919,7 +1014,7 @@ class Run:
                             "--weights none (a run's checkpoint goes to --resume)") from None
         finally:
             self.args.weights = weights
-        if world() > 1 and first:
+        if world_size() > 1 and first:
             dist.barrier()
 
     def num_classes(self, dataset):
@@ -938,7 +1033,7 @@ class Run:
         parameters, macs = complexity(model, args.frames, *self.size)
         print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) "
               f"a clip of {args.frames} frames of {args.height}x{args.width}")
-        if world() > 1 and self.cuda:
+        if world_size() > 1 and self.cuda:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         for layer in model.to(self.device).modules():
             if isinstance(layer, torch.nn.Conv2d):  # 5-dimensional weights cannot be
@@ -980,7 +1075,7 @@ class Run:
             TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase),
             batch_sampler=sampler,
             num_workers=args.workers, persistent_workers=args.workers > 0,
-            worker_init_fn=own_group, pin_memory=self.cuda, generator=torch.Generator())
+            worker_init_fn=ignore_terminal_signals, pin_memory=self.cuda, generator=torch.Generator())
 
     def start(self, **states):
         """Begins to train, or goes on; states: of a checkpoint. Returns this process' network."""
@@ -1004,7 +1099,7 @@ class Run:
             print(f"--clips 1: {zero} 0, because no batch has two clips of an identity, which it "
                   "takes to compare them", flush=True)
         catch_signals()
-        if rank() == 0:
+        if process_rank() == 0:
             self.file = locked(self.last.with_name("args.json"), json.dumps(vars(args), indent=2))
             if self.checkpoint:  # a kill may have left an older log
                 save_rows(self.history, self.log_file)
@@ -1018,7 +1113,7 @@ class Run:
         self.evaluates_first = args.eval_first and not self.checkpoint and self.can_be_tested
         self.checkpoint = None  # its memory
         model = states["model"]
-        return model if world() == 1 else torch.nn.parallel.DistributedDataParallel(model)
+        return model if world_size() == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
     def epochs(self):
         """The epochs to train; the last complete one again, for what comes behind its batches."""
@@ -1033,13 +1128,13 @@ class Run:
             raise UserError(f"{self.args.resume}: this training set has no step {self.steps}")
         sampler.set_epoch(epoch, self.steps)
         with progress(what=f"epoch {epoch}/{self.args.epochs}", total=len(loader) * self.batch,
-                      unit=" clips", hidden=rank() > 0, leave=False,
+                      unit=" clips", hidden=process_rank() > 0, leave=False,
                       bar_format="{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
                       ) as bar:
             for batch in loader:
                 yield [part.to(self.device, non_blocking=True) for part in batch]
                 bar.update(self.batch)
-                if not self.cuda or self.steps % 10 == 0 or world() == 1 and _asked:
+                if not self.cuda or self.steps % 10 == 0 or world_size() == 1 and _asked:
                     bar.set_postfix(loss=self.means()["loss"])  # which waits for a GPU
                     if stop_asked():  # as this does, with several processes
                         break
@@ -1071,7 +1166,7 @@ class Run:
 
     def backward(self, loss):
         """Gradients of the whole batch's loss; DistributedDataParallel takes their mean."""
-        (loss * world()).backward()
+        (loss * world_size()).backward()
 
     def log(self, parts):
         """Counts a step and adds up the parts of its loss, on the device: nothing waits for it."""
@@ -1095,7 +1190,7 @@ class Run:
         if not all(p.isfinite().all() for p in self.states["model"].parameters()):
             raise UserError(f"epoch {len(self.history) + bool(self.steps)}: the weights are not "
                             "finite; last.pt, if any, is good; try a smaller --lr")
-        if rank() == 0:
+        if process_rank() == 0:
             states = {name: target.state_dict() for name, target in self.states.items()}
             with writing():
                 with replacing(self.last) as file:
@@ -1133,14 +1228,15 @@ class Run:
                 raise UserError(f"{self.args.data} in {self.args.root}: {NO_MATCH}; --export "
                                 "writes the features nevertheless")
             return {}  # the last part of a training, which goes without its test
-        result = evaluate(model, dataset, split, self.args.frames, self.size, metric,
-                          self.args.rerank, label, last and self.args.export, **self.extraction)
+        result = evaluate(model, dataset, split_clips=split, clip_length=self.args.frames,
+                          size=self.size, metric=metric, use_rerank=self.args.rerank, label=label,
+                          export_folder=self.args.export if last else None, **self.extraction)
         if result and self.states and self.history:
             self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
             self.save()
             if asked := stop_asked():
                 raise Stop(asked)
-        elif self.args.evaluate and not self.origin.startswith("untrained"):
+        elif result and self.args.evaluate and not self.origin.startswith("untrained"):
             self.beside_the_paper(result)
         return result
 
@@ -1161,7 +1257,7 @@ class Run:
 def make_sampler(sampler, pids, args):
     """A script's sampler for these labels of training tracklets, with the settings in args."""
     options = {"shows": args.epoch} if "epoch" in args else {}
-    return sampler(pids, args.ids, args.clips, seed=args.seed, rank=rank(), world=world(),
+    return sampler(pids, args.ids, args.clips, seed=args.seed, rank=process_rank(), world=world_size(),
                    **options)
 
 
@@ -1517,11 +1613,11 @@ def load_network(path, build, given=None, *, recipe, rows, release, script):
 # ------------------------------------------------------------------------- processes, signals, exit
 # torchrun starts `world` of them, with a `rank` from 0 each; without it there is one, of rank 0.
 
-def world():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank():
+def process_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -1557,16 +1653,16 @@ def pick_device(gpu=None):
 def gather(outputs):
     """The outputs of all processes, tensors or lists and dicts of them, joined along the batch.
     Gradients flow into this process' part only, and add up to those of a single process."""
-    if world() == 1:
+    if world_size() == 1:
         return outputs
     if isinstance(outputs, dict):
         return {name: gather(part) for name, part in outputs.items()}
     if isinstance(outputs, (tuple, list)):
         return [gather(part) for part in outputs]
     parts = [torch.empty_like(outputs, memory_format=torch.contiguous_format)
-             for _ in range(world())]
+             for _ in range(world_size())]
     dist.all_gather(parts, outputs.detach().contiguous())
-    parts[rank()] = outputs
+    parts[process_rank()] = outputs
     return torch.cat(parts)
 
 
@@ -1584,7 +1680,7 @@ def catch_signals():
     def note(number, _):
         global _asked
         second = number == _asked == signal.SIGINT
-        if second and not _writing and world() == 1:  # torchrun may send it twice
+        if second and not _writing and world_size() == 1:  # torchrun may send it twice
             raise KeyboardInterrupt
         _asked = _asked or number
     for number in signal.Signals:  # no SIGHUP on Windows
@@ -1604,15 +1700,23 @@ def writing():
         _writing = False
 
 
-def own_group(_):
+def ignore_terminal_signals(_):
     """worker_init_fn: a signal to the group of a run's processes is not for loaders' workers."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
+def raise_if_stopped():
+    """Raises Stop when a signal asked any of the processes to stop. All of them call it together.
+    """
+    asked = stop_asked()
+    if asked:
+        raise Stop(asked)
+
+
 def stop_asked():
     """The signal that asked any of the processes to stop, or 0; all of them call it together."""
-    if world() == 1:
+    if world_size() == 1:
         return _asked
     asked = torch.tensor(_asked, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(asked, dist.ReduceOp.MAX)
@@ -1676,7 +1780,7 @@ def command_line(main):
             code, message = 1, f"another process is gone ({first_line(error)})"
         else:
             raise
-    process = rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    process = process_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
     if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
         # A refused setting is refused by all processes. The first one of a machine says it, and
         # torchrun ends the others, which wait for that: if another process ended sooner, torchrun
@@ -1874,7 +1978,7 @@ def figures(run, model, dataset, split, metric, picture, load):
                             f"{own.width}, not for {args.frames} of {args.height}x{args.width}")
         models.insert(0, (own.variant, other))
         titles.insert(0, f"{own.variant}, {other.origin}")
-    for i, name in queries.items() if not rank() else ():
+    for i, name in queries.items() if not process_rank() else ():
         query = dataset.query[i]
         clip = split(len(query.frames), args.frames)[0]
         frames = read_clip([query.frames[k] for k in clip], size)
@@ -1883,7 +1987,7 @@ def figures(run, model, dataset, split, metric, picture, load):
         panels = [photo(frame, f"frame {n}") for n, frame in enumerate(frames, 1)]
         rows = [(f"person {query.pid}, camera {query.cam}", panels), *compare(pictures)]
         draw(f"{pictures[-1][1]}; {' and '.join(titles)}, on {args.data}", rows, name)
-    if len(history) > 1 and not rank():
+    if len(history) > 1 and not process_rank():
         lines = {key: {row["epoch"]: row[key] for row in history if row[key] != ""}
                  for key in history[0] if key not in ("epoch", "lr")}
         tested = {key: lines.pop(key) for key in ("mAP", "rank-1")}
@@ -1893,8 +1997,9 @@ def figures(run, model, dataset, split, metric, picture, load):
                 if any(chart.values())]
         draw(f"Training of {args.variant} on {args.data}", rows, "training", 1.9)
 
-    q, g = test_features(model, dataset, split, args.frames, size, **run.extraction)
-    if rank():
+    q, g = tracklet_features(model, dataset, split_clips=split, clip_length=args.frames, size=size,
+                             **run.extraction)
+    if process_rank():
         return
     d = rerank(q, g, metric) if args.rerank else \
         next(distance_blocks(q, g, metric, len(q)))[1].numpy(force=True)

@@ -492,7 +492,14 @@ LONG_TRACKLET = """
         sinet.RECIPE, sinet.ROWS, "sinet", weights="none", frames=4, height=64, width=64
     )
     tracklet = data.Tracklet((path,) * int(frames), 1, 1)
-    common.extract(sinet.build(row, 2), [tracklet], sinet.SPLIT, 4, (64, 64), 8)
+    common.extract(
+        sinet.build(row, 2),
+        [tracklet],
+        split_clips=sinet.SPLIT,
+        clip_length=4,
+        size=(64, 64),
+        batch_size=8,
+    )
     print(peak() // 1024)
 """
 
@@ -522,7 +529,16 @@ def extraction(args):
                     model(clips)
 
         def whole():
-            common.extract(model, tracklets, sinet.SPLIT, T, size, batch, args.workers, args.amp)
+            common.extract(
+                model,
+                tracklets,
+                split_clips=sinet.SPLIT,
+                clip_length=T,
+                size=size,
+                batch_size=batch,
+                workers=args.workers,
+                amp=args.amp,
+            )
 
         print(
             f"extraction, {len(lengths)} tracklets of {lengths.min()} to {lengths.max()} frames,"

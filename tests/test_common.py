@@ -263,6 +263,11 @@ def test_rerank_of_equal_features(metric, value, queries, gallery):
     assert ranks.tolist() == [gallery - 1]
 
 
+def clips_of(split, size=(64, 32)):
+    """How a tracklet is cut into clips of four frames, as `extract` and `evaluate` take it."""
+    return {"split_clips": split, "clip_length": 4, "size": size}
+
+
 class Mean(nn.Module):
     """A stand-in network: the mean colours of a clip, and its frames' positions weighted, so that
     order matters."""
@@ -285,7 +290,8 @@ class Mean(nn.Module):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_extract_packs_clips_and_equals_one_tracklet_at_a_time(small_root, split, workers):
     tracklets, model = load_dataset("synthetic", small_root).gallery, Mean().train()
-    x = extract(model, tracklets, split, 4, (64, 32), batch=5, workers=workers)
+    options = clips_of(split)
+    x = extract(model, tracklets, **options, batch_size=5, workers=workers)
     clips = sum(-(-len(t.frames) // 4) for t in tracklets)
     assert model.seen == [5] * (clips // 5) + [clips % 5] * (
         clips % 5 > 0
@@ -307,10 +313,11 @@ def test_evaluate(small_root, capsys, monkeypatch):
         lambda model, tracklets, *a, **k: calls.append(tracklets)
         or extract(model, tracklets, *a, **k),
     )
-    result = evaluate(Mean(), dataset, split_segments, 4, (64, 32), label="here", batch=4)
+    options = clips_of(split_segments)
+    result = evaluate(Mean(), dataset, **options, label="here", batch_size=4)
     assert len(calls[0]) == len(dataset.gallery)  # queries are not extracted twice
     q, g = (
-        extract(Mean(), part, split_segments, 4, (64, 32))
+        extract(Mean(), part, **options)
         for part in (dataset.query, dataset.gallery)
     )
     arrays = [
@@ -326,7 +333,7 @@ def test_evaluate(small_root, capsys, monkeypatch):
         and "CMC-20" in out
         and f"{result['mAP']:.1f}" in out
     )
-    evaluate(Mean(), dataset, split_segments, 4, (64, 32), use_rerank=True)
+    evaluate(Mean(), dataset, **options, use_rerank=True)
     assert "re-ranked" in capsys.readouterr().out
 
 
@@ -350,18 +357,18 @@ def test_export(small_root, tmp_path, capsys, monkeypatch, use_rerank):
     dataset = dataset._replace(query=query, gallery=gallery)
     x = torch.randn(len(query) + len(gallery), 5)
     parts = x.split([len(query), len(gallery)])
-    monkeypatch.setattr(common, "test_features", lambda *_, **__: parts)
+    monkeypatch.setattr(common, "tracklet_features", lambda *_, **__: parts)
     blocks = common.distance_blocks
     monkeypatch.setattr(common, "distance_blocks", lambda *a: blocks(*a, block_size=3))
     dataset.query[1] = dataset.query[1]._replace(frames=odd)
-    options = (None, dataset, split_segments, 4, (64, 32), "euclidean", use_rerank)
+    options = dict(clips_of(split_segments), metric="euclidean", use_rerank=use_rerank)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "rank", lambda: 1)
-        evaluate(*options, export=tmp_path / "new/a")
+        patch.setattr(common, "process_rank", lambda: 1)
+        evaluate(None, dataset, **options, export_folder=tmp_path / "new/a")
     assert "wrote" not in capsys.readouterr().out and not (tmp_path / "new").exists()
-    result = evaluate(*options, export=tmp_path / "new/a")
+    result = evaluate(None, dataset, **options, export_folder=tmp_path / "new/a")
     says, out = f"wrote features.npz and queries.csv into {tmp_path / 'new/a'}", capsys.readouterr()
-    assert says in out.out and ("features alone" in out.out) == use_rerank
+    assert says in out.out and ("the re-ranked distances" in out.out) == use_rerank
     arrays, rows = read_export(tmp_path / "new/a")
     assert sorted(p.name for p in (tmp_path / "new/a").iterdir()) == ["features.npz", "queries.csv"]
     q, g = parts
@@ -399,7 +406,7 @@ def crops(frames):
 def test_extract_takes_crops_that_are_in_memory(small_root, workers):
     """Lists of arrays and of tensors, and one of either, beside files: all the same embeddings."""
     tracklets = load_dataset("synthetic", small_root).gallery[:5]
-    options = dict(split=split_consecutive, T=4, size=(48, 40), workers=workers)
+    options = dict(clips_of(split_consecutive, size=(48, 40)), workers=workers)
     expected = extract(Mean(), tracklets, **options)
     first, second, third, fourth, fifth = (crops(t.frames) for t in tracklets)
     second[0].flags.writeable = False
@@ -424,14 +431,14 @@ def test_a_tracklet_without_frames_is_named(small_root, place, empty):
     dataset = load_dataset("synthetic", small_root)
     tracklets = dataset.gallery[:2]
     tracklets.insert(place, dataset.gallery[2]._replace(frames=empty, pid=8, cam=3))
-    options = (split_consecutive, 4, (64, 32))
+    options = clips_of(split_consecutive)
     says = rf"tracklet {place + 1} of 3 \(identity 8, camera 3\) has no frames"
     with pytest.raises(UserError, match=says):
-        extract(Mean(), tracklets, *options)
+        extract(Mean(), tracklets, **options)
     with pytest.raises(UserError, match="tracklet 1 of 1 .* has no frames"):
-        extract(Mean(), [empty], *options)
+        extract(Mean(), [empty], **options)
     with pytest.raises(UserError, match="identity 8, camera 3"):
-        evaluate(Mean(), dataset._replace(gallery=tracklets), *options)
+        evaluate(Mean(), dataset._replace(gallery=tracklets), **options)
 
 
 @pytest.mark.parametrize(
@@ -447,14 +454,14 @@ def test_a_tracklet_without_frames_is_named(small_root, place, empty):
 )
 def test_extract_refuses_other_crops(frames, says):
     with pytest.raises(UserError, match=says):
-        extract(Mean(), [frames], split_consecutive, 4, (64, 32))
+        extract(Mean(), [frames], **clips_of(split_consecutive))
 
 
 def test_evaluate_refuses_features_that_are_not_finite(small_root):
     model = Mean()
     model.scale.data.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
-        evaluate(model, load_dataset("synthetic", small_root), split_segments, 4, (64, 32))
+        evaluate(model, load_dataset("synthetic", small_root), **clips_of(split_segments))
 
 
 def test_the_deviation_of_the_splits_is_that_of_a_sample(monkeypatch, capsys):
@@ -495,6 +502,6 @@ class Finishing(Mean):
 
 def test_a_network_finishes_what_was_averaged(small_root):
     tracklets = load_dataset("synthetic", small_root).gallery
-    plain = extract(Mean(), tracklets, split_consecutive, 4, (64, 32))
-    finished = extract(Finishing(), tracklets, split_consecutive, 4, (64, 32))
+    plain = extract(Mean(), tracklets, **clips_of(split_consecutive))
+    finished = extract(Finishing(), tracklets, **clips_of(split_consecutive))
     assert torch.equal(finished, nn.functional.normalize(plain, dim=1))

@@ -353,7 +353,7 @@ def test_pictures_of_two_checkpoints_for_papers(monkeypatch, trained, tmp_path, 
 
     def no_test(*_, **__):
         raise UserError("the test")
-    monkeypatch.setattr(common, "test_features", no_test)
+    monkeypatch.setattr(common, "tracklet_features", no_test)
     flags = ("--resume", last, "--figure-tracklets", 1, "--figure-format")
     for format, first in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
         folder = tmp_path / format
@@ -405,9 +405,10 @@ def test_ranked_list_is_the_metrics(monkeypatch, small_root, tmp_path, sheets):
     dataset = load_dataset("synthetic", small_root)
     torch.manual_seed(0)
     model = Colours(dataset.num_identities)
-    q, g = common.test_features(model, dataset, sinet.SPLIT, 4, (48, 40))
+    q, g = common.tracklet_features(model, dataset, split_clips=sinet.SPLIT, clip_length=4,
+                                    size=(48, 40))
     q = torch.cat([q[1:], -q[:1]])  # bad features
-    monkeypatch.setattr(common, "test_features", lambda *_, **__: (q, g))
+    monkeypatch.setattr(common, "tracklet_features", lambda *_, **__: (q, g))
     small_run(monkeypatch, small_root, tmp_path / "f", "--figure-tracklets", 100)
     d = torch.cat([block for _, block in common.distance_blocks(q, g, sinet.METRIC)]).numpy()
     ranks = common.match_ranks(d, *dataset.ids())
@@ -443,12 +444,13 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     history = [{"epoch": n, "lr": 1, "loss": 9 / n, "xent": 5 / n, "mAP": "", "rank-1": ""}
                for n in (1, 2, 3)]
     run = types.SimpleNamespace(
-        args=args, device=torch.device("cpu"), history=history, extraction={"batch": 4},
+        args=args, device=torch.device("cpu"), history=history, extraction={"batch_size": 4},
         size=(48, 40), origin="after epoch 3",
     )
     rest = run, network, dataset, sinet.SPLIT, "euclidean", sinet.picture, sinet.load
     common.figures(*rest)
-    q, g = common.test_features(network, dataset, sinet.SPLIT, 4, (48, 40))
+    q, g = common.tracklet_features(network, dataset, split_clips=sinet.SPLIT, clip_length=4,
+                                    size=(48, 40))
     ids = dataset.ids()
     cmc, mean_ap, _ = common.cmc_and_map(common.rerank(q, g, "euclidean"), *ids)
     (label, (panel,)), = sheets["cmc.png"]
@@ -481,8 +483,8 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     assert lines == {"mAP": [[2, 50]], "rank-1": [[2, 60]]}
     sheets.clear()
     args.figure = tmp_path / "g"
-    monkeypatch.setattr(common, "test_features", lambda *_, **__: (q, g))
-    monkeypatch.setattr(common, "rank", lambda: 1)
+    monkeypatch.setattr(common, "tracklet_features", lambda *_, **__: (q, g))
+    monkeypatch.setattr(common, "process_rank", lambda: 1)
     common.figures(*rest)
     assert not sheets  # the first process draws
 
@@ -568,7 +570,8 @@ def test_load_of_a_run(trained, small_root):
     model = sinet.load(trained[0] / "last.pt")
     dataset = load_dataset("synthetic", small_root)
     assert model.args.variant == "base" and model.args.root == str(small_root)
-    result = common.evaluate(model, dataset, sinet.SPLIT, 4, (48, 40), sinet.METRIC)
+    result = common.evaluate(model, dataset, split_clips=sinet.SPLIT, clip_length=4,
+                             size=(48, 40), metric=sinet.METRIC)
     logged = read_log(trained[0])[-1]
     assert [f"{result[key]:.4f}" for key in ("mAP", "rank-1")] == [
         f"{float(logged[key]):.4f}" for key in ("mAP", "rank-1")]

@@ -236,7 +236,7 @@ def test_a_signal_is_noticed_in_its_step_but_that_of_others_when_losses_are_read
         with pytest.raises(common.Stop):
             steps(True, each=fourth)
         common._asked = 0
-        patch.setattr(common, "world", lambda: 2)
+        patch.setattr(common, "world_size", lambda: 2)
         patch.setattr(common, "stop_asked", lambda: asked.append(OnGpu.step) or common._asked)
         with pytest.raises(common.Stop):
             steps(True, each=fourth)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import m3d
 from common import parse_args, settings
-from common import test_features as features_of
+from common import tracklet_features as features_of
 from conftest import (
     TINY,
     check_gradients,

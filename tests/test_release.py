@@ -285,7 +285,8 @@ def test_a_released_network_is_used_like_one_of_ours(released, run, small_root, 
     model = sinet.load(released("sbnet")).float()
     dataset = data.load_dataset("synthetic", small_root)
     with torch.no_grad():
-        q, _ = common.test_features(model, dataset, sinet.SPLIT, 4, (64, 48))
+        q, _ = common.tracklet_features(model, dataset, split_clips=sinet.SPLIT, clip_length=4,
+                                        size=(64, 48))
     saved = np.load(tmp_path / "out/features.npz")["query_features"]
     np.testing.assert_allclose(saved, q.numpy(), atol=1e-5)
 

@@ -1028,6 +1028,7 @@ def test_without_a_match_the_training_leaves_out_its_test(small, tmp_path, scrip
     for export in ((), ("--rerank",)):
         out = small(*flags, "--export", "y", "--resume", "a", *export)
         assert "give each query tracklet a camera name of its own" in out
+        assert ("queries.csv uses the re-ranked distances" in out) == bool(export)
         with open(tmp_path / "y/queries.csv") as file:
             rows = [*csv.DictReader(file)]
         assert len(rows) == 2 and all(row["AP"] == row["rank"] == "" and row["9"] for row in rows)
@@ -1095,7 +1096,7 @@ def test_tensorboard_gets_the_log(small, tmp_path, monkeypatch):
 
     def second(run, **states):
         with monkeypatch.context() as patch:
-            patch.setattr(common, "rank", lambda: 1)
+            patch.setattr(common, "process_rank", lambda: 1)
             return start(run, **states)
 
     monkeypatch.setattr(common.Run, "start", second)
@@ -1191,7 +1192,7 @@ def test_batch_norm_is_synchronised_between_gpus(monkeypatch, tmp_path):
         (2, False, torch.nn.BatchNorm1d),
         (2, True, torch.nn.SyncBatchNorm),
     ):
-        monkeypatch.setattr(common, "world", lambda: processes_of_it)
+        monkeypatch.setattr(common, "world_size", lambda: processes_of_it)
         assert type(run.prepare(Colours(5)).neck) is kind
 
 
@@ -1389,7 +1390,7 @@ def test_names_that_are_no_text(monkeypatch):
 
 def test_systems_without_process_groups(monkeypatch):
     monkeypatch.delattr(os, "setpgrp")
-    common.own_group(0)
+    common.ignore_terminal_signals(0)
 
 
 def test_amp_on_a_gpu_without_bfloat16(monkeypatch, capsys):
@@ -1407,8 +1408,8 @@ def test_amp_on_a_gpu_without_bfloat16(monkeypatch, capsys):
 def test_the_first_process_of_each_machine_goes_first(rank, local, order, monkeypatch):
     calls = []
     monkeypatch.setenv("LOCAL_RANK", local)
-    monkeypatch.setattr(common, "world", lambda: 8)
-    monkeypatch.setattr(common, "rank", lambda: rank)
+    monkeypatch.setattr(common, "world_size", lambda: 8)
+    monkeypatch.setattr(common, "process_rank", lambda: rank)
     monkeypatch.setattr(common.dist, "barrier", lambda: calls.append("barrier"))
     run = object.__new__(common.Run)
     run.args = argparse.Namespace(weights="none", resume=None)
