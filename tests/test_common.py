@@ -471,11 +471,13 @@ def test_the_deviation_of_the_splits_is_that_of_a_sample(monkeypatch, capsys):
 
     monkeypatch.setattr(common, "part_of", part_of)
     values = [10 * split for split in range(10)]
-    common.all_splits(lambda args: {"mAP": values[args.split], "rank-1": values[args.split] / 2},
-                      SimpleNamespace(epochs=1, variant="base", printed=None), {})
+    results = [{"mAP": value, "rank-1": value / 2} for value in values]
+    common.train_all_splits(lambda args: results[args.split],
+                            SimpleNamespace(epochs=1, variant="base", paper_result=None), {})
     deviation = statistics.stdev(values)
     assert abs(deviation - statistics.pstdev(values)) > 1
-    expected = f"mAP 45.0 +- {deviation:.1f}   rank-1 22.5 +- {deviation / 2:.1f}   of base"
+    expected = f"base, mean of 10 splits: mAP 45.0 +- {deviation:.1f}, "
+    expected += f"rank-1 22.5 +- {deviation / 2:.1f}; the paper reports no result"
     assert expected in capsys.readouterr().out
 
 

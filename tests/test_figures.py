@@ -608,7 +608,7 @@ def test_complexity(name, monkeypatch, capsys):
     assert len(table) == 2 + len(rows) and len({len(line) for line in table}) == 1
     assert all(set(cell) == {"-"} for cell in cells_of(table[1]))
     head, _, *lines = map(cells_of, table)
-    assert head == ["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "in the paper"]
+    assert head == ["variant", "clip", "parameters", "GFLOPs per clip", "per frame", "in the paper"]
     for cells, (row, given) in zip(lines, rows.items()):
         args, parameters, _, macs, _ = counting.cost(name, row)
         paper = [f"{value} {common.COSTS[cost]}" for cost, value in given.costs.items()]
