@@ -24,7 +24,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -2448,225 +2448,431 @@ def print_complexity_table(rows, recipe, build):
 
 
 # ----------------------------------------------------------------------------------------- pictures
-# A sheet is rows of (label, panels); a panel is a function that draws into a matplotlib Axes. A row
-# of a script's picture: its numbers, a list of tensors; some that its range shall have, too; and a
-# function (low, high) -> panels.
+# A sheet is a list of SheetRow. `picture` of a script returns a title and {label: PictureRow}, and
+# `rows_with_common_ranges` makes rows of a sheet of the pictures of one or more networks.
+
+class Panel(NamedTuple):
+    """A part of a row of a sheet."""
+    draw: Callable          # function of a matplotlib Axes
+    aspect: float           # width over height of what it draws
+
+
+class SheetRow(NamedTuple):
+    """A row of a sheet: a label and what is drawn beside it."""
+    label: str
+    panels: list            # of Panel; [] for a note
+
+
+class PictureRow(NamedTuple):
+    """A row of a script's picture."""
+    values: list            # of tensors: the numbers that are drawn
+    limits: tuple           # numbers that the range of the values includes in any case
+    panels: Callable        # function (lowest, highest value of the range) -> list of Panel
+
+
+class Picture(NamedTuple):
+    """What a script's `picture` draws of a network."""
+    name: str               # of the network
+    title: str
+    rows: dict              # {label: PictureRow}
+
 
 def watch(model, clips, *modules):
-    """Runs the network on clips; of each module a list of its calls, (inputs, output)."""
-    calls, training = {module: [] for module in modules}, model.training
+    """Runs a network on clips, in eval mode, and returns a list of the calls of each module: pairs
+    (inputs, output)."""
+    calls = {module: [] for module in modules}
+
+    def hook(module, inputs, output):
+        calls[module].append((inputs, output))
+
+    was_training = model.training
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for module in calls:
-            hook = module.register_forward_hook(lambda own, *call: calls[own].append(call))
-            hooks.enter_context(hook)
+            hooks.enter_context(module.register_forward_hook(hook))
         model.eval()(clips)
-    model.train(training)
+    model.train(was_training)
     return [*calls.values()]
 
 
 def energy(x):
-    """Maps (T, C, H, W) -> their root mean square over the channels, divided by its mean over each
-    map, so that frames and networks can be compared by where it is high, (T, H, W)."""
+    """Returns the root mean square over the channels of feature maps (T, C, H, W), divided by its
+    mean over the positions of each map: (T, H, W). This makes frames and networks comparable."""
     x = x.float().square().mean(1).sqrt()
     return x / x.mean((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def photo(image, head="", **look):
-    """A panel: an image (3, H, W), uint8; look: of the rectangle around it, as of a Patch."""
-    def panel(ax):
+def photo(image, caption="", **frame):
+    """Returns a Panel with an image.
+
+    Args:
+        image: uint8 tensor (3, H, W).
+        caption: text above it.
+        frame: look of the rectangle around it, arguments of a matplotlib Patch.
+    """
+    def draw(ax):
         ax.imshow(image.permute(1, 2, 0).cpu().numpy())
-        ax.axvspan(*ax.get_xlim(), fill=False, clip_on=False, **look)
-        ax.set_title(head, size=9, pad=3)
+        ax.axvspan(*ax.get_xlim(), fill=False, clip_on=False, **frame)
+        ax.set_title(caption, size=9, pad=3)
         ax.set_axis_off()
-    return panel
+
+    return Panel(draw, image.shape[2] / image.shape[1])
 
 
-def overlays(frames, maps, heads=None, limits=()):
-    """A row: maps (h, w), of any sizes, from blue to red over grey frames (3, H, W), uint8, and the
-    scale. A cell lies around its middle in a ResNet, (i H / h, j W / w): the first ones are cut in
-    half. One that is NaN is black; a frame without a map, None, is as it was, but hatched."""
+def overlays(frames, maps, captions=None, limits=()):
+    """Returns a PictureRow: grey frames under maps in colours from blue to red, and the scale.
+
+    Cell (i, j) of a map (h, w) is drawn around the pixel (i H / h, j W / w), on which the cell of a
+    ResNet depends most. The first row and column of cells are therefore cut in half. A cell that is
+    NaN is black. A frame without a map is drawn as it is and hatched.
+
+    Args:
+        frames: uint8 tensor (T, 3, H, W).
+        maps: for each frame a tensor (h, w) of any size, or None.
+        captions: texts above the frames, or None.
+        limits: numbers that the range of the colours includes in any case.
+    """
+    captions = captions or [""] * len(maps)
+
     def panels(low, high):
         from matplotlib import cm, colors
-        colours, drawn = cm.ScalarMappable(colors.Normalize(low, high), "jet"), []
-        for frame, m, head in zip(frames.cpu(), maps, heads or [""] * len(maps)):
-            if m is not None:
-                y, x = ((torch.arange(size) * n / size).round().long().clamp(max=n - 1)
-                        for n, size in zip(m.shape, frame.shape[1:]))
-                cells = torch.from_numpy(colours.to_rgba(m.float().cpu().numpy())[..., :3])
-                cells = cells.permute(2, 0, 1)[:, y[:, None], x]
-                frame = (127 * cells + 0.5 * frame.float().mean(0)).byte()
-            drawn.append(photo(frame, head, color="white", hatch="//" * (m is None)))
+        colours = cm.ScalarMappable(colors.Normalize(low, high), "jet")
+        drawn = []
+        for frame, values, caption in zip(frames.cpu(), maps, captions):
+            if values is None:
+                drawn.append(photo(frame, caption, color="white", hatch="//"))
+                continue
+            rgb = torch.from_numpy(colours.to_rgba(values.float().cpu().numpy())[..., :3])
+            rows = nearest_cells(values.shape[0], frame.shape[1])
+            columns = nearest_cells(values.shape[1], frame.shape[2])
+            rgb = rgb.permute(2, 0, 1)[:, rows[:, None], columns]
+            grey = frame.float().mean(0)
+            drawn.append(photo((127 * rgb + 0.5 * grey).byte(), caption, color="white"))
 
         def scale(ax):
             ax.set_box_aspect(12)
             ax.figure.colorbar(colours, ax, format="%.3g")
-        return [*drawn, scale]
-    return [m for m in maps if m is not None], limits, panels
+
+        return [*drawn, Panel(scale, 1 / 2)]  # with the numbers beside it
+
+    return PictureRow([values for values in maps if values is not None], limits, panels)
 
 
-def bars(charts, heads):
-    """A row: charts of numbers as bars 1, 2, 3 and so on, on one axis."""
-    def panel(ax, k, low, high):
-        ax.bar(range(1, len(charts[k]) + 1), charts[k].tolist())
-        ax.locator_params("x", integer=True, nbins=4, min_n_ticks=1)
-        ax.set(box_aspect=1.2, ylim=(min(low, 0), 1.05 * max(high, 0)))
-        ax.set_title(heads[k], size=9, pad=3)
-        ax.tick_params(labelright=k == len(charts) - 1)
-
-    def panels(*limits):
-        return [lambda ax, k=k: panel(ax, k, *limits) for k in range(len(charts))]
-    return charts, (), panels
+def nearest_cells(num_cells, num_pixels):
+    """Returns the cell that is drawn at each pixel of a side of a frame: cell i lies around the
+    pixel i * num_pixels / num_cells."""
+    cells = (torch.arange(num_pixels) * num_cells / num_pixels).round().long()
+    return cells.clamp(max=num_cells - 1)
 
 
-def compare(pictures):
-    """Rows for a sheet from pictures of networks, [(name, title, {label: row})]: those of a label
-    beneath each other, with one range of all their numbers. It is at least 5 % of their mean size,
-    as less is noise; a row whose own numbers span less than 1 % of it is not drawn, but said."""
-    drawn = []
-    for label in dict.fromkeys(label for *_, rows in pictures[::-1] for label in rows):
-        same = [(name, *rows[label]) for name, _, rows in pictures if label in rows]
-        numbers = [torch.cat([m.float().cpu().flatten() for m in row[1]]) for row in same]
-        numbers = [x[x.isfinite()] for x in numbers]
-        every = torch.cat([*numbers, torch.tensor(same[0][2], dtype=torch.float32)])
-        low, high = every.aminmax()
-        more = max(0.05 * every.abs().mean() - (high - low), 0) / 2
-        for (name, _, _, panels), x in zip(same, numbers):
-            says = f"{name}: {label}" if len(pictures) > 1 else label
-            if x.max() - x.min() > 0.01 * x.abs().mean():
-                drawn.append((says, panels(float(low - more), float(high + more))))
-            else:
-                drawn.append((f"Not drawn, as it is {x.mean():.3g} everywhere: {says}", []))
-    return drawn
+def bars(charts, captions):
+    """Returns a PictureRow: bar charts with one range of their y axes and bars numbered from 1.
+
+    charts: list of tensors of one dimension; captions: texts above them.
+    """
+    def panels(low, high):
+        def chart(k):
+            def draw(ax):
+                ax.bar(range(1, len(charts[k]) + 1), charts[k].tolist())
+                ax.locator_params("x", integer=True, nbins=4, min_n_ticks=1)
+                ax.set(box_aspect=1.2, ylim=(min(low, 0), 1.05 * max(high, 0)))
+                ax.set_title(captions[k], size=9, pad=3)
+                ax.yaxis.tick_right()
+                ax.tick_params(labelright=k == len(charts) - 1)
+            return Panel(draw, 1 / 1.2)
+
+        return [chart(k) for k in range(len(charts))]
+
+    return PictureRow(charts, (), panels)
 
 
-def curves(lines, last, under):
-    """A panel: lines, {name: {whole number: value}}, from 1 to the last, and what is below."""
-    def panel(ax):
+def curves(lines, x_max, x_label):
+    """Returns a Panel: a curve for each of `lines`, {name: {x: y}}, with whole numbers x from 1 to
+    x_max."""
+    def draw(ax):
         for name, points in lines.items():
             ax.plot(points.keys(), points.values(), "o-", ms=4, label=name)
         ax.locator_params("x", integer=True)
-        ax.set(box_aspect=0.5, xlabel=under, xlim=(0.5, last + 0.5))
+        ax.yaxis.tick_right()
+        ax.set(box_aspect=0.5, xlabel=x_label, xlim=(0.5, x_max + 0.5))
         ax.legend()
-    return panel
+
+    return Panel(draw, 2)
 
 
-def sheet(title, rows, path, height=1.3):
-    """Draws rows of (label, panels of this height in inches) below a title, into a file."""
+def rows_with_common_ranges(pictures):
+    """Returns the rows of a sheet that shows a list of `Picture`, one for each network.
+
+    Rows of the same label come one after another and have one range of their values, so that they
+    can be compared. It is at least 5 % of the values' mean size, because less is noise. A row whose
+    own values span less than 1 % of their mean size is replaced by a note.
+    """
+    labels = {}  # in the order of the last picture
+    for picture in reversed(pictures):
+        labels.update(dict.fromkeys(picture.rows))
+    drawn = []
+    for label in labels:
+        shown = [picture for picture in pictures if label in picture.rows]
+        values = []
+        for picture in shown:
+            x = torch.cat([v.float().cpu().flatten() for v in picture.rows[label].values])
+            values.append(x[x.isfinite()])
+        limits = torch.tensor(shown[0].rows[label].limits, dtype=torch.float32)
+        every = torch.cat([*values, limits])
+        low, high = every.aminmax()
+        missing = 0.05 * every.abs().mean() - (high - low)  # to the least range
+        margin = max(missing, 0) / 2
+        for picture, x in zip(shown, values):
+            text = f"{picture.name}: {label}" if len(pictures) > 1 else label
+            if x.max() - x.min() > 0.01 * x.abs().mean():
+                panels = picture.rows[label].panels(float(low - margin), float(high + margin))
+                drawn.append(SheetRow(text, panels))
+            else:
+                drawn.append(SheetRow(f"{text}: not drawn, because it is {x.mean():.3g} "
+                                      "everywhere", []))
+    return drawn
+
+
+def save_sheet(title, rows, path, height=1.3):
+    """Draws a sheet and saves it to a file, in the format of the file's ending.
+
+    Args:
+        title: text at the top.
+        rows: list of SheetRow.
+        path: the file, a Path.
+        height: of a panel, in inches.
+    """
     from matplotlib.figure import Figure
-    figure = Figure((1, 1))  # one inch: positions are inches, and the picture grows beyond it
-    figure.text(0, 0.2, textwrap.fill(title, 56, break_on_hyphens=False), size="large")
-    top = 0.0
-    for label, panels in rows:
-        x, axes = 1.8, []
-        for panel in panels:
-            ax = figure.add_axes((x, top - height, 9, height), anchor="W")
-            ax.yaxis.tick_right()
-            panel(ax)
-            axes.append(ax)
-            x = ax.get_tightbbox().x1 / figure.dpi + 0.1
-        rise = max([ax.get_tightbbox().y1 / figure.dpi - top for ax in axes], default=0)
-        for ax in axes:  # their heads stand above them
-            ax.set_position(ax.get_position(True).translated(0, -rise))
-        text = figure.text(0, top - rise, textwrap.fill(label, 21 if panels else 70), va="top")
-        top = min(part.get_tightbbox().y0 for part in (text, *axes)) / figure.dpi - 0.1
+    label_width = 1.7  # inches
+    gap = 0.1
+    labels = [textwrap.fill(row.label, 21 if row.panels else 70) for row in rows]
+    widths = [[height * panel.aspect for panel in row.panels] for row in rows]
+    heights = []
+    for label, row in zip(labels, rows):
+        lines = 0.17 * (label.count("\n") + 1) + 0.1
+        heights.append(max(lines, height + 0.35) if row.panels else lines)
+    total = max([5.0, *(label_width + sum(width) + gap * (len(width) + 2) for width in widths)])
+    figure = Figure((total, sum(heights) + 0.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=gap / 2)
+    figure.suptitle(textwrap.fill(title, 56, break_on_hyphens=False), x=0.01, ha="left")
+    parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, label, row, width in zip(parts, labels, rows, widths):
+        # an empty last column takes what is left, so that the panels are not stretched
+        rest = total - label_width - sum(width) - gap * (len(width) + 1)
+        first, *axes, last = part.subplots(
+            1, len(width) + 2, squeeze=False, width_ratios=[label_width, *width, rest])[0]
+        text = first.text(0, 1, label, va="top", transform=first.transAxes)
+        text.set_in_layout(False)  # the columns begin at the same place in all rows
+        first.set_axis_off()
+        last.set_axis_off()
+        for ax, panel in zip(axes, row.panels):
+            ax.set_anchor("NW")
+            panel.draw(ax)
     with replacing(path) as file:
-        figure.savefig(file, format=path.suffix[1:], bbox_inches="tight")
+        figure.savefig(file, format=path.suffix[1:])
     print(f"wrote {path}", flush=True)
 
 
+
 def figures(run, model, dataset, split, metric, picture, load):
-    """--figure: of some queries the script's `picture`, and the training's curves; then, with the
-    features of the test, the ranked lists and two charts."""
-    args, size, history = run.args, run.size, run.history
-    q_pids, q_cams, g_pids, g_cams = ids = dataset.ids()
-    nowhere = [np.zeros(len(g_pids))] * len(q_pids)
-    matched = [i for i, ranks in enumerate(match_ranks(nowhere, *ids)) if len(ranks)]
+    """--figure: draws, for some queries, the script's `picture` and the ranked list, and of all the
+    training curves, the CMC curve and a PCA of the test features.
+
+    Args:
+        run: a `Run`, prepared.
+        model: its network.
+        dataset: a `Dataset` with query and gallery.
+        split: function (n, T) that cuts a tracklet into clips, SPLIT of the script.
+        metric: "cosine" or "euclidean", METRIC of the script.
+        picture: function (network, clips, frames) that returns a title and {label: PictureRow}.
+        load: function of a file that returns the network in it.
+
+    Raises UserError when no query has a match, and when --beside has other frames.
+    """
+    args = run.args
+    q_pids, q_cams, g_pids, g_cams = dataset.ids()
+    matched = []
+    for i, (pid, cam) in enumerate(zip(q_pids, q_cams)):
+        if (in_ranking(pid, cam, g_pids, g_cams) & (g_pids == pid)).any():
+            matched.append(i)
     if not matched:
         raise UserError(f"{args.data} in {args.root}: there is no ranking to draw, {NO_MATCH}")
-    queries = {i: f"query-{i + 1}-person-{q_pids[i]}-camera-{q_cams[i]}" for i in
-               matched[::len(matched) // args.figure_tracklets or 1][:args.figure_tracklets]}
+    step = max(1, len(matched) // args.figure_tracklets)
+    queries = {}  # {index: beginning of the file names}
+    for i in matched[::step][:args.figure_tracklets]:
+        queries[i] = f"query-{i + 1}-person-{q_pids[i]}-camera-{q_cams[i]}"
 
-    def draw(title, rows, name, height=1.3):
-        sheet(title, rows, Path(args.figure, f"{name}.{args.figure_format}"), height)
+    def save(title, rows, name, height=1.3):
+        save_sheet(title, rows, Path(args.figure, f"{name}.{args.figure_format}"), height)
 
-    models, titles = [(args.variant, model)], [f"{args.variant}, {run.origin}"]
+    networks = [(args.variant, model, run.origin)]
     if args.beside:
-        other = load(args.beside).to(run.device)
-        own = other.args
-        if (own.height, own.width) != size or own.frames not in (1, args.frames):
-            raise UserError(f"--beside {args.beside}: is for {own.frames} frames of {own.height}x"
-                            f"{own.width}, not for {args.frames} of {args.height}x{args.width}")
-        models.insert(0, (own.variant, other))
-        titles.insert(0, f"{own.variant}, {other.origin}")
-    for i, name in queries.items() if not process_rank() else ():
-        query = dataset.query[i]
-        clip = split(len(query.frames), args.frames)[0]
-        frames = read_clip([query.frames[k] for k in clip], size)
-        clips = normalize(frames[None].to(run.device))
-        pictures = [(variant, *picture(network, clips, frames)) for variant, network in models]
-        panels = [photo(frame, f"frame {n}") for n, frame in enumerate(frames, 1)]
-        rows = [(f"person {query.pid}, camera {query.cam}", panels), *compare(pictures)]
-        draw(f"{pictures[-1][1]}; {' and '.join(titles)}, on {args.data}", rows, name)
-    if len(history) > 1 and not process_rank():
-        lines = {key: {row["epoch"]: row[key] for row in history if row[key] != ""}
-                 for key in history[0] if key not in ("epoch", "lr")}
-        tested = {key: lines.pop(key) for key in ("mAP", "rank-1")}
-        charts = (("loss, the sum of its weighted parts", lines),
-                  ("mAP and rank-1 in %, where measured", tested))
-        rows = [(label, [curves(chart, len(history), "epoch")]) for label, chart in charts
-                if any(chart.values())]
-        draw(f"Training of {args.variant} on {args.data}", rows, "training", 1.9)
+        other = load_beside(args.beside, args, load).to(run.device)
+        networks.insert(0, (other.args.variant, other, other.origin))
+    if process_rank() == 0:
+        for i, name in queries.items():
+            title, rows = sheet_of_networks(networks, dataset.query[i], split_clips=split, run=run,
+                                            picture=picture)
+            save(title, rows, name)
+        if len(run.history) > 1:
+            rows = rows_of_training(run.history)
+            save(f"Training of {args.variant} on {args.data}", rows, "training", 1.9)
 
-    q, g = tracklet_features(model, dataset, split_clips=split, clip_length=args.frames, size=size,
-                             **run.extraction)
-    if process_rank():
+    query_features, gallery_features = tracklet_features(
+        model, dataset, split_clips=split, clip_length=args.frames, size=run.size,
+        **run.extraction)
+    if process_rank() > 0:
         return
     if args.rerank:
-        d = rerank(q, g, metric)
+        distances = rerank(query_features, gallery_features, metric)
     else:
-        d = torch.cat([block for _, block in distance_blocks(q, g, metric)]).numpy(force=True)
-    state = f"{args.variant} on {args.data}, {run.origin}" + ", re-ranked" * args.rerank
+        blocks = distance_blocks(query_features, gallery_features, metric)
+        distances = torch.cat([block for _, block in blocks]).numpy(force=True)
+    which = f"{args.variant} on {args.data}, {run.origin}"
+    if args.rerank:
+        which += ", re-ranked"
+    for i, name in queries.items():
+        rows = rows_of_ranking(dataset, i, distances[i], run.size)
+        save(f"Ranked list; {which}", rows, f"{name}-ranked", 1)
+    cmc, mean_ap, _ = cmc_and_map(distances, *dataset.ids())
+    text = f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
+    curve = curves({text: dict(enumerate(100 * cmc, 1))}, len(cmc), "rank")
+    save(f"CMC; {which}", [SheetRow("% of queries matched up to a rank", [curve])], "cmc", 1.9)
+    people = [*np.unique(q_pids)[:10]]
+    panel = pca(dataset, people, query_features=query_features,
+                gallery_features=gallery_features, metric=metric)
+    save(f"PCA; {which}", [SheetRow("test tracklets of up to ten people", [panel])], "pca", 2.9)
 
-    def strip(label, tracklet, colour):
-        places = np.linspace(0, len(tracklet.frames) - 1, 6).astype(int)
-        frames = read_clip([tracklet.frames[k] for k in places], size)
+
+def load_beside(path, args, load):
+    """Returns the network of --beside. Raises UserError when it takes frames of another size or
+    number than the network with the settings `args`. load: function of a file."""
+    other = load(path)
+    own = other.args
+    same_size = (own.height, own.width) == (args.height, args.width)
+    if not same_size or own.frames not in (1, args.frames):
+        raise UserError(f"--beside {path}: is for {own.frames} frames of {own.height}x{own.width}, "
+                        f"not for {args.frames} of {args.height}x{args.width}")
+    return other
+
+
+def sheet_of_networks(networks, query, *, split_clips, run, picture):
+    """Returns the title and the rows of a sheet that shows what networks do with a query's first
+    clip.
+
+    Args:
+        networks: [(name, network, how it was trained in words)].
+        query: a `Tracklet`.
+        split_clips: function (n, T) that cuts a tracklet into clips.
+        run: the `Run` whose frames and device are taken.
+        picture: the script's.
+    """
+    clip = split_clips(len(query.frames), run.args.frames)[0]
+    frames = read_clip([query.frames[k] for k in clip], run.size)
+    clips = normalize(frames[None].to(run.device))
+    pictures = []
+    names = []
+    for name, network, origin in networks:
+        title, rows = picture(network, clips, frames)
+        pictures.append(Picture(name, title, rows))
+        names.append(f"{name}, {origin}")
+    photos = [photo(frame, f"frame {n}") for n, frame in enumerate(frames, 1)]
+    rows = [SheetRow(f"person {query.pid}, camera {query.cam}", photos)]
+    rows += rows_with_common_ranges(pictures)
+    return f"{title}; {' and '.join(names)}, on {run.args.data}", rows
+
+
+def rows_of_training(history):
+    """Returns the rows of a sheet with the losses and the test results of a training. history: the
+    rows of log.csv."""
+    losses = {}
+    results = {}
+    for key in history[0]:
+        if key in ("epoch", "lr"):
+            continue
+        points = {row["epoch"]: row[key] for row in history if row[key] != ""}
+        if key in ("mAP", "rank-1"):
+            results[key] = points
+        else:
+            losses[key] = points
+    rows = [SheetRow("loss, the sum of its weighted parts",
+                     [curves(losses, len(history), "epoch")])]
+    if any(results.values()):
+        rows.append(SheetRow("mAP and rank-1 in %, where measured",
+                             [curves(results, len(history), "epoch")]))
+    return rows
+
+
+def rows_of_ranking(dataset, i, distances, size):
+    """Returns the rows of a sheet with query i, its first eight gallery tracklets, and its first
+    match if this is a later one.
+
+    Args:
+        dataset: a `Dataset`.
+        i: index of the query, which has a match.
+        distances: from it to the gallery tracklets, (G,).
+        size: (height, width) of the frames.
+    """
+    q_pids, q_cams, g_pids, g_cams = dataset.ids()
+
+    def row(text, tracklet, colour):
+        indices = np.linspace(0, len(tracklet.frames) - 1, 6).astype(int)
+        frames = read_clip([tracklet.frames[k] for k in indices], size)
         panel = photo(torch.cat([*frames], 2), color=colour, linewidth=6)
         who = f"person {tracklet.pid}" if tracklet.pid else "distractor"
-        return f"{label}: {who}, camera {tracklet.cam}", [panel]
+        return SheetRow(f"{text}: {who}, camera {tracklet.cam}", [panel])
 
-    for i, name in queries.items():
-        rows = [strip("query", dataset.query[i], "black")]
-        ranking = [j for j in np.argsort(d[i], kind="stable")  # as that of match_ranks
-                   if (g_pids[j], g_cams[j]) != (q_pids[i], q_cams[i])]
-        right = [g_pids[j] == q_pids[i] for j in ranking]
-        for k in sorted({*range(min(8, len(right))), right.index(True)}):
-            verdict, colour = ("right", "green") if right[k] else ("wrong", "red")
-            verdict += ", the first" * (k > 7)
-            label = f"{k + 1}. {verdict}, distance {d[i, ranking[k]]:.3f}"
-            rows.append(strip(label, dataset.gallery[ranking[k]], colour))
-        draw(f"Ranked list; {state}", rows, f"{name}-ranked", 1)
+    kept = np.flatnonzero(in_ranking(q_pids[i], q_cams[i], g_pids, g_cams))
+    ranking = kept[distances[kept].argsort(kind="stable")]  # the order of `match_ranks`
+    is_match = g_pids[ranking] == q_pids[i]
+    first_match = int(is_match.argmax())
+    shown = [*range(min(8, len(ranking)))]
+    if first_match not in shown:
+        shown.append(first_match)
+    rows = [row("query", dataset.query[i], "black")]
+    for k in shown:
+        verdict, colour = "wrong", "red"
+        if is_match[k]:
+            verdict, colour = "right", "green"
+        if k >= 8:
+            verdict += ", the first"
+        text = f"{k + 1}. {verdict}, distance {distances[ranking[k]]:.3f}"
+        rows.append(row(text, dataset.gallery[ranking[k]], colour))
+    return rows
 
-    cmc, mean_ap, _ = cmc_and_map(d, *ids)
-    says = f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
-    chart = curves({says: dict(enumerate(100 * cmc, 1))}, len(cmc), "rank")
-    draw(f"CMC; {state}", [("% of queries matched up to a rank", [chart])], "cmc", 1.9)
 
-    def pca(ax):
-        people, markers, shown = [*np.unique(q_pids)[:10]], "os^Dv<>PXphd*H8", {}
-        for part, x, edge in (dataset.gallery, g, "none"), (dataset.query, q, "black"):
-            shown.update({t.frames[0]: (t, v, edge) for t, v in zip(part, x.float().cpu())
-                          if t.pid in people})  # once: queries are in the gallery, too
-        x = torch.stack([v for _, v, _ in shown.values()])
-        x = F.normalize(x) if metric == "cosine" else x
-        x = x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
-        for (t, _, edge), place in zip(shown.values(), x.tolist()):
-            ax.plot(*place, markers[t.cam % 15], color=f"C{people.index(t.pid)}",
+def pca(dataset, people, *, query_features, gallery_features, metric):
+    """Returns a Panel with the test tracklets of some people, at the two first principal components
+    of their features. Colours are people, markers are cameras, and queries have a black edge.
+
+    Args:
+        dataset: a `Dataset`.
+        people: list of identities, at most ten.
+        query_features: tensor (Q, D).
+        gallery_features: tensor (G, D).
+        metric: with "cosine" the features are normalised first.
+    """
+    shown = {}  # by their first frame: a query that is also in the gallery is drawn once
+    for part, features, edge in ((dataset.gallery, gallery_features, "none"),
+                                 (dataset.query, query_features, "black")):
+        for tracklet, feature in zip(part, features.float().cpu()):
+            if tracklet.pid in people:
+                shown[tracklet.frames[0]] = (tracklet, feature, edge)
+    x = torch.stack([feature for _, feature, _ in shown.values()])
+    if metric == "cosine":
+        x = F.normalize(x)
+    places = x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
+    markers = "os^Dv<>PXphd*H8"
+
+    def draw(ax):
+        for (tracklet, _, edge), place in zip(shown.values(), places.tolist()):
+            ax.plot(*place, markers[tracklet.cam % 15], color=f"C{people.index(tracklet.pid)}",
                     markeredgecolor=edge, ms=9)
         for k, pid in enumerate(people):
             ax.plot([], [], "s", color=f"C{k}", label=f"person {pid}")
-        for cam in sorted({t.cam for t, *_ in shown.values()}):
+        for cam in sorted({tracklet.cam for tracklet, _, _ in shown.values()}):
             ax.plot([], [], markers[cam % 15], color="grey", label=f"camera {cam}")
         ax.plot([], [], "o", color="none", markeredgecolor="black", label="query")
         ax.set(box_aspect=1, xticks=[], yticks=[])
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    draw(f"PCA; {state}", [("tracklets of ten people of the test", [pca])], "pca", 2.9)
+
+    return Panel(draw, 1.6)  # with the legend beside it

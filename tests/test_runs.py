@@ -1180,7 +1180,7 @@ def test_every_test_takes_the_distance_of_the_script(small, monkeypatch):
         return blocks(a, b, metric, **options)
 
     monkeypatch.setattr(common, "distance_blocks", watched)
-    monkeypatch.setattr(common, "sheet", lambda *_, **__: None)
+    monkeypatch.setattr(common, "save_sheet", lambda *_, **__: None)
     monkeypatch.setattr(m3d, "losses", cross_entropy)
     monkeypatch.setattr(m3d, "picture", lambda *_: ("title", []))
     start = ("--output", "a", "--no-stages", "--ids", 6, "--epochs", 1)
