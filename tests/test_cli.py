@@ -329,7 +329,7 @@ def test_every_script_trains_and_resumes_on_a_data_set(
 
 def test_all_splits_one_after_another(tmp_path, monkeypatch, capsys, refuses):
     """Each is printed, with mean and deviation; after a restart the finished ones are not run
-    again, an unfinished one goes on."""
+    again, an unfinished one is resumed."""
     test_sets.write_ilids(tmp_path)
     monkeypatch.setattr(sinet, "build", lambda args, num_classes: Colours(num_classes))
     monkeypatch.chdir(tmp_path)

@@ -310,7 +310,7 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
 
 
 def resumed(path, monkeypatch, *flags):
-    """The settings of a run that goes on with a checkpoint."""
+    """The settings of a run that is resumed with a checkpoint."""
     monkeypatch.setattr(sys, "argv", ["sinet.py", "--resume", str(path), *map(str, flags)])
     return common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py",
                              release=sinet.RELEASE)
@@ -421,7 +421,7 @@ def test_a_checkpoint_of_an_earlier_version_lacks_settings(
 
 
 def test_a_part_of_a_run_of_an_earlier_version(small, tmp_path):
-    """--split all goes on in the folders of the splits, and takes no default there, either."""
+    """--split all resumes the runs in the folders of the splits, and takes no default there."""
     test_sets.write_ilids(tmp_path)
     flags = ("--data", "ilids", "--root", tmp_path, "--weights", "none", "--epochs", 1)
     small(*flags, "--split", 0)
@@ -694,7 +694,7 @@ def test_log_has_every_epoch_once(small, tmp_path, monkeypatch):
 
 
 def test_the_untrained_network_is_evaluated_on_the_synthetic_set_only(small, tmp_path):
-    """Elsewhere with --eval-first; never when a run goes on."""
+    """Elsewhere with --eval-first; never when a run is resumed."""
     test_sets.write_folder(tmp_path)
     real = ("--data", "folder", "--root", tmp_path, "--weights", "none")
     cases = {"a": (), "b": ("--no-eval-first",), "c": real, "d": (*real, "--eval-first")}
@@ -740,7 +740,7 @@ def test_the_small_recipe_on_any_data_set(small, refuses, tmp_path):
 
 def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     """Of the same data set with its classifier, of another one without, and evaluated as it was;
-    going on it is not read again."""
+    A resumed run does not read it again."""
     test_sets.write_folder(tmp_path)
     small("--epochs", 1, "--output", "a")
     others = ("--data", "folder", "--root", tmp_path)
@@ -1065,7 +1065,7 @@ def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_path(tmp_path, monke
 
 
 def test_tensorboard_gets_the_log(small, tmp_path, monkeypatch):
-    """Every number, also what was logged before the flag when the run goes on."""
+    """Every number, also of a resumed run what was logged before the flag was given."""
     points, flushed = [], []
 
     class SummaryWriter:
