@@ -1,4 +1,16 @@
-"""What the five papers share beside the data, and what a run needs beside the paper."""
+"""What the five scripts share, except for the data sets and clips, which are in data.py.
+
+The sections, in the order in which a reader of a script needs them:
+
+    losses and metrics          triplet loss, distances, CMC and mAP, re-ranking
+    evaluation                  features of tracklets, the result of a test, --export
+    rows and flags              variants and settings, the command line, what a command does
+    a training run              `Run`, whose methods `train` calls, and what these call
+    checkpoints                 reading last.pt, other weights, and the authors' release
+    processes, signals, exit    torchrun, Ctrl-C, the one line for an error
+    complexity                  parameters and multiply-adds
+    pictures                    --figure
+"""
 import argparse
 import contextlib
 import copy
@@ -12,6 +24,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -25,551 +38,1699 @@ from data import (CHUNK, DATA_SETS, NO_MATCH, SPLIT_SETS, AllClips, Parser, Trac
                   printable, progress, read_clip, replacing, save_rows)
 
 
-# ------------------------------------------------------------------------- distances and retrieval
-
-# A squared distance that is a smaller share of the vectors' squares than this is the rounding of
-# their numbers and becomes 0, so that equal vectors have a distance of exactly 0.
-ROUNDING = 1e-14
-
-
-def distance_blocks(a, b, metric="cosine", rows=512):
-    """Distances between the rows of a (M, D) and b (N, D), float32, at most `rows` rows at a time:
-    yields (slice of a, (rows, N)). metric: "cosine", 1 - cos in [0, 2], or "euclidean".
-
-    They are differences of large numbers, products and squares of norms. In float32 these have an
-    error as large as the distances of near duplicates, so that they are taken in float64.
-    """
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
-    norm_a, norm_b = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (a, b))
-    for start in range(0, len(a), rows):
-        here = slice(start, min(start + rows, len(a)))
-        part, norm = a[here].double(), norm_a[here, None]
-        d = torch.empty(len(part), len(b), device=a.device)
-        for first in range(0, len(b), 1024):  # a float64 copy of all of b would need much memory
-            columns = slice(first, first + 1024)
-            squares = part @ b[columns].double().T  # what follows is in place: it is much faster
-            if metric == "cosine":
-                # 1 - a b / (|a| |b|)
-                squares.div_(norm.clamp(min=1e-12)).div_(norm_b[columns].clamp(min=1e-12))
-                squares.neg_().add_(1)
-                d[:, columns] = squares.masked_fill_(squares < ROUNDING, 0)
-            else:
-                # |a|^2 + |b|^2 - 2 a b
-                size = norm ** 2 + norm_b[columns] ** 2
-                squares.mul_(-2).add_(size)
-                d[:, columns] = squares.masked_fill_(squares < size.mul_(ROUNDING), 0).sqrt_()
-        yield here, d
-
+# ------------------------------------------------------------------------------- losses and metrics
 
 def at_least_float32(x):
-    """x, or a float32 copy of what autocast or `.half()` has made less precise."""
+    """Returns x in float32 if its dtype is less precise (autocast, `.half()`), else unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def batch_hard_triplet(x, pids, margin):
-    """Batch-hard triplet loss (Hermans et al., 2017) with the cosine distance, 1 - cos: the mean
-    over anchors of [margin + d(hardest positive) - d(hardest negative)]+.
+def batch_hard_triplet(embeddings, pids, margin):
+    """Returns the batch-hard triplet loss (Hermans et al., 2017) with the cosine distance, 1 - cos:
+    the mean over the anchors of [margin + d(hardest positive) - d(hardest negative)]+.
 
-    x: embeddings (N, D); pids: (N,). An anchor without a positive or a negative counts nothing.
+    An anchor without a positive or without a negative is left out of the mean.
+
+    Args:
+        embeddings: tensor (N, D).
+        pids: tensor (N,), the identities.
+        margin: by how much the hardest negative should be farther away than the hardest positive.
     """
-    x = F.normalize(at_least_float32(x), dim=1)
-    d = 1 - x @ x.T
+    x = F.normalize(at_least_float32(embeddings), dim=1)
+    distances = 1 - x @ x.T
     same = pids[:, None] == pids
     positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    # without a positive the first is -inf, without a negative the second inf: then the hinge is 0
-    hardest_positive = d.masked_fill(~positive, -math.inf).amax(1)
-    hardest_negative = d.masked_fill(same, math.inf).amin(1)
+    # -inf for an anchor without a positive, inf for one without a negative: the hinge is 0 for both
+    hardest_positive = distances.masked_fill(~positive, -math.inf).amax(1)
+    hardest_negative = distances.masked_fill(same, math.inf).amin(1)
     hinge = (margin + hardest_positive - hardest_negative).relu()
-    # an anchor has no negative only where nobody has one: then the sum is 0, whatever is counted
+    # If one anchor has no negative, the batch has a single identity and no anchor has a negative.
+    # The sum is then 0, so that it does not matter how many anchors are counted.
     return hinge.sum() / positive.any(1).sum().clamp(min=1)
 
 
-def as_array(values):
-    """A list, an array or a tensor on any device as an array; bfloat16, which NumPy does not have,
-    becomes float32."""
+# A squared distance below ROUNDING * (|a|^2 + |b|^2) is a rounding error and is set to 0, so that
+# equal vectors have a distance of exactly 0. The same holds for 1 - cos below ROUNDING.
+ROUNDING = 1e-14
+
+
+def distance_blocks(a, b, metric="cosine", *, block_size=512):
+    """Yields the distances between the rows of a and the rows of b, one block of rows at a time, as
+    (slice of the rows of a, float32 tensor (rows, N)).
+
+    A distance is a small difference of large terms, a dot product and squared norms. In float32
+    their rounding errors are as large as the distances of near duplicates. The terms are therefore
+    computed in float64.
+
+    Args:
+        a: tensor (M, D).
+        b: tensor (N, D).
+        metric: "cosine" for 1 - cos, in [0, 2], or "euclidean".
+        block_size: largest number of rows in a block.
+
+    Raises ValueError for another metric.
+    """
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
+    norm_a = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
+    norm_b = torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
+    for start in range(0, len(a), block_size):
+        rows = slice(start, min(start + block_size, len(a)))
+        part = a[rows].double()
+        norm = norm_a[rows, None]
+        distances = torch.empty(len(part), len(b), device=a.device)
+        for first in range(0, len(b), 1024):  # in pieces: a float64 copy of b needs much memory
+            columns = slice(first, first + 1024)
+            block = part @ b[columns].double().T
+            # The operations below are in place, which is much faster.
+            if metric == "cosine":
+                # 1 - a b / (|a| |b|)
+                block.div_(norm.clamp(min=1e-12)).div_(norm_b[columns].clamp(min=1e-12))
+                block.neg_().add_(1)
+                block.masked_fill_(block < ROUNDING, 0)
+            else:
+                # |a|^2 + |b|^2 - 2 a b
+                squared_norms = norm ** 2 + norm_b[columns] ** 2
+                block.mul_(-2).add_(squared_norms)
+                block.masked_fill_(block < squared_norms.mul_(ROUNDING), 0).sqrt_()
+            distances[:, columns] = block
+        yield rows, distances
+
+
+def to_numpy(values):
+    """Returns a list, an array or a tensor on any device as a NumPy array. bfloat16, which NumPy
+    does not have, becomes float32."""
     if not torch.is_tensor(values):
         return np.asarray(values)
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
+    if values.dtype == torch.bfloat16:
+        values = values.float()
+    return values.numpy(force=True)
 
 
-def match_ranks(d, q_pids, q_cams, g_pids, g_cams):
-    """Ranks (0 is the first) of the true matches of each query, as a list of ascending int arrays.
+def in_ranking(pid, cam, g_pids, g_cams):
+    """Returns which gallery entries a query is ranked against, a boolean array (G,).
 
-    MARS' protocol: gallery entries of the query's own identity and camera, and junk (pid -1), are
-    taken out of its ranking; equal distances rank in gallery order. d: distances (Q, G), all of
-    them finite (UserError). All arguments may be lists, arrays or tensors.
+    This is MARS' protocol: entries of the query's own identity and camera are left out, and so is
+    junk, whose pid is -1.
     """
-    q_pids, q_cams, g_pids, g_cams = map(as_array, (q_pids, q_cams, g_pids, g_cams))
-    found = []
-    for row, pid, cam in zip(d, q_pids, q_cams, strict=True):
-        row = as_array(row)
+    same_camera = (g_pids == pid) & (g_cams == cam)
+    junk = g_pids == -1
+    return ~(same_camera | junk)
+
+
+def match_ranks(distances, q_pids, q_cams, g_pids, g_cams):
+    """Returns the ranks of the true matches of each query, a list of ascending integer arrays. The
+    best rank is 0. Equal distances rank in the order of the gallery, see also `in_ranking`.
+
+    Args:
+        distances: (Q, G), from the queries to the gallery entries.
+        q_pids, q_cams: identities and cameras of the queries, (Q,).
+        g_pids, g_cams: identities and cameras of the gallery entries, (G,).
+
+    All arguments may be lists, arrays or tensors. Raises UserError for distances that are not
+    finite.
+    """
+    q_pids, q_cams, g_pids, g_cams = map(to_numpy, (q_pids, q_cams, g_pids, g_cams))
+    ranks_of_queries = []
+    for row, pid, cam in zip(distances, q_pids, q_cams, strict=True):
+        row = to_numpy(row)
         if not np.isfinite(row).all():
-            raise UserError(f"a query (identity {pid}, camera {cam}) has a distance that is NaN or "
-                            "infinite, by which nothing can be ranked: are the features finite?")
-        kept = ~((g_pids == pid) & (g_cams == cam) | (g_pids == -1))
-        row, same = row[kept], g_pids[kept] == pid
-        ranking, matches = np.sort(row), np.sort(row[same])
+            raise UserError(f"the distances of a query (identity {pid}, camera {cam}) contain NaN "
+                            "or infinity and cannot be ranked; check that the features are finite")
+        kept = in_ranking(pid, cam, g_pids, g_cams)
+        row = row[kept]
+        is_match = g_pids[kept] == pid
+        # to sort the values is faster than a stable argsort, which only equal distances need
+        ranking = np.sort(row)
+        matches = np.sort(row[is_match])
         ranks = np.searchsorted(ranking, matches)
-        if (np.searchsorted(ranking, matches, "right") > ranks + 1).any():  # equal distances
-            ranks = np.flatnonzero(same[row.argsort(kind="stable")])
-        found.append(ranks)
-    return found
+        has_ties = np.searchsorted(ranking, matches, "right") > ranks + 1
+        if has_ties.any():
+            ranks = np.flatnonzero(is_match[row.argsort(kind="stable")])
+        ranks_of_queries.append(ranks)
+    return ranks_of_queries
 
 
 def average_precision(ranks):
-    """The mean, over the matches of a query, of the precision at the match (not interpolated)."""
+    """Returns the mean, over the matches of a query, of the precision at the match, which is not
+    interpolated. ranks: one array of `match_ranks`, not empty."""
     return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
 
 
-def ranked_rows(d, q_pids, q_cams, g_pids, g_cams):
-    """Of each query its distances and its `match_ranks`. d: as there, or of `distance_blocks`."""
-    q_pids, q_cams, g_pids, g_cams = map(as_array, (q_pids, q_cams, g_pids, g_cams))
-    whole = hasattr(d, "shape") or isinstance(d, (list, tuple)) and not isinstance(d[0], tuple)
-    for rows, block in [(slice(None), d)] if whole else d:
-        block = as_array(block)
-        yield from zip(block, match_ranks(block, q_pids[rows], q_cams[rows], g_pids, g_cams))
+def distances_and_ranks(distances, q_pids, q_cams, g_pids, g_cams):
+    """Yields (distances to the gallery, ranks of the true matches) for each query.
 
-
-def cmc_map(d, q_pids, q_cams, g_pids, g_cams, top=20):
-    """CMC (top,) and mAP, in [0, 1], and the number of queries with a match, which are averaged.
-
-    CMC[k - 1] is the share of queries with a match among the first k. d: see `ranked_rows`; a
-    distance that is NaN or infinite is refused (UserError), as every number would be wrong.
+    distances: a (Q, G) matrix, or its blocks, as `distance_blocks` yields them. The other
+    arguments are those of `match_ranks`.
     """
-    found = [ranks for _, ranks in ranked_rows(d, q_pids, q_cams, g_pids, g_cams) if len(ranks)]
+    q_pids, q_cams, g_pids, g_cams = map(to_numpy, (q_pids, q_cams, g_pids, g_cams))
+    blocks = distances
+    is_matrix = hasattr(distances, "shape")
+    if isinstance(distances, (list, tuple)):  # of rows, or of blocks, which are pairs
+        is_matrix = not isinstance(distances[0], tuple)
+    if is_matrix:
+        blocks = [(slice(None), distances)]
+    for rows, block in blocks:
+        block = to_numpy(block)
+        ranks = match_ranks(block, q_pids=q_pids[rows], q_cams=q_cams[rows],
+                            g_pids=g_pids, g_cams=g_cams)
+        yield from zip(block, ranks)
+
+
+def cmc_and_map(distances, q_pids, q_cams, g_pids, g_cams, *, top=20):
+    """Returns the CMC curve, mAP and the number of queries that have a match.
+
+    CMC[k - 1] is the share of the queries with a match among their first k gallery entries, for k
+    from 1 to `top`. CMC and mAP are in [0, 1] and leave out the queries that have no match at all.
+    The other arguments are those of `distances_and_ranks`. Raises UserError for distances that are
+    not finite, and when no query has a match.
+    """
+    found = []
+    for _, ranks in distances_and_ranks(distances, q_pids=q_pids, q_cams=q_cams,
+                                        g_pids=g_pids, g_cams=g_cams):
+        if len(ranks):
+            found.append(ranks)
     if not found:
-        raise UserError("no query has a match in the gallery: another camera must have seen the "
-                        "same identity")
-    first = np.array([ranks[0] for ranks in found])
+        raise UserError("no query has a match in the gallery; a match is an entry of the same "
+                        "identity from another camera")
+    first_ranks = np.array([ranks[0] for ranks in found])
+    cmc = (first_ranks[:, None] < np.arange(1, top + 1)).mean(0)
     mean_ap = float(np.mean([average_precision(ranks) for ranks in found]))
-    return (first[:, None] < np.arange(1, top + 1)).mean(0), mean_ap, len(found)
+    return cmc, mean_ap, len(found)
 
 
-def smallest(d, k):
-    """The places of the k smallest of each row of d (M, N), float32, in ascending order; equal ones
-    in the order of their places, of which `topk` alone takes any."""
-    values, places = d.topk(min(k + 1, d.shape[1]), largest=False)
+def smallest_indices(distances, k):
+    """Returns the indices of the k smallest entries of each row of a float32 matrix (M, N), in
+    ascending order. Equal entries rank in the order of their indices, where `topk` alone would
+    take any order."""
+    values, indices = distances.topk(min(k + 1, distances.shape[1]), largest=False)
     tied = (values[:, 1:] == values[:, :-1]).any(1)
-    # the bits of floats sort as they do, unless both are negative; the place goes behind them
-    keys = d[tied].view(torch.int32).long() * 2 ** 32 + torch.arange(d.shape[1], device=d.device)
-    places[tied] = keys.topk(places.shape[1], largest=False).indices
-    return places[:, :k]
+    # The bit patterns of floats sort like the floats unless both are negative. Shifted by 32 bits,
+    # with the index in the lower bits, they make keys that are never equal.
+    bits = distances[tied].view(torch.int32).long()
+    keys = bits * 2 ** 32 + torch.arange(distances.shape[1], device=distances.device)
+    indices[tied] = keys.topk(indices.shape[1], largest=False).indices
+    return indices[:, :k]
 
 
-def rerank(q, g, metric="cosine", k1=20, k2=6, weight=0.3):
-    """k-reciprocal re-ranking (Zhong et al., CVPR 2017) of features (Q, D) and (G, D): new
-    distances (Q, G), weight * d + (1 - weight) * d_Jaccard.
+def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, original_weight=0.3):
+    """k-reciprocal re-ranking (Zhong et al., CVPR 2017): returns new distances (Q, G), the weighted
+    sum of the original distance d and the Jaccard distance of the k-reciprocal neighbours.
 
-    d is the cosine or the squared Euclidean distance, divided by each sample's largest. Neighbours
-    are counted without the sample itself, which stands first in its own list; equally distant ones
-    rank in the order of the features. k1: neighbours of the reciprocal sets; k2: of the query
-    expansion. As in the paper, but not in the authors' code: V is not divided by its sum, and a
-    half set is added from ">= 2/3" on, not "> 2/3".
+    d is the cosine or the squared Euclidean distance, divided by the largest distance of its query.
+    A sample comes first in its own list of neighbours and is not counted among the k1. Equally
+    distant neighbours rank in the order of the features.
+
+    Two details follow the paper and differ from its authors' code: the encoding V is not divided by
+    its sum, and the neighbours R(q, k1/2) of a neighbour q are added if at least 2/3 of them are in
+    R(p, k1); the code asks for more than 2/3.
+
+    Args:
+        query_features: tensor (Q, D).
+        gallery_features: tensor (G, D).
+        metric: "cosine" or "euclidean".
+        k1: number of neighbours for the reciprocal sets.
+        k2: number of neighbours over which local query expansion averages, the sample included.
+        original_weight: weight of d, in [0, 1]; the paper's lambda.
     """
     from scipy.sparse import csr_array
-    x = torch.cat([q, g])
-    n, power = len(x), 1 if metric == "cosine" else 2
-    k1, k2 = min(k1, n - 1), min(k2, n)
-    near, farthest = torch.empty(n, k1 + 1, dtype=torch.long), torch.empty(n)
+    x = torch.cat([query_features, gallery_features])
+    Q, n = len(query_features), len(x)
+    exponent = 2 if metric == "euclidean" else 1
+    k1 = min(k1, n - 1)
+    k2 = min(k2, n)
+
+    def sparse(values, rows, columns):
+        return csr_array((values, (rows, columns)), shape=(n, n))
+
+    neighbours = torch.empty(n, k1 + 1, dtype=torch.long)
+    farthest = torch.empty(n)
     for rows, d in distance_blocks(x, x, metric):
-        d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1  # before its duplicates
-        near[rows] = smallest(d, k1 + 1).cpu()
-        farthest[rows] = d.amax(1).cpu() ** power
-    if not farthest.any():  # all features are equal, and their neighbours arbitrary
-        return np.zeros((len(q), len(g)), np.float32)
+        # -1: a sample comes before its exact duplicates
+        d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1
+        neighbours[rows] = smallest_indices(d, k1 + 1).cpu()
+        farthest[rows] = d.amax(1).cpu() ** exponent
+    if not farthest.any():  # all features are equal: neighbours are arbitrary, all distances 0
+        return np.zeros((Q, n - Q), np.float32)
     farthest[farthest == 0] = 1
-    near, farthest = near.numpy(), farthest.numpy()
+    neighbours = neighbours.numpy()
+    farthest = farthest.numpy()
 
-    def reciprocal(k):  # R(p, k): neighbours with p as neighbour
-        lists = near[:, :k + 1]
-        mutual = (lists[lists] == np.arange(n)[:, None, None]).any(2)
+    def reciprocal(k):
+        """R(p, k): the neighbours of p that have p among their own k nearest neighbours."""
+        nearest = neighbours[:, :k + 1]
+        of_neighbours = nearest[nearest]  # (n, k + 1, k + 1): the neighbours of each neighbour
+        mutual = (of_neighbours == np.arange(n)[:, None, None]).any(2)
         p = np.repeat(np.arange(n), mutual.sum(1))
-        return csr_array((np.ones(len(p), np.float32), (p, lists[mutual])), shape=(n, n))
+        return sparse(np.ones(len(p), np.float32), p, nearest[mutual])
 
-    full, half = reciprocal(k1), reciprocal(round(k1 / 2))
-    common = (full @ half.T).multiply(full).tocoo()  # of the neighbours' half sets, in R(p, k1)
-    mostly = common.data >= 2 / 3 * half.sum(1)[common.col]
-    chosen = csr_array((common.data[mostly], (common.row[mostly], common.col[mostly])), (n, n))
-    p, members = (full + chosen @ half).nonzero()  # R*(p, k1): with half sets mostly in it
+    full = reciprocal(k1)
+    half = reciprocal(round(k1 / 2))
+    # how many of R(q, k1/2) are in R(p, k1), for each q in R(p, k1)
+    overlap = (full @ half.T).multiply(full).tocoo()
+    is_large = overlap.data >= 2 / 3 * half.sum(1)[overlap.col]
+    expansion = sparse(overlap.data[is_large], overlap.row[is_large], overlap.col[is_large])
+    # R*(p, k1): R(p, k1) and every R(q, k1/2) of which at least 2/3 are in it
+    p, members = (full + expansion @ half).nonzero()
     weights = np.empty(len(p), np.float32)
-    for some in np.array_split(np.arange(len(p)), 1 + len(p) // 1000):
-        a, b = x[p[some]].double(), x[members[some]].double()
+    for chunk in np.array_split(np.arange(len(p)), 1 + len(p) // 1000):
+        a = x[p[chunk]].double()
+        b = x[members[chunk]].double()
         if metric == "cosine":
             d = 1 - (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1)
             d[d < ROUNDING] = 0
         else:
             d = (a - b).square().sum(1)
-        weights[some] = np.exp(-d.cpu().numpy() / farthest[p[some]])
-    V = csr_array((weights, (p, members)), shape=(n, n))
-    p = np.repeat(np.arange(n), k2)  # local query expansion
-    V = csr_array((np.full(n * k2, 1 / k2, V.dtype), (p, near[:, :k2].ravel()))) @ V
-    columns, total = V[len(q):].tocsc(), V.sum(1)
-    out = np.empty((len(q), len(g)), np.float32)
-    for rows, d in distance_blocks(x[:len(q)], x[len(q):], metric):
-        for p, row in zip(range(rows.start, rows.stop), d.cpu().numpy() ** power):
-            mine = slice(V.indptr[p], V.indptr[p + 1])
-            minima = columns[:, V.indices[mine]]
-            values = np.repeat(V.data[mine], np.diff(minima.indptr))
-            minima.data = np.minimum(minima.data, values)
-            both = minima.sum(1)
-            jaccard = 1 - both / (total[p] + total[len(q):] - both)
-            out[p] = weight * row / farthest[p] + (1 - weight) * jaccard
-    return out
+        weights[chunk] = np.exp(-d.cpu().numpy() / farthest[p[chunk]])
+    V = sparse(weights, p, members)
+    # local query expansion: the mean of V over the k2 nearest
+    p = np.repeat(np.arange(n), k2)
+    V = sparse(np.full(n * k2, 1 / k2, V.dtype), p, neighbours[:, :k2].ravel()) @ V
 
+    gallery_columns = V[Q:].tocsc()
+    total = V.sum(1)
+    reranked = np.empty((Q, n - Q), np.float32)
+    for rows, d in distance_blocks(x[:Q], x[Q:], metric):
+        for query, row in zip(range(rows.start, rows.stop), d.cpu().numpy() ** exponent):
+            entries = slice(V.indptr[query], V.indptr[query + 1])
+            minima = sums_of_minima(V.data[entries], gallery_columns[:, V.indices[entries]])
+            jaccard = 1 - minima / (total[query] + total[Q:] - minima)
+            original = original_weight * row / farthest[query]
+            reranked[query] = original + (1 - original_weight) * jaccard
+    return reranked
+
+
+def sums_of_minima(values, columns):
+    """Returns the sum over the columns of min(the value of the column, entry), for each row of a
+    sparse matrix.
+
+    values: one number for each column, at least 0; columns: a csc_array (rows, columns), which is
+    overwritten.
+    """
+    values = np.repeat(values, np.diff(columns.indptr))  # one for each entry that is stored
+    columns.data = np.minimum(columns.data, values)
+    return columns.sum(1)
+
+
+# --------------------------------------------------------------------------------------- evaluation
+# A network that is evaluated takes clips (B, T, 3, H, W) and returns embeddings (B, D), in eval
+# mode. It may have two methods: finish(features) is applied to the tracklets' mean embeddings, and
+# test_parts() returns [(network, frames in a clip)], whose features a test concatenates.
 
 def as_tracklets(tracklets):
-    """Tracklets whose frames are files or pixels; what is a list of frames alone becomes a Tracklet
-    of it. One that has no frames is a UserError, because it has no mean."""
-    named = []
+    """Returns a list of `Tracklet`. A bare list of frames becomes a Tracklet of identity 0 and
+    camera 0.
+
+    Raises UserError for a path, which is no list of frames, and for a tracklet without frames,
+    which has no mean embedding.
+    """
+    found = []
     for number, tracklet in enumerate(tracklets, 1):
         if isinstance(tracklet, (str, os.PathLike)):
-            raise UserError(f"tracklet {number}, {tracklet}: a tracklet is a list of frames")
+            raise UserError(f"tracklet {number} is a path ({tracklet}), but a tracklet is a list "
+                            "of frames")
         if not hasattr(tracklet, "frames"):
             tracklet = Tracklet(tracklet, pid=0, cam=0)
         if len(tracklet.frames) == 0:
             raise UserError(f"tracklet {number} of {len(tracklets)} (identity {tracklet.pid}, "
                             f"camera {tracklet.cam}) has no frames")
-        named.append(tracklet)
-    return named
+        found.append(tracklet)
+    return found
 
 
 @torch.no_grad()
-def extract(model, tracklets, split, T, size, batch=32, workers=0, amp=False):
-    """Features of whole tracklets, (N, D), float32: means of their clips' embeddings. Batches are
-    full across tracklets; processes take them in turn and get the result of a single one.
+def extract(model, tracklets, *, split_clips, clip_length, size, batch_size=32, workers=0,
+            amp=False):
+    """Returns the features of whole tracklets, float32 (N, D): the means of their clips'
+    embeddings.
 
-    model: (B, T, 3, H, W) to (B, D) in eval mode; its method `finish`, where it has one, takes the
-    tracklets' means; tracklets: each a Tracklet, or its frames alone: a list of image files or of
-    crops in RGB, uint8 arrays or tensors (h, w, 3) of any sizes, or one of them (n, h, w, 3);
-    split: (n, T) -> frame indices (clips, T); batch: clips a forward pass.
+    A batch may hold clips of several tracklets, so that all batches but the last are full. Several
+    processes share the batches, and each returns the features of all tracklets.
+
+    Args:
+        model: the network, see the top of this section.
+        tracklets: each a `Tracklet`, or its frames alone. Frames are image files, or crops in RGB:
+            uint8 arrays or tensors (h, w, 3) of any sizes, or a single array or tensor
+            (n, h, w, 3).
+        split_clips: function of (n, T) that returns the clips of a tracklet of n frames, an array
+            of frame indices (clips, T); a script's SPLIT.
+        clip_length: number of frames in a clip, T.
+        size: (height, width) to which the frames are resized.
+        batch_size: number of clips in a forward pass.
+        workers: number of processes that load images; 0 loads them in this one.
+        amp: True runs the network with bfloat16 autocast.
+
+    Raises UserError for tracklets and frames that cannot be used.
     """
     tracklets = as_tracklets(tracklets)
-    device, training = next(model.parameters()).device, model.training
-    clips = AllClips(tracklets, split, T, size)
-    batches = [range(i, min(i + batch, len(clips))) for i in range(0, len(clips), batch)]
-    # the numbers of this process' batches, as many in each process: some repeat one at the end
-    mine = torch.utils.data.DistributedSampler(batches, world(), rank(), shuffle=False)
+    device = next(model.parameters()).device
+    was_training = model.training
+    clips = AllClips(tracklets, split_clips, clip_length, size)
+    starts = range(0, len(clips), batch_size)
+    batches = [range(i, min(i + batch_size, len(clips))) for i in starts]
+    # The processes take the batches in turn. Each gets equally many: some repeat one at the end.
+    own_batches = torch.utils.data.DistributedSampler(
+        batches, num_replicas=world_size(), rank=process_rank(), shuffle=False)
     loader = torch.utils.data.DataLoader(
-        clips, batch_sampler=[batches[i] for i in mine], num_workers=workers,
-        worker_init_fn=own_group, pin_memory=device.type == "cuda", generator=torch.Generator())
-    owners = torch.tensor([owner for owner, _ in clips.clips], device=device)
-    total = None
-    for buffer in model.buffers() if world() > 1 else ():  # BatchNorm's statistics may differ
-        dist.broadcast(buffer, 0)
+        clips, batch_sampler=[batches[i] for i in own_batches], num_workers=workers,
+        worker_init_fn=ignore_terminal_signals, pin_memory=device.type == "cuda",
+        generator=torch.Generator())
+    tracklet_of_clip = torch.tensor([number for number, _ in clips.clips], device=device)
+    if world_size() > 1:  # the BatchNorm statistics of the processes may differ: take the first's
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     model.eval()
+    sums = None
     with progress(what="features", total=len(clips), unit=" clips", leave=False,
-                  hidden=rank() > 0) as bar:
-        for (frames, _), part in zip(loader, owners.split(batch * world())):
-            if asked := stop_asked():
-                raise Stop(asked)
+                  hidden=process_rank() > 0) as bar:
+        # the n-th batches of all processes together are the n-th of these slices of clips
+        slices = tracklet_of_clip.split(batch_size * world_size())
+        for (images, _), owners in zip(loader, slices):
+            raise_if_stopped()
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                x = model(normalize(frames.to(device, non_blocking=True))).float()
-            if world() > 1:  # all parts but the last one are full
-                x = gather(F.pad(x, (0, 0, 0, batch - len(x))))
-            if total is None:
-                total = x.new_zeros(len(tracklets), x.shape[1])
-            total.index_add_(0, part, x[:len(part)])
-            bar.update(len(part))
-    model.train(training)
-    features = total / owners.bincount()[:, None]
-    return model.finish(features) if hasattr(model, "finish") else features
+                x = model(normalize(images.to(device, non_blocking=True))).float()
+            if world_size() > 1:  # the last batch may be smaller, but all must have one shape
+                x = gather(F.pad(x, (0, 0, 0, batch_size - len(x))))
+            if sums is None:
+                sums = x.new_zeros(len(tracklets), x.shape[1])
+            sums.index_add_(0, owners, x[:len(owners)])
+            bar.update(len(owners))
+    model.train(was_training)
+    features = sums / tracklet_of_clip.bincount()[:, None]
+    if hasattr(model, "finish"):
+        features = model.finish(features)
+    return features
 
 
-def test_features(model, dataset, split, T, size, **extraction):
-    """Features of the query and the gallery tracklets, (Q, D) and (G, D). A model's method
-    `test_parts` gives the networks whose features are joined, and the frames of their clips."""
+def networks_of_test(model, clip_length):
+    """Returns [(network, frames in a clip)] whose features a test concatenates."""
+    if hasattr(model, "test_parts"):
+        return model.test_parts()
+    return [(model, clip_length)]
+
+
+def tracklet_features(model, dataset, *, split_clips, clip_length, size, **extraction):
+    """Returns the features of the query tracklets (Q, D) and of the gallery tracklets (G, D).
+
+    dataset: a `Dataset`; extraction: further arguments of `extract`, which explains the others.
+    Raises UserError for features that are not finite.
+    """
+    # by their first frame: a query that is also in the gallery is computed once
     tracklets = {t.frames[0]: t for t in as_tracklets(dataset.query + dataset.gallery)}
-    parts = model.test_parts() if hasattr(model, "test_parts") else [(model, T)]
-    x = torch.cat([extract(part, [*tracklets.values()], split, frames, size, **extraction)
-                   for part, frames in parts], 1)
-    if not x.isfinite().all():
-        raise UserError("features are not finite: damaged weights, or a training that diverged")
-    place = {first: i for i, first in enumerate(tracklets)}
-    return [x[[place[t.frames[0]] for t in part]] for part in (dataset.query, dataset.gallery)]
+    parts = []
+    for network, length in networks_of_test(model, clip_length):
+        parts.append(extract(network, [*tracklets.values()], split_clips=split_clips,
+                             clip_length=length, size=size, **extraction))
+    features = torch.cat(parts, 1)
+    if not features.isfinite().all():
+        raise UserError("the features are not finite: the weights are damaged or the training "
+                        "diverged")
+    row_of_frame = {first: row for row, first in enumerate(tracklets)}
+
+    def features_of(part):
+        return features[[row_of_frame[t.frames[0]] for t in part]]
+
+    return features_of(dataset.query), features_of(dataset.gallery)
 
 
-def evaluate(model, dataset, split, T, size, metric="cosine", use_rerank=False, label="test",
-             export=None, **extraction):
-    """Prints mAP and CMC of the test part in percent; returns them, {"mAP", "rank-1", ...}. export:
-    a folder for `write_export`; with it a test part without any match is no error, but {}."""
+def evaluate(model, dataset, *, split_clips, clip_length, size, metric="cosine", use_rerank=False,
+             label="test", export_folder=None, **extraction):
+    """Prints mAP and CMC of the test part and returns them, in percent: {"mAP": 84.6, "rank-1":
+    88.8, "rank-5": ..., "rank-10": ..., "rank-20": ...}.
+
+    Args:
+        model, split_clips, clip_length, size, extraction: arguments of `extract`.
+        dataset: a `Dataset` with query and gallery.
+        metric: "cosine" or "euclidean".
+        use_rerank: True ranks by the distances of `rerank`.
+        label: what the printed line begins with.
+        export_folder: where `write_export` writes features and rankings; None for nowhere. With a
+            folder, a test part without any match is no error: the features are written, and an
+            empty dict is returned.
+
+    Raises UserError when nothing can be ranked.
+    """
     start = time.time()
-    q, g = test_features(model, dataset, split, T, size, **extraction)
-    d = rerank(q, g, metric) if use_rerank else distance_blocks(q, g, metric)
-    if export and not dataset.has_a_match():  # the features are of use nevertheless
+    queries, gallery = tracklet_features(model, dataset, split_clips=split_clips,
+                                         clip_length=clip_length, size=size, **extraction)
+    reranked = rerank(queries, gallery, metric) if use_rerank else None
+
+    def distances():
+        return distance_blocks(queries, gallery, metric) if reranked is None else reranked
+
+    def export():
+        if export_folder and process_rank() == 0:
+            write_export(Path(export_folder), dataset, query_features=queries,
+                         gallery_features=gallery, distances=distances(), is_reranked=use_rerank)
+
+    if export_folder and not dataset.has_a_match():
         print(f"{label}: nothing can be ranked: {NO_MATCH}", flush=True)
-        if rank() == 0:
-            write_export(Path(export), dataset, q, g, d)
+        export()
         return {}
-    cmc, mean_ap, matched = cmc_map(d, *dataset.ids())
-    result = {"mAP": 100 * mean_ap} | {f"rank-{k}": 100 * float(cmc[k - 1]) for k in (1, 5, 10, 20)}
-    frames = "all frames" if split(T + 1, T).size > T else f"whole clips of {T} frames"
-    places = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
-    skipped = f", {len(q) - matched:,} more have no match and are left out" * (matched < len(q))
-    print(f"{label}, {frames}{', re-ranked' * use_rerank}:  mAP {result['mAP']:.1f}   {places}   "
-          f"({matched:,} queries{skipped}, {len(g):,} gallery tracklets, "
-          f"{time.time() - start:.0f} s)", flush=True)
-    if export and rank() == 0:
-        d = d if use_rerank else distance_blocks(q, g, metric)
-        write_export(Path(export), dataset, q, g, d, use_rerank)
+    cmc, mean_ap, matched = cmc_and_map(distances(), *dataset.ids())
+    result = {"mAP": 100 * mean_ap}
+    for k in (1, 5, 10, 20):
+        result[f"rank-{k}"] = 100 * float(cmc[k - 1])
+    takes_all_frames = split_clips(clip_length + 1, clip_length).size > clip_length
+    if takes_all_frames:
+        how = "all frames"
+    else:
+        how = f"whole clips of {clip_length} frames"
+    if use_rerank:
+        how += ", re-ranked"
+    cmc_text = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
+    counts = f"{matched:,} queries"
+    if matched < len(queries):
+        counts += f", {len(queries) - matched:,} more without a match are not counted"
+    print(f"{label}, {how}:  mAP {result['mAP']:.1f}   {cmc_text}   "
+          f"({counts}, {len(gallery):,} gallery tracklets, {time.time() - start:.0f} s)",
+          flush=True)
+    export()
     return result
 
 
-def write_export(folder, dataset, q, g, d, reranked=False):
-    """Features of the test part, and of each query AP, rank of the first match and first ten of the
-    gallery by the distances d, see `ranked_rows`. A tracklet is named by its first frame. reranked:
-    d is not of the features alone, which is said."""
+def write_export(folder, dataset, *, query_features, gallery_features, distances, is_reranked):
+    """Writes features.npz, the features of the test part, and queries.csv, which has a line for
+    each query: its average precision, the rank of its first match and its first ten gallery
+    tracklets. A tracklet is named by its first frame.
+
+    Args:
+        folder: a Path, made where it is missing.
+        dataset: a `Dataset` with query and gallery.
+        query_features: tensor (Q, D).
+        gallery_features: tensor (G, D).
+        distances: a (Q, G) matrix or its blocks, as `distances_and_ranks` takes them.
+        is_reranked: whether the distances are those of `rerank`, which the printed line then says.
+    """
     q_pids, q_cams, g_pids, g_cams = dataset.ids()
-    queries, gallery = [[str(t.frames[0]) for t in p] for p in (dataset.query, dataset.gallery)]
+    queries = [str(t.frames[0]) for t in dataset.query]
+    gallery = [str(t.frames[0]) for t in dataset.gallery]
     with replacing(folder / "features.npz") as file:
-        np.savez(file, query_features=q.numpy(force=True), query_pids=q_pids, query_cams=q_cams,
-                 query_tracklets=queries, gallery_features=g.numpy(force=True),
-                 gallery_pids=g_pids, gallery_cams=g_cams, gallery_tracklets=gallery)
-    rows = []
-    for i, (row, ranks) in enumerate(ranked_rows(d, q_pids, q_cams, g_pids, g_cams)):
-        kept = np.flatnonzero((g_pids != -1) & ((g_pids != q_pids[i]) | (g_cams != q_cams[i])))
-        firsts = [gallery[j] for j in kept[row[kept].argsort(kind="stable")[:10]]]
-        ap, first = (100 * average_precision(ranks), ranks[0] + 1) if len(ranks) else ("", "")
-        rows.append({"query": queries[i], "AP": ap, "rank": first,
-                     **dict.fromkeys(range(1, 11)), **dict(enumerate(firsts, 1))})
-    save_rows(rows, folder / "queries.csv")
+        np.savez(file, query_features=query_features.numpy(force=True), query_pids=q_pids,
+                 query_cams=q_cams, query_tracklets=queries,
+                 gallery_features=gallery_features.numpy(force=True), gallery_pids=g_pids,
+                 gallery_cams=g_cams, gallery_tracklets=gallery)
+    lines = []
+    found = distances_and_ranks(distances, q_pids=q_pids, q_cams=q_cams, g_pids=g_pids,
+                                g_cams=g_cams)
+    for i, (row, ranks) in enumerate(found):
+        kept = np.flatnonzero(in_ranking(q_pids[i], q_cams[i], g_pids, g_cams))
+        nearest = [gallery[j] for j in kept[row[kept].argsort(kind="stable")[:10]]]
+        line = {"query": queries[i], "AP": "", "rank": ""}
+        if len(ranks):
+            line["AP"] = 100 * average_precision(ranks)
+            line["rank"] = ranks[0] + 1
+        for place in range(10):
+            line[place + 1] = nearest[place] if place < len(nearest) else None
+        lines.append(line)
+    save_rows(lines, folder / "queries.csv")
     note = ""
-    if reranked:
-        note = ("; queries.csv is by the re-ranked distances, as the line above, and features.npz "
-                "has the features alone: their own distances give another order")
+    if is_reranked:
+        note = ("; queries.csv uses the re-ranked distances, and features.npz holds the features "
+                "alone, whose own distances give another order")
     print(f"wrote features.npz and queries.csv into {folder}{note}", flush=True)
 
 
-# --------------------------------------------------------------------------------------- complexity
+# ----------------------------------------------------------------------------------- rows and flags
+# A script has a RECIPE, {setting: (the paper's value, the small run's value, help[, choices])}, and
+# ROWS, {variant: Row}. Every setting of the recipe is a flag of the same name, beside those in
+# FLAGS. `parse_flags` reads the flags that the user has given, and `resolve_settings` finds out
+# what holds for all others.
 
-def complexity(model, T, height, width, without=()):
-    """(learnable parameters, multiply-adds of a clip's convolutions and matrix products, in eval
-    mode), counted without computing; without: first names of parts without whose parameters."""
-    shadow = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.empty(1, T, 3, height, width, device="meta"))
-    counted = (p for name, p in model.named_parameters() if not name.startswith(without))
-    return sum(p.numel() for p in counted), counter.get_total_flops() // 2
-
-
-COSTS = {  # what a paper prints of a row beside its accuracy, and the unit
+COSTS = {  # what a table of a paper reports besides the accuracy, and its unit
     "million_parameters": "million parameters",
     "more_megabytes": "MB of parameters more than the 2D network",
-    "gflops_a_frame": "GFLOPs a frame",
-    "gflops_of_4_frames": "GFLOPs of 4 frames",
+    "gflops_a_frame": "GFLOPs per frame",
+    "gflops_of_4_frames": "GFLOPs for 4 frames",
     "more_gflops": "GFLOPs more than the baseline",
 }
 
 
-def complexity_table(rows, recipe, build):
-    """Prints the parameters and GFLOPs of every row, in Markdown, beside what the paper prints."""
-    print("The parameters are those without neck, classifier and projection. The GFLOPs are\n"
-          "multiply-adds of convolutions and matrix products.\n")
-    table = [["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "in the paper"]]
-    for name in rows:
-        args = settings(recipe, rows, name, weights="none")
+class Row:
+    """A row of a table in a paper: a variant of its network, and the results in the paper.
+
+    Args:
+        about: the table and the name of the row there, such as "Table 2: base. + SBM".
+        same: name of another row that is the same variant; nothing else is given then.
+        given: settings of the recipe that the variant changes; the results in the paper by data
+            set, such as mars=(mAP, rank-1), None for a number that the paper does not report; and
+            costs, by the names in COSTS.
+    """
+
+    def __init__(self, about: str, same: str | None = None, **given):
+        self.about = about
+        self.same = same
+        self.settings = {}
+        self.results = {}
+        self.costs = {}
+        for name, value in given.items():
+            if name in DATA_SETS:
+                self.results[name] = value
+            elif name in COSTS:
+                self.costs[name] = value
+            else:
+                self.settings[name] = value
+
+
+class Setting(NamedTuple):
+    """An entry of a recipe."""
+    paper: object             # the paper's value
+    small: object             # the value of the small run
+    help: str
+    choices: tuple | None = None
+
+
+class Flag(NamedTuple):
+    """A flag that is not in a recipe."""
+    default: object           # what holds if nothing else says it; None: see the help
+    help: str
+    kind: type                # int, str or bool
+    choices: tuple | None = None
+
+
+def row_of(rows, name):
+    """Returns the row of this name, or the row that it says it is the same as."""
+    return rows[rows[name].same or name]
+
+
+# Settings whose values in the small run hold even if a row sets them, too: the rows' are for MARS.
+SCHEDULE_AND_BATCH = ("epochs", "ids", "clips", "lr", "lr_step")
+
+
+def row_settings(rows, name, small):
+    """Returns the settings of the recipe that the row of this name changes; in the small run
+    without its schedule and batch."""
+    kept = {}
+    for key, value in row_of(rows, name).settings.items():
+        if not (small and key in SCHEDULE_AND_BATCH):
+            kept[key] = value
+    return kept
+
+
+def settings(recipe, rows, name, small=False, **others):
+    """Returns the settings of a variant as a Namespace, as `build` of a script takes them.
+
+    Args:
+        recipe, rows: RECIPE and ROWS of a script.
+        name: the variant, a name in rows.
+        small: True takes the values of the small run.
+        others: settings that hold in the place of those of the recipe and the row.
+    """
+    values = {"variant": name, "resume": None}
+    for key, entry in recipe.items():
+        setting = Setting(*entry)
+        values[key] = setting.small if small else setting.paper
+    values.update(row_settings(rows, name, small))
+    values.update(others)
+    return argparse.Namespace(**values)
+
+
+FLAGS = {
+    "data": Flag("synthetic", "data set", str, tuple(DATA_SETS)),
+    "small": Flag(None, "take the small recipe, for a quick run (default: only with --data "
+                  "synthetic)", bool),
+    "root": Flag("datasets", "folder that contains the data sets (ROOT/mars, ...), or the folder "
+                 "of the data set itself", str),
+    "split": Flag("0", "which train/test split of ilids and prid; all: the ten splits one after "
+                  "another, and their mean", str, (*"0123456789", "all")),
+    "chunk": Flag(None, "cut training tracklets into chunks of this many frames; 0: do not cut "
+                  "(default: by data set, see CHUNK in data.py)", int),
+    "workers": Flag(None, "number of processes that load images (default: up to 8 with a GPU, "
+                    "else 0)", int),
+    "gpu": Flag(None, "number of the GPU, or cpu (default: the first GPU, or the CPU if there is "
+                "none)", str),
+    "amp": Flag(False, "train and test with bfloat16 autocast", bool),
+    "compile": Flag(False, "compile the network with torch.compile, if a compiler is there", bool),
+    "seed": Flag(0, "random seed of the initial weights, the batches and the augmentation", int),
+    "output": Flag(None, "folder for log.csv, args.json and last.pt (default: "
+                   "runs/SCRIPT-DATA[-VARIANT])", str),
+    "init": Flag(None, "start from the weights in this file, last.pt of another run; implies "
+                 "--weights none", str),
+    "resume": Flag(None, "continue with this last.pt, or with that of this folder; auto, or no "
+                   "RESUME: with that of the --output folder, if there is one", str),
+    "checkpoint_every": Flag(1, "write last.pt and log.csv after every N epochs", int),
+    "eval_every": Flag(0, "also evaluate after every N epochs; 0: only after the last one", int),
+    "eval_first": Flag(None, "also evaluate before the training (default: only with --data "
+                       "synthetic)", bool),
+    "tensorboard": Flag(False, "also write the log for TensorBoard, into the output folder", bool),
+    "rerank": Flag(False, "evaluate with k-reciprocal re-ranking", bool),
+    "evaluate": Flag(False, "only evaluate, the network of --resume or an untrained one", bool),
+    "export": Flag(None, "folder for features.npz and queries.csv; implies --evaluate, and with "
+                   "--no-evaluate they are written after the training", str),
+    "figure": Flag(None, "only draw what the network does, into this folder", str),
+    "figure_tracklets": Flag(3, "number of query tracklets to draw", int),
+    "figure_format": Flag("png", "file format of the pictures; pdf and svg are for papers", str,
+                          ("png", "pdf", "svg")),
+    "beside": Flag(None, "last.pt of another variant of the script, drawn above this one (with "
+                   "--figure)", str),
+    "complexity": Flag(False, "only print the parameters and FLOPs of all variants", bool),
+    "plan": Flag(False, "only print what would be trained and tested: recipe, data set, number of "
+                 "steps", bool),
+}
+MINIMUM = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
+           "checkpoint_every": 1, "figure_tracklets": 1}  # of other numbers it is 0
+MAXIMUM = {"erase": 1, "frames": 1024, "ids": 4096, "clips": 4096, "height": 8192, "width": 8192,
+           "epochs": 10 ** 5, "k": 99, "kernels": 999, "resolutions": 999, "learners": 64,
+           "s_h": 999, "s_w": 999}  # of other numbers it is 2 ** 31
+ABOVE_ZERO = {"beta", "temperature"}  # numbers that must be greater than their minimum, 0
+# flags in which ~ is the home folder, also after a =, where the shell does not replace it
+PATH_FLAGS = {"root", "output", "resume", "init", "export", "figure", "beside", "weights",
+              "init_2d", "join"}
+
+# Settings that a run does not take from a checkpoint, ...
+NOT_RESTORED = {"eval_first", "evaluate", "export", "figure", "figure_tracklets", "figure_format",
+                "beside", "complexity", "plan", "gpu", "workers", "resume", "compile", "output",
+                "chosen", "tensorboard"}
+# ... and those that flags may change when a run is resumed or its network is evaluated.
+MAY_CHANGE_ON_RESUME = {*NOT_RESTORED, "root", "epochs", "checkpoint_every", "eval_every"}
+MAY_CHANGE_ON_EVALUATE = {*FLAGS, *SCHEDULE_AND_BATCH, "erase", "weights"}
+
+# Settings of the recipes that only a training uses; neither a test nor a picture depends on them.
+TRAINING_ONLY = {"epoch", "erase", "epochs", "lr", "lr_step", "momentum", "weight_decay", "margin",
+                 "lambda1", "temperature", "loss", "divergence", "in_stages"}
+
+
+def as_flag(name, value=()):
+    """Returns a setting as it is typed on a command line, such as "--beta 3.0" or "--no-sbm"; the
+    flag alone without a value."""
+    flag = "--" + name.replace("_", "-")
+    if value is True:
+        return flag
+    if value is False:
+        return flag.replace("--", "--no-", 1)
+    if not isinstance(value, (tuple, list)):
+        value = [value]
+    return " ".join([flag, *map(str, value)])
+
+
+def number_within(name, kind):
+    """Returns the function that reads the number of a flag: an argparse type, which allows what is
+    within MINIMUM and MAXIMUM. kind: int or float."""
+    least = MINIMUM.get(name, 0)
+    most = MAXIMUM.get(name, 2 ** 31)
+    wanted = f"a number from {least} to {most}"
+    if kind is int:
+        wanted = f"a whole number from {least} to {most}"
+    if name in ABOVE_ZERO:
+        wanted = f"a number above {least}, at most {most}"
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        is_within = least <= value <= most
+        if not is_within or (value == 0 and name in ABOVE_ZERO):
+            raise argparse.ArgumentTypeError(f"takes {wanted}, not {text!r}")
+        return value
+    return read
+
+
+def add_flag(group, name, default, help_text, *, kind=None, choices=None):
+    """Adds a flag to a parser or a group of it, and returns its argparse action.
+
+    Args:
+        group: the parser or its group.
+        name: of the setting.
+        default: value whose kind the flag takes: a number, a string, a bool, a tuple of one kind of
+            these, or None for a string.
+        help_text: for --help.
+        kind: int, float, str or bool, in the place of the default's kind.
+        choices: the values that the flag takes, if these are few.
+    """
+    if kind is None:
+        example = default
+        if isinstance(default, tuple):
+            example = default[0] if default else None
+        kind = str if example is None else type(example)
+    help_text = help_text.replace("%", "%%")
+    if kind is bool:
+        return group.add_argument(as_flag(name), help=help_text,
+                                  action=argparse.BooleanOptionalAction)
+    options = {"choices": choices}
+    if kind in (int, float):
+        options["type"] = number_within(name, kind)
+    if name in PATH_FLAGS:
+        options["type"] = os.path.expanduser
+    if isinstance(default, tuple):
+        options["nargs"] = "*"
+    if name == "variant":
+        options["metavar"] = "VARIANT"  # there are too many choices for the line of --help
+    if name == "resume":
+        options.update(nargs="?", const="auto")
+    return group.add_argument(as_flag(name), help=help_text, **options)
+
+
+def flag_actions(recipe, rows):
+    """Returns the argparse action of every setting, {name: action}."""
+    parser = Parser()
+    actions = {"variant": add_flag(parser, "variant", None, "", choices=rows)}
+    for name, entry in recipe.items():
+        setting = Setting(*entry)
+        actions[name] = add_flag(parser, name, setting.paper, "", choices=setting.choices)
+    for name, flag in FLAGS.items():
+        actions[name] = add_flag(parser, name, flag.default, "", kind=flag.kind,
+                                 choices=flag.choices)
+    return actions
+
+
+def can_be_given(action, value):
+    """Whether a value is one that the flag of this argparse action gives for some text."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return isinstance(value, bool)
+    values = [value]
+    if action.nargs == "*":
+        if not isinstance(value, (tuple, list)):
+            return False
+        values = value
+    read = action.type or str
+    for one in values:
+        try:
+            same = read(str(one))
+            os.fsencode(str(one))
+        except (argparse.ArgumentTypeError, ValueError):  # not within the limits, or no file's name
+            return False
+        if type(one) is not type(same) or one != same:
+            return False
+        if one == "" or "\0" in str(one):
+            return False
+        if action.choices is not None and one not in action.choices:
+            return False
+    return True
+
+
+def variant_help(rows):
+    """Yields the lines of --help about the variants: what they are, their results in the paper, and
+    the flags that they set."""
+    def indented(text, indent):
+        return textwrap.fill(text, 79, initial_indent=indent, subsequent_indent="      ",
+                             break_on_hyphens=False)
+
+    for name, row in rows.items():
+        if row.same:
+            yield indented(f"{name}  {row.about} (the same as {row.same})", "  ")
+            continue
+        results = [f"{data} {mean_ap or '-'} / {rank1}"
+                   for data, (mean_ap, rank1) in row.results.items()]
+        results += [f"{value} {COSTS[cost]}" for cost, value in row.costs.items()]
+        yield indented(f"{name}  {row.about}", "  ")
+        yield indented(", ".join(results) or "no result in the paper", "      ")
+        yield indented(" ".join(as_flag(*setting) for setting in row.settings.items()), "      ")
+
+
+def make_parser(recipe, rows, title):
+    """Returns the parser of a script's command line. Flags that are not given get no value."""
+    parser = Parser(
+        description=textwrap.fill(title, 79), usage="%(prog)s [--flag value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        epilog="variants: their place in the paper, mAP / rank-1 there, and the flags they set:\n"
+               + "\n".join(variant_help(rows)))
+
+    def shown(value):
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    group = parser.add_argument_group("recipe", "(the paper's value; that of the small run)")
+    for name, entry in recipe.items():
+        setting = Setting(*entry)
+        values = shown(setting.paper)
+        if setting.small != setting.paper:
+            values += f"; small run {shown(setting.small)}"
+        add_flag(group, name, setting.paper, f"{setting.help} ({values})", choices=setting.choices)
+    group = parser.add_argument_group("run")
+    add_flag(group, "variant", None, "variant of the network, listed below (default: the first)",
+             choices=rows)
+    for name, flag in FLAGS.items():
+        text = flag.help
+        if flag.default is not None and flag.default is not False:
+            text += f" (default: {flag.default})"
+        add_flag(group, name, flag.default, text, kind=flag.kind, choices=flag.choices)
+    return parser
+
+
+def parse_flags(recipe, rows, title):
+    """Returns the flags that the user has given, {name: value}; UserError for wrong ones."""
+    chosen = {}
+    for name, value in vars(make_parser(recipe, rows, title).parse_args()).items():
+        if isinstance(value, list):
+            value = tuple(value)
+        if value == "" or isinstance(value, tuple) and "" in value:
+            raise UserError(f"{as_flag(name)}: no such file or name: the value is empty")
+        chosen[name] = value
+    others = [name for name in chosen if name != "complexity"]
+    if chosen.get("complexity") and others:
+        raise UserError(f"{as_flag(others[0])}: has no effect with --complexity, which prints one "
+                        "table of all variants")
+    return chosen
+
+
+def parse_args(recipe, rows, text, script, *, release=None):
+    """Returns all settings of the command that the user has typed, a Namespace.
+
+    Args:
+        recipe, rows: RECIPE and ROWS of the script.
+        text: the script's docstring; its first line is the title in --help.
+        script: the script's file.
+        release: the script's `Release`, or None.
+    """
+    chosen = parse_flags(recipe, rows, text.split("\n")[0])
+    return resolve_settings(chosen, recipe=recipe, rows=rows, script=script, release=release)
+
+
+def resolve_settings(chosen, *, recipe, rows, script, release):
+    """Returns what holds for a run, a Namespace of all settings.
+
+    A flag that the user has given comes first, then the checkpoint of --resume, then the authors'
+    network of --init, then the variant, then the recipe.
+
+    Args:
+        chosen: the flags that the user has given, {name: value}.
+        recipe, rows, script, release: those of `parse_args`.
+    """
+    script = Path(script)
+    defaults = {name: flag.default for name, flag in FLAGS.items()}
+    flags = {**defaults, **chosen}
+    evaluate = only_evaluates(chosen)
+    required = {}  # by the authors' network of --init
+    # a run that is resumed does not read the file of --init again: it may be gone
+    is_new = flags["resume"] is None or (flags["init"] and os.path.exists(flags["init"]))
+    if flags["init"] and release and is_new:
+        required = settings_of_release(flags["init"], release, chosen)
+    data = flags["data"]
+    first = next(iter(rows))
+    variant = required.get("variant", chosen.get("variant", first))
+    output = flags["output"]
+    if output is None:
+        output = f"runs/{script.stem}-{data}"
+        if variant != first:
+            output += f"-{variant}"
+        if data in SPLIT_SETS and flags["split"] != "all":
+            output += f"/split-{flags['split']}"
+
+    resume = flags["resume"]
+    if resume == "auto":
+        last = f"{output}/last.pt"
+        resume = last if evaluate or os.path.exists(last) else None
+    elif resume and os.path.isdir(resume):
+        resume += "/last.pt"
+    checkpoint = None
+    saved = {}
+    if resume is not None and flags["split"] != "all":
+        may_differ = MAY_CHANGE_ON_RESUME | {"init", "weights", "amp", "rerank"}
+        if evaluate:
+            may_differ = MAY_CHANGE_ON_EVALUATE
+        checkpoint = load_checkpoint(resume, script=script.name, recipe=recipe, rows=rows,
+                                     expected=chosen, may_differ=may_differ, given=chosen,
+                                     for_training=not evaluate, release=release)
+        saved = checkpoint["args"]
+        output = flags["output"] or str(Path(resume).parent)
+        data = chosen.get("data", saved["data"])
+        variant = saved["variant"]
+        if data == "synthetic" and "root" not in chosen and saved["root"] != defaults["root"]:
+            # a folder that only a file names must exist: it is not made
+            load_dataset(data, saved["root"], training=False, images=False)
+
+    refuse_flags_without_effect(chosen, evaluate=evaluate, saved=saved,
+                                is_resumed=checkpoint is not None)
+    if "split" in chosen and data not in SPLIT_SETS:
+        raise UserError(f"--split: {data} has no splits, only {' and '.join(SPLIT_SETS)} have")
+    if flags["split"] == "all" and evaluate:
+        raise UserError("--split all: is for training, not for --evaluate, --export, --figure")
+
+    small = saved.get("data", data) == "synthetic"
+    small = chosen.get("small", saved.get("small", small))
+    values = {**defaults, "small": small, "eval_first": data == "synthetic"}
+    values["chunk"] = CHUNK.get(data, 0)
+    if release and data in release.chunk:
+        values["chunk"] = release.chunk[data]
+    values.update(vars(settings(recipe, rows, variant, small)))
+    if chosen.get("release") and not saved:
+        of_row = row_settings(rows, variant, small)
+        values.update({k: v for k, v in release.settings.items() if k not in of_row})
+    values.update({key: value for key, value in required.items() if key in recipe})
+    if flags["init"]:
+        values["weights"] = "none"
+    values.update(saved)
+    values.update(chosen)
+    values.update(resume=resume, evaluate=evaluate, output=output, chosen=[*chosen],
+                  script=script.name)
+    # what a Run takes out again: it is no setting
+    values.update(checkpoint=checkpoint, authors_release=release, recipe=recipe,
+                  paper_result=row_of(rows, variant).results.get(data))
+    return argparse.Namespace(**values)
+
+
+def only_evaluates(chosen):
+    """Whether a command with these flags tests or draws a network and trains nothing."""
+    if chosen.get("figure") is not None:
+        return True
+    return chosen.get("evaluate", "export" in chosen)
+
+
+def settings_of_release(path, release, chosen):
+    """Returns the settings that a file of --init needs, {name: value}: none unless it is of the
+    authors' release. Raises UserError when the user has chosen others."""
+    file = read_checkpoint(path, script="", release=release)
+    if not file.get("release"):
+        return {}
+    required = file["args"]
+    for key in sorted((chosen.keys() & required.keys()) - {"data", "root", "small"}):
+        if chosen[key] != required[key]:
+            raise UserError(f"--init {path}: is a network of {as_flag(key, required[key])}, not "
+                            f"{as_flag(key, chosen[key])}; leave this flag out")
+    return required
+
+
+# what a command must do so that a flag has an effect, {flag: condition}
+HAS_EFFECT_IF = {
+    **dict.fromkeys(("beside", "figure_tracklets", "figure_format"), "draws"),
+    **dict.fromkeys((*sorted(TRAINING_ONLY), "chunk", "eval_every", "checkpoint_every",
+                     "eval_first", "tensorboard"), "trains"),
+    **dict.fromkeys(("evaluate", "export", "compile"), "trains or tests"),
+    **dict.fromkeys(("init", "weights"), "begins with new weights"),
+    "seed": "uses random numbers",
+    "resume": "resumes one run",
+}
+
+
+def refuse_flags_without_effect(chosen, *, evaluate, saved, is_resumed):
+    """Raises UserError for a flag that has no effect in what the command does. A flag that repeats
+    a setting of the checkpoint is allowed, and so is one that a checkpoint of an earlier version
+    lacks.
+
+    Args:
+        chosen: the flags that the user has given, {name: value}.
+        evaluate: whether nothing is trained.
+        saved: the settings in the checkpoint of --resume, {} without one.
+        is_resumed: whether there is a checkpoint.
+    """
+    draws = chosen.get("figure") is not None
+    names_a_file = chosen.get("resume") not in (None, "auto")  # not what this command has begun
+    if draws:
+        mode = "--figure"
+    elif "evaluate" in chosen:
+        mode = "--evaluate"
+    else:
+        mode = "--export"
+    conditions = {  # condition: (whether it is met, the message otherwise)
+        "draws": (draws, "has no effect without --figure"),
+        "trains": (not evaluate, f"is for training, but with {mode} nothing is trained"),
+        "trains or tests": (not draws, "has no effect with --figure, which only draws"),
+        "begins with new weights": (
+            not is_resumed or (not evaluate and not names_a_file),
+            "has no effect with --resume, because the network is that of the checkpoint"),
+        "uses random numbers": (
+            not is_resumed or not evaluate,
+            f"has no effect with {mode} and --resume, because nothing is random there"),
+        "resumes one run": (
+            not names_a_file or chosen.get("split") != "all",
+            "a file has no effect with --split all, because every split has its own"),
+    }
+    for name, condition in HAS_EFFECT_IF.items():
+        if name not in chosen or chosen[name] is False:
+            continue
+        if name in saved and saved[name] == chosen[name]:
+            continue
+        if is_resumed and name in TRAINING_ONLY and name not in saved:
+            continue
+        is_met, message = conditions[condition]
+        if not is_met:
+            raise UserError(f"{as_flag(name)}: {message}")
+
+
+def run_script(train, build, *, recipe, rows, release, text, script):
+    """Does what the command line asks for.
+
+    Args:
+        train: function that takes the settings and trains or shows a network.
+        build: function (settings, number of identities) that returns the network.
+        recipe, rows, release, text, script: those of `parse_args`.
+    """
+    args = parse_args(recipe, rows, text, script, release=release)
+    if args.complexity:
+        print_complexity_table(rows, recipe, build)
+        return
+    build_without_memory(build, args, 2)  # refuses wrong combinations before data are read
+    if args.split == "all" and not args.plan:
+        train_all_splits(train, args, rows)
+    else:
+        train(args)
+
+
+def part_of(args, rows, folder, variant=None, **changes):
+    """Returns the settings of a part of a run, which is resumed if it has begun.
+
+    Args:
+        args: the settings of the whole run.
+        rows: ROWS of the script.
+        folder: name of the part's folder in that of the run.
+        variant: a row whose settings hold in the part, without a schedule or batch that the user
+            has chosen; None keeps that of the run.
+        changes: further settings of the part.
+
+    Raises UserError when the part has begun with other settings.
+    """
+    part = copy.copy(args)
+    part.output = f"{args.output}/{folder}"
+    part.resume = None
+    if args.export:
+        part.export = f"{args.export}/{folder}"
+    if variant:
+        for key, value in row_settings(rows, variant, args.small).items():
+            if not (key in SCHEDULE_AND_BATCH and key in args.chosen):
+                setattr(part, key, value)
+        part.variant = variant
+        part.paper_result = row_of(rows, variant).results.get(args.data)
+    vars(part).update(changes)
+    last = f"{part.output}/last.pt"
+    if os.path.exists(last):
+        part.checkpoint = load_checkpoint(last, script=args.script, recipe=args.recipe, rows=rows,
+                                          expected=vars(part), may_differ=MAY_CHANGE_ON_RESUME,
+                                          given=args.chosen)
+        part.resume = last
+        epochs = len(part.checkpoint["history"])
+        if epochs > part.epochs:
+            raise UserError(f"{last}: has {epochs} epochs, but --epochs says {part.epochs}")
+    return part
+
+
+def train_all_splits(train, args, rows):
+    """--split all: trains the ten splits one after another, each in a folder of its own and without
+    those that are finished, and prints the mean and the standard deviation of the results."""
+    results = []
+    for split in map(str, range(10)):
+        part = part_of(args, rows, f"split-{split}", split=split)
+        history = part.checkpoint["history"] if part.checkpoint else []
+        is_finished = len(history) == args.epochs and history[-1]["mAP"] != ""
+        result = history[-1] if is_finished else train(part)
+        results.append([result["mAP"], result["rank-1"]])
+        note = " (finished before)" if is_finished else ""
+        print(f"{args.variant}, split {split}: mAP {result['mAP']:.1f}, "
+              f"rank-1 {result['rank-1']:.1f}{note}", flush=True)
+    mean_ap, rank1 = np.mean(results, 0)
+    deviation_of_ap, deviation_of_rank1 = np.std(results, 0, ddof=1)
+    print(f"{args.variant}, mean of 10 splits: mAP {mean_ap:.1f} +- {deviation_of_ap:.1f}, "
+          f"rank-1 {rank1:.1f} +- {deviation_of_rank1:.1f}; {in_the_paper(args.paper_result)}")
+
+
+def build_without_memory(build, args, num_classes):
+    """Returns a script's network for these settings, on the meta device: no memory is taken for its
+    weights, and no file is read. Raises UserError for settings that do not go together."""
+    args = copy.copy(args)
+    vars(args).update(weights="none", init_2d=None, join=(), evaluate=False)
+    try:
         with torch.device("meta"):
-            model = build(args, num_classes=1)
-        parameters, macs = complexity(model, args.frames, args.height, args.width,
-                                      without=("neck", "classifier", "projection"))
-        printed = [f"{value} {COSTS[cost]}" for cost, value in row_of(rows, name).costs.items()]
-        table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{parameters:,}",
-                      f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}", ", ".join(printed)])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in [table[0], ["-" * width for width in widths], *table[1:]]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+            return build(args, num_classes)
+    except ValueError as error:
+        raise UserError(f"{error}; check {SIZE_FLAGS}") from None
 
 
-# -------------------------------------------------------------------------------- several processes
-# torchrun starts `world` of them, with a `rank` from 0 each; without it there is one, of rank 0.
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
+# what a ValueError of a network is about, for messages
+SIZE_FLAGS = "--frames, --height, --width and the other settings of the recipe"
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
+    """--plan: prints what the command would train and test. Trains nothing and reads no images.
+
+    Args:
+        args: the settings, of `parse_args`.
+        recipe: RECIPE of the script.
+        sampler: class of the batches, SAMPLER of the script.
+        split: function (n, T) that cuts a test tracklet into clips, SPLIT of the script.
+        metric: "cosine" or "euclidean", METRIC of the script.
+        build: function (settings, number of identities) that returns the network.
+        loss_weights: function of the settings that returns {name of a loss: weight}.
+    """
+    dataset = load_dataset(args.data, args.root,
+                           split=0 if args.split == "all" else int(args.split),
+                           chunk=args.chunk,
+                           # True would make a synthetic data set that is missing
+                           training=not args.evaluate and args.data != "synthetic",
+                           images=False)
+    model = build_without_memory(build, args, dataset.num_identities or 1)
+    print(f"{Path(args.script).stem} {args.variant} on {args.data}: {costs_in_words(model, args)}")
+    print(dataset.summary())
+    if args.evaluate:
+        print("nothing is trained: the network is evaluated only")
+    else:
+        print_training_plan(args, dataset, sampler, loss_weights(args))
+    print_test_plan(args, dataset, split, networks_of_test(model, args.frames), metric=metric)
+    print(in_the_paper(args.paper_result))
+    print("recipe:")
+    for key, entry in recipe.items():
+        value = getattr(args, key)
+        if value in (None, (), []):
+            value = "(none)"
+        print(f"  {as_flag(key, value):32} {Setting(*entry).help}")
 
 
-def pick_device(gpu=None):
-    """The device of this process, by --gpu; under torchrun the process joins the group, too."""
-    count, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    asked, gpu = gpu, gpu and gpu.lower()
-    if gpu and gpu.startswith("cuda"):  # torch's names: cuda is the first one, cuda:1 the second
-        gpu = "0" if gpu == "cuda" else gpu.removeprefix("cuda:") or gpu
-    there = f"there are GPUs 0 to {count - 1}" if count else "no GPU is there"
-    if gpu and gpu != "cpu" and not re.fullmatch("[0-9]+", gpu):
-        raise UserError(f"--gpu {asked}: {there}; everything here runs on CUDA or CPU, so that "
-                        "--gpu takes the number of a GPU with CUDA, or cpu")
-    if processes > 1 and gpu != "cpu" and (gpu or 0 < count < here):
-        raise UserError(f"--gpu {asked}: torchrun gives every process its own GPU, here are {here} "
-                        f"processes and {count} GPUs: leave --gpu out, or say --gpu cpu")
-    gpu = gpu or (os.environ.get("LOCAL_RANK", "0") if count else "cpu")
-    if gpu not in ("cpu", *map(str, range(count))):
-        raise UserError(f"--gpu {asked or gpu}: {there}")
-    device = torch.device("cpu" if gpu == "cpu" else f"cuda:{gpu}")
-    cuda = device.type == "cuda"
-    if processes > 1 and not dist.is_initialized():
-        if cuda:
-            torch.cuda.set_device(device)
-        # the others wait while the first one downloads or draws; torchrun ends them when one dies
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-    name = torch.cuda.get_device_name(device) if cuda else f"{count or 'no'} GPU found"
-    print(f"device: {device} ({name})" + f", {processes} processes" * (processes > 1))
-    return device
+def print_training_plan(args, dataset, sampler, weights):
+    """Prints the number of steps, the learning rates and the losses {name: weight} of a plan."""
+    batch = args.ids * args.clips
+    steps = len(make_sampler(sampler, [t.pid for t in dataset.train], args))
+    shown = f"all {args.epoch}" if "epoch" in args else "all tracklets once"
+    print(f"an epoch: {steps:,} steps of {batch} clips, which show {shown}: "
+          f"{steps * batch:,} clips, {steps * batch * args.frames:,} frames")
+    total = f"in all: {args.epochs:,} epochs, {steps * args.epochs:,} steps"
+    if args.split == "all":
+        total += " for each of ten splits"
+    print(total)
+    print("learning rate:")
+    for first in range(1, args.epochs + 1, args.lr_step):  # the schedule of `train` in the scripts
+        last = min(first + args.lr_step - 1, args.epochs)
+        rate = args.lr * 0.1 ** ((first - 1) // args.lr_step)
+        print(f"  epochs {first} to {last}: {rate:.3g}")
+    terms = [f"{weight:g} x {name}" for name, weight in weights.items() if weight]
+    print("loss: " + " + ".join(terms))
 
 
-def gather(outputs):
-    """The outputs of all processes, tensors or lists and dicts of them, joined along the batch.
-    Gradients flow into this process' part only, and add up to those of a single process."""
-    if world() == 1:
-        return outputs
-    if isinstance(outputs, dict):
-        return {name: gather(part) for name, part in outputs.items()}
-    if isinstance(outputs, (tuple, list)):
-        return [gather(part) for part in outputs]
-    parts = [torch.empty_like(outputs, memory_format=torch.contiguous_format)
-             for _ in range(world())]
-    dist.all_gather(parts, outputs.detach().contiguous())
-    parts[rank()] = outputs
-    return torch.cat(parts)
+def print_test_plan(args, dataset, split_clips, networks, *, metric):
+    """Prints when a plan tests, and what the test reads. networks: [(network, frames in a clip)].
+    """
+    # by their first frame: a query that is also in the gallery is read once
+    tracklets = {t.frames[0]: t for t in dataset.query + dataset.gallery}.values()
+    num_clips = num_frames = 0
+    for _, length in networks:
+        for tracklet in tracklets:
+            clips = split_clips(len(tracklet.frames), length)
+            num_clips += len(clips)
+            num_frames += clips.size
+    when = ""
+    if not args.evaluate:
+        when = f" after epoch {args.epochs}"
+        if args.eval_every:
+            when += f" and every {args.eval_every} epochs"
+    print(f"test{when}: {len(dataset.query):,} queries, {len(dataset.gallery):,} gallery "
+          f"tracklets, {metric} distance; reads {len(tracklets):,} tracklets in "
+          f"{num_clips:,} clips, {num_frames:,} frames in all")
 
 
-class Stop(Exception):
-    """A signal asked for the end of a run; the argument is its number."""
+def in_the_paper(result):
+    """Returns what a paper reports for a variant, (mAP, rank-1) or None, in words."""
+    reported = []
+    for name, value in zip(("mAP", "rank-1"), result or ()):
+        if value is not None:
+            reported.append(f"{name} {value}")
+    if not reported:
+        return "the paper reports no result"
+    return f"in the paper: {', '.join(reported)}"
 
 
-_asked = 0
-_writing = False
+# ----------------------------------------------------------------------------------- a training run
 
+class Run:
+    """What a training loop needs besides the paper: the device, the checkpoint and the log, and the
+    end of an epoch, of a test and of the run. `train` in a script shows the order of the calls.
 
-def catch_signals():
-    """From here on signals are only noted, for `stop_asked`, but for a second Ctrl-C, which ends
-    the program at once, unless it is `writing`."""
-    def note(number, _):
-        global _asked
-        second = number == _asked == signal.SIGINT
-        if second and not _writing and world() == 1:  # torchrun may send it twice
-            raise KeyboardInterrupt
-        _asked = _asked or number
-    for number in signal.Signals:  # no SIGHUP on Windows
-        hung_up = number.name == "SIGHUP" and signal.getsignal(number) != signal.SIG_IGN  # nohup
-        if hung_up or number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note)
+    Args:
+        args: the settings, of `parse_args` or `part_of`.
+
+    Attributes that the loop and the pictures use:
+        device: the torch device.
+        evaluates_first: whether the untrained network is tested before the training; after `start`.
+        history: the rows of log.csv so far, a list of dicts.
+        steps: number of steps of the current epoch so far.
+        loss_sums: sums of the losses of these steps, {name: number or tensor}.
+        origin: how the network was trained, in words, such as "after epoch 3".
+    """
+
+    def __init__(self, args):
+        self.paper_result = vars(args).pop("paper_result", None)
+        self.checkpoint = vars(args).pop("checkpoint", None)
+        self.authors_release = vars(args).pop("authors_release", None)
+        vars(args).pop("recipe", None)
+        self.args = args
+        self.device = pick_device(args.gpu)
+        self.cuda = self.device.type == "cuda"
+        if args.amp and self.cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+            print("--amp: this GPU does not support bfloat16; it is emulated, which is slow",
+                  flush=True)
+        if args.workers is None:
+            args.workers = 0
+            if self.cuda:
+                args.workers = min(8, (os.cpu_count() or 1) // world_size())
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.benchmark = True  # worth it, because all clips have the same size
+        self.size = (args.height, args.width)
+        self.batch_size = args.ids * args.clips
+        self.extraction = {"batch_size": self.batch_size, "workers": args.workers, "amp": args.amp}
+        self.checkpoint_file = Path(args.output) / "last.pt"
+        self.log_file = Path(args.output) / "log.csv"
+        self.history = self.checkpoint["history"] if self.checkpoint else []
+        self.origin = "untrained"
+        self.steps = 0
+        self.loss_sums = {}
+        self.states = {}  # what a checkpoint holds, {name: object with state_dict}; after `start`
+        self.tensorboard = None  # a SummaryWriter
+        self.num_logged = 0  # rows of the history that TensorBoard need not get again
+        self.can_be_tested = True  # whether any query has a match
+
+    def setting_up(self):
+        """Returns a context in which the data set and the network are made, see `setting_up`."""
+        return setting_up(self.args)
+
+    def num_classes(self, dataset):
+        """Returns the number of identities of the classifier: that of the checkpoint, or else that
+        of the data set. Raises UserError when a training is resumed on another number."""
+        self.can_be_tested = dataset.has_a_match()
+        here = dataset.num_identities or 1  # for an evaluation there may be no training part
+        self.num_identities = here
+        if self.checkpoint:
+            self.num_identities = self.checkpoint["num_classes"]
+        if not self.args.evaluate and self.num_identities != here:
+            raise UserError(f"{self.args.resume}: was trained on {self.num_identities} identities, "
+                            f"but {self.args.data} has {here}")
+        return self.num_identities
+
+    def prepare(self, model):
+        """Returns the network on the device, with the weights of --resume or --init, and compiled
+        with --compile."""
+        model, self.origin = prepare_network(
+            model, self.args, self.device, synchronized=world_size() > 1 and self.cuda,
+            checkpoint=self.checkpoint, authors_release=self.authors_release)
+        if self.args.evaluate and not self.args.resume and self.origin.startswith("untrained"):
+            name_trained_networks(self.args)
+        if self.args.compile and not self.args.figure:
+            compile_if_possible(model, self.device)
+        return model
+
+    def loader(self, tracklets, sampler, sample):
+        """Returns the DataLoader of the training, whose batches are clips and their identities.
+
+        Args:
+            tracklets: the training part, a list of `Tracklet`.
+            sampler: class of the batches, SAMPLER of a script.
+            sample: function (n, T, rng) that draws the frames of a clip, SAMPLE of a script.
+        """
+        args = self.args
+        batches = make_sampler(sampler, [t.pid for t in tracklets], args)
+        print(f"{len(batches):,} steps of {self.batch_size} clips in an epoch, "
+              f"{args.epochs * len(batches):,} in {args.epochs:,} epochs", flush=True)
+        return torch.utils.data.DataLoader(
+            TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase),
+            batch_sampler=batches, num_workers=args.workers, persistent_workers=args.workers > 0,
+            worker_init_fn=ignore_terminal_signals, pin_memory=self.cuda,
+            generator=torch.Generator())
+
+    def start(self, **states):
+        """Starts the training or resumes it, and returns the network to call in this process.
+
+        states: the objects whose state a checkpoint holds: model, optimizer, scheduler. Raises
+        UserError when the output folder holds another run, or the checkpoint does not fit.
+        """
+        args = self.args
+        is_resumed_here = False
+        if self.checkpoint:
+            is_resumed_here = Path(args.resume).resolve() == self.checkpoint_file.resolve()
+        if not is_resumed_here and (self.checkpoint_file.exists() or self.log_file.exists()):
+            raise UserError(f"{args.output} already holds a run: resume it with --resume "
+                            f"{self.checkpoint_file}, or name another --output")
+        self.states = {**states, "random": RandomStates()}
+        if self.checkpoint:
+            restore(args.resume, self.checkpoint, **self.states)
+            self.steps, self.loss_sums = self.checkpoint["progress"]
+            print(f"resuming {printable(args.resume)} {trained_for(self.checkpoint)}")
+            if self.history:
+                # The optimiser has made steps in an earlier process. torch does not know, and
+                # would warn that the schedule makes a step before the optimiser does.
+                states["optimizer"]._opt_called = True
+        warn_without_triplets(args)
+        record_signals()
+        if process_rank() == 0:
+            self.lock = locked(self.checkpoint_file.with_name("args.json"),
+                               json.dumps(vars(args), indent=2))
+            if self.checkpoint:
+                # a run that was killed between its checkpoint and its log has left an older log
+                save_rows(self.history, self.log_file)
+            if args.tensorboard:
+                self.start_tensorboard()
+        self.evaluates_first = args.eval_first and not self.checkpoint and self.can_be_tested
+        self.checkpoint = None  # frees its memory
+        model = states["model"]
+        if world_size() > 1:
+            return torch.nn.parallel.DistributedDataParallel(model)
+        return model
+
+    def epochs(self):
+        """Returns the epochs to train. A resumed run revisits its last epoch without its batches,
+        for its test, which may be missing, and its scheduler step."""
+        first = self.current_epoch()
+        return range(max(1, first), self.args.epochs + 1)
+
+    def current_epoch(self):
+        """Returns the number of the epoch of the last step; 0 before the first step of all."""
+        return len(self.history) + (1 if self.steps else 0)
+
+    def batches(self, loader, epoch):
+        """Yields the batches of an epoch on the device, from the step that was reached, and then
+        ends the epoch. After a signal, `Stop` is raised when the checkpoint is written."""
+        if epoch <= len(self.history):
+            return
+        sampler = loader.batch_sampler
+        if not 0 <= self.steps < len(sampler):
+            raise UserError(f"{self.args.resume}: was stopped after step {self.steps}, but an "
+                            f"epoch of this training set has {len(sampler)} steps")
+        start_time = time.time()
+        first_step = self.steps
+        sampler.set_epoch(epoch, first_step)
+        with progress(what=f"epoch {epoch}/{self.args.epochs}",
+                      total=len(loader) * self.batch_size, unit=" clips",
+                      hidden=process_rank() > 0, leave=False,
+                      bar_format="{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
+                      ) as bar:
+            for batch in loader:
+                yield [part.to(self.device, non_blocking=True) for part in batch]
+                bar.update(self.batch_size)
+                # To read the loss waits for a GPU, and to ask for signals waits for the other
+                # processes: every step does so only on a CPU.
+                has_own_signal = world_size() == 1 and _stop_signal != 0
+                if not self.cuda or self.steps % 10 == 0 or has_own_signal:
+                    bar.set_postfix(loss=self.mean_losses()["loss"])
+                    if stop_signal():
+                        break
+        sampler.set_epoch(epoch)
+        seconds = time.time() - start_time
+        self.end_epoch(epoch, is_complete=self.steps == len(sampler), seconds=seconds,
+                       num_clips=(self.steps - first_step) * self.batch_size)
+
+    def end_epoch(self, epoch, *, is_complete, seconds, num_clips):
+        """Adds an epoch to the log, writes a checkpoint if one is due, and prints the line of the
+        epoch. Raises `Stop` after a signal.
+
+        Args:
+            epoch: its number.
+            is_complete: False when a signal has ended its batches.
+            seconds, num_clips: how long it has taken since it was started or resumed, and for how
+                many clips.
+        """
+        line = ""
+        if is_complete:
+            values = {"lr": self.states["optimizer"].param_groups[0]["lr"], **self.mean_losses()}
+            self.add_to_history(epoch, values)
+            text = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+            line = (f"epoch {epoch}/{self.args.epochs}: {text}  ({seconds:.0f} s, "
+                    f"{num_clips / seconds:.3g} clips/s)")
+        signal_number = stop_signal()
+        is_due = (epoch == self.args.epochs or self.test_is_due(epoch)
+                  or epoch % self.args.checkpoint_every == 0)
+        if is_due or signal_number:
+            self.save()
+        elif line:
+            line += f", not yet in {self.checkpoint_file.name}"
+        if line:  # printed only now: an epoch is done when its checkpoint is written
+            print(line, flush=True)
+        if signal_number:
+            raise Stop(signal_number)
+        raise_if_stopped()
+
+    def add_to_history(self, epoch, values):
+        """Adds the row of an epoch to the history, and begins the next epoch. values: {name:
+        number}. Raises UserError when the earlier rows have other columns."""
+        row = {"epoch": epoch, **values, "mAP": "", "rank-1": ""}
+        if self.history and [*row] != [*self.history[0]]:
+            raise UserError(f"{self.args.resume}: the columns of its log are "
+                            f"{', '.join(self.history[0])}, but those of this training are "
+                            f"{', '.join(row)}")
+        self.history.append(row)
+        self.steps = 0
+        self.loss_sums = {}
+
+    def backward(self, loss):
+        """Computes the gradients of the loss of the whole batch. Each of several processes computes
+        this loss, but only its own part of it has gradients (see `gather`), and
+        DistributedDataParallel takes the mean of the processes' gradients, where their sum is
+        wanted: hence the factor."""
+        (loss * world_size()).backward()
+
+    def log(self, parts):
+        """Counts a step and adds the parts of its loss to the sums of the epoch, {name: scalar
+        tensor}. The sums stay on the device, so that nothing waits for a GPU."""
+        self.steps += 1
+        values = {name: part.detach().double() for name, part in parts.items()}
+        values = {"loss": sum(values.values()), **values}
+        for name, value in values.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0.0) + value
+
+    def mean_losses(self):
+        """Returns the means of the losses of the current epoch so far, {name: number}. Raises
+        UserError when the loss is not finite."""
+        self.loss_sums = {name: float(total) for name, total in self.loss_sums.items()}
+        means = {name: total / self.steps for name, total in self.loss_sums.items()}
+        if not math.isfinite(means["loss"]):
+            text = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+            raise UserError(f"epoch {len(self.history) + 1}, step {self.steps}: the loss is not "
+                            f"finite ({text}); the last checkpoint, if there is one, is not "
+                            "affected; try a smaller --lr")
+        return means
+
+    def save(self):
+        """Writes last.pt and log.csv. Raises UserError when a weight is not finite."""
+        if not all(p.isfinite().all() for p in self.states["model"].parameters()):
+            raise UserError(f"epoch {self.current_epoch()}: the weights are not finite; the last "
+                            "checkpoint, if there is one, is not affected; try a smaller --lr")
+        if process_rank() == 0:
+            states = {name: target.state_dict() for name, target in self.states.items()}
+            with without_interrupts():
+                with replacing(self.checkpoint_file) as file:
+                    torch.save({"script": self.args.script, "args": vars(self.args),
+                                "num_classes": self.num_identities, "history": self.history,
+                                "progress": (self.steps, self.loss_sums), **states}, file)
+                save_rows(self.history, self.log_file)
+                self.write_tensorboard()
+
+    def start_tensorboard(self):
+        """Opens the log for TensorBoard, or says that it is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            print(f"--tensorboard: not available ({first_line(error)}); the training continues "
+                  "without it", flush=True)
+            return
+        # purge_step=0 hides the points of an earlier process: all rows are written again
+        self.tensorboard = SummaryWriter(self.args.output, purge_step=0)
+        self.write_tensorboard()
+
+    def write_tensorboard(self):
+        """Writes the new rows of the history for TensorBoard. The last row is written again next
+        time, because its test may not be done yet."""
+        if self.tensorboard is None:
+            return
+        for row in self.history[self.num_logged:]:
+            for key in row.keys() - {"epoch"}:
+                if row[key] != "":
+                    self.tensorboard.add_scalar(key, row[key], row["epoch"])
+            self.tensorboard.flush()
+            self.num_logged = row["epoch"] - 1
+
+    def test_is_due(self, epoch):
+        """Whether this epoch, which is complete, ends with a test: the last one and every
+        --eval-every epochs, unless it was tested already."""
+        is_last = epoch == self.args.epochs
+        is_due = is_last
+        if self.args.eval_every:
+            is_due = is_last or epoch % self.args.eval_every == 0
+        if not self.can_be_tested:  # the features can be exported all the same, at the end
+            is_due = is_last and self.args.export is not None
+        return is_due and self.history[-1]["mAP"] == ""
+
+    def test(self, model, dataset, split, metric):
+        """Tests the network, adds the result to the row of the epoch if there is one, and returns
+        it; {} where no query has a match.
+
+        Args:
+            model: the network.
+            dataset: a `Dataset`.
+            split: function (n, T) that cuts a tracklet into clips, SPLIT of a script.
+            metric: "cosine" or "euclidean", METRIC of a script.
+        """
+        args = self.args
+        of_an_epoch = self.states and self.history
+        if of_an_epoch:
+            self.origin = f"after epoch {len(self.history)}"
+        if not self.can_be_tested and not args.export:
+            if "evaluate" in args.chosen:
+                raise UserError(f"{args.data} in {args.root}: {NO_MATCH}; with --export the "
+                                "features are written all the same")
+            return {}  # the last part of a training, which has to do without its test
+        is_last = args.evaluate or len(self.history) == args.epochs
+        result = evaluate(model, dataset, split_clips=split, clip_length=args.frames,
+                          size=self.size, metric=metric, use_rerank=args.rerank,
+                          label=f"{args.variant}, {self.origin}",
+                          export_folder=args.export if is_last else None, **self.extraction)
+        if result and of_an_epoch:
+            self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
+            self.save()
+            raise_if_stopped()
+        elif result and args.evaluate and not self.origin.startswith("untrained"):
+            self.print_with_paper(result)
+        return result
+
+    def print_with_paper(self, result):
+        """Prints the result of a trained network next to that in the paper for its variant."""
+        print(f"{self.args.variant} on {self.args.data}, {self.origin}: mAP {result['mAP']:.1f}, "
+              f"rank-1 {result['rank-1']:.1f}; {in_the_paper(self.paper_result)}", flush=True)
+
+    def finish(self):
+        """Prints the last epoch's result next to that in the paper, and returns it."""
+        result = self.history[-1]
+        if result["mAP"] != "":
+            self.origin = f"after epoch {len(self.history)}"
+            self.print_with_paper(result)
+        return result
 
 
 @contextlib.contextmanager
-def writing():
-    """The block, which takes a second or two, is not cut short by a second Ctrl-C."""
-    global _writing
-    _writing = True
+def setting_up(args):
+    """A context in which the data set and the network are made: the first process of each machine
+    runs it before the others do, because it may download weights or make data. The file of
+    --weights is read before it, and what goes wrong with the settings or a download becomes a
+    UserError.
+
+    args: the settings; `args.weights` holds the state_dict inside the context.
+    """
+    weights = args.weights
+    cache = Path(torch.hub.get_dir(), "checkpoints")
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if world_size() > 1 and not is_first:
+        dist.barrier()
+    if not args.resume:  # a checkpoint brings its own weights
+        if weights not in ("imagenet", "none"):
+            args.weights = backbone_weights(weights)  # `resnet50` takes a state_dict, too
+        elif weights == "imagenet" and (cache / IMAGENET_FILE).exists():
+            load_file(cache / IMAGENET_FILE)  # compares checksums, which torchvision does not do
     try:
-        yield
-    finally:
-        _writing = False
-
-
-def own_group(_):
-    """worker_init_fn: a signal to the group of a run's processes is not for loaders' workers."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
-def stop_asked():
-    """The signal that asked any of the processes to stop, or 0; all of them call it together."""
-    if world() == 1:
-        return _asked
-    asked = torch.tensor(_asked, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return int(asked)
-
-
-def tell_torchrun(line):
-    """torchrun prints some fifty lines when a process ends with an error. It quotes, as the last
-    one, what the first process that failed wrote into the file that it names: here our line."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": int(time.time())}}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": told}))
-
-
-def command_line(main):
-    """Runs a script's main(). What a user can cause ends in one line and an exit code."""
-    if os.environ.get("RANK", "0") != "0":  # only the first process prints
-        sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
-    code, again = 2, "the same command with --resume goes on"
-    try:
-        main()
-        sys.stdout.flush()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
-    except UserError as error:
-        message = str(error)
-        if any(word.startswith(("--local-rank", "--local_rank")) for word in sys.argv[1:]):
-            message = ("python -m torch.distributed.launch adds --local-rank, which this script "
-                       "does not take: use torchrun in its place, with the same flags")
-    except Stop as stop:
-        code = 128 + stop.args[0]
-        message = f"stopped by {signal.Signals(*stop.args).name}; {again}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code, message = 141, "ended, because its output is read no more"
-    except (RuntimeError, MemoryError) as error:
-        # when a loader process was killed the cause tells by what
-        says = f"{error} {error.__cause__}".lower()
-        if isinstance(error, MemoryError) or "out of memory" in says or "cpuallocator" in says:
-            message = "out of memory: use fewer --ids or --clips, smaller frames, or --amp"
-        elif "open files" in says or "ancdata" in says:
-            code, message = 1, ("the loader processes need more open files than are allowed: use "
-                                "fewer --workers, or raise the limit (ulimit -n 4096); "
-                                f"{again}, from the last checkpoint")
-        elif re.search("bus error|shared memory|file </torch_", says):
-            code, message = 1, ("a loader process found no room in the shared memory, through "
-                                "which batches come: use fewer --workers, or give it more (docker "
-                                f"run --shm-size 8g); {again}, from the last checkpoint")
-        elif re.search(r"dataloader worker \(pid.*(killed by signal|exited unexpectedly)", says):
-            code, why = 1, "a loader process was killed, out of memory perhaps: use fewer --workers"
-            if _asked:  # the signal was sent to every process
-                code, why = 128 + _asked, f"stopped by {signal.Signals(_asked).name} in a step"
-            message = f"{why}; {again}, from the last checkpoint"
-        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in says):
-            code, message = 1, f"another process is gone ({first_line(error)})"
-        else:
+        with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports a download to stderr
+            yield
+    except ValueError as error:
+        raise UserError(f"{error}; check {SIZE_FLAGS}") from None
+    except (OSError, RuntimeError) as error:
+        # what torch.hub raises: no connection, no room, another checksum
+        of_the_file = isinstance(error, OSError) or "hash" in str(error)
+        if args.resume or weights != "imagenet" or not of_the_file:
             raise
-    process = rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
-        # A refused setting is refused by all processes. The first one of a machine says it, and
-        # torchrun ends the others, which wait for that: if another process ended sooner, torchrun
-        # would end the first one before it says anything.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
-    line = Path(sys.argv[0]).name + (f": process {process}: " if process else ": ") + message
-    print(printable(line), file=sys.stderr, flush=True)
-    tell_torchrun(printable(line))
-    sys.stdout.flush()
-    if dist.is_initialized():
-        os._exit(code)  # the usual end can wait for processes gone
-    sys.exit(code)
+        raise UserError(f"--weights {weights}: the weights of torchvision's ResNet-50 are not "
+                        f"available ({first_line(error)}): put {IMAGENET_FILE} into {cache}, name "
+                        "the file with --weights, or use --weights none (for the checkpoint of a "
+                        "run there is --resume)") from None
+    finally:
+        args.weights = weights
+    if world_size() > 1 and is_first:
+        dist.barrier()
 
 
-# -------------------------------------------------------------------------------------------- files
+IMAGENET_FILE = "resnet50-0676ba61.pth"  # what torchvision downloads for --weights imagenet
 
-class Release:
-    """Trained weights that the authors of a paper offer for download, and what they need.
+
+def prepare_network(model, args, device, *, synchronized, checkpoint, authors_release):
+    """Moves a network to the device, in channels_last, and loads the weights of --resume or --init.
+    Returns it, and how it was trained in words.
 
     Args:
-        read: a function of a state_dict -> (the row of the script that it is, the settings of the
-            recipe that its shapes give, the state_dict in the script's names), or None where the
-            state_dict is not of the authors' release.
-        chunk: {data set: length of the pieces into which it cuts training tracklets}, where it is
-            not that of data.CHUNK.
-        settings: what --release sets in the recipe, beside the form of the modules.
+        model: the network, new.
+        args: the settings of the run.
+        device: the torch device.
+        synchronized: True makes BatchNorm take its statistics over the batches of all processes.
+        checkpoint: that of --resume, or None.
+        authors_release: the script's `Release`, or None.
+    """
+    print(f"{args.variant}: {costs_in_words(model, args)}")
+    if synchronized:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for layer in model.to(device).modules():
+        if isinstance(layer, torch.nn.Conv2d):  # the format is for weights of four dimensions
+            layer.to(memory_format=torch.channels_last)
+    if checkpoint:
+        restore(args.resume, checkpoint, model=model)
+        return model, trained_for(checkpoint)
+    if args.init:
+        load_matching_weights(args.init, model, authors_release, args)
+        return model, f"from {printable(args.init)}"
+    return model, printable(getattr(model, "origin", "untrained"))
+
+
+def compile_if_possible(model, device):
+    """Compiles a network with torch.compile, or says why this machine cannot."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))  # a small trial
+        model.compile()
+    except Exception as error:  # torch.compile raises many kinds of exceptions
+        print(f"--compile: failed ({first_line(error)}); the run continues without it", flush=True)
+
+
+def name_trained_networks(args):
+    """Prints that an untrained network is evaluated, and the checkpoints in the output folder of
+    these settings: one of them may be what the user had in mind."""
+    print(f"{args.variant} is untrained here, because --resume was not given", flush=True)
+    folder = Path(args.output)
+    for last in sorted([*folder.glob("last.pt"), *folder.glob("*/last.pt")]):
+        name = printable(last)
+        print(f"  {name} holds a trained network: take it with --resume {name}", flush=True)
+
+
+def warn_without_triplets(args):
+    """Prints that losses which compare clips of an identity are 0 with --clips 1."""
+    if args.clips > 1 or "margin" not in args or vars(args).get("loss") == "xent":
+        return
+    are_zero = "the triplet loss is"
+    if vars(args).get("lambda2"):
+        are_zero = "the triplet loss and L_mi are"
+    print(f"--clips 1: {are_zero} 0, because no batch has two clips of an identity to compare",
+          flush=True)
+
+
+def make_sampler(sampler, pids, args):
+    """Returns the batches of a training, an object of the script's class `sampler`.
+
+    pids: the identities of the training tracklets; args: the settings.
+    """
+    options = {}
+    if "epoch" in args:  # what an epoch shows, a setting of some recipes
+        options["shows"] = args.epoch
+    return sampler(pids, args.ids, args.clips, seed=args.seed, rank=process_rank(),
+                   world=world_size(), **options)
+
+
+class RandomStates:
+    """The states of torch's random generators, on the CPU and on all GPUs, as a checkpoint holds
+    them: a list, of the CPU first."""
+
+    def state_dict(self):
+        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+    def load_state_dict(self, states):
+        of_cpu, *of_gpus = states
+        torch.set_rng_state(of_cpu)
+        torch.cuda.set_rng_state_all(of_gpus[:torch.cuda.device_count()])  # there may be fewer now
+
+
+def trained_for(checkpoint):
+    """Returns how long the network of a checkpoint was trained, in words."""
+    if checkpoint.get("release"):
+        return "the authors' release"
+    epochs = len(checkpoint["history"])
+    steps, _ = checkpoint.get("progress", (0, {}))
+    if steps:
+        return f"after {steps} steps of epoch {epochs + 1}"
+    if epochs:
+        return f"after epoch {epochs}"
+    return "untrained"
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+# last.pt of a run is a dict: script; args, the settings; num_classes; history, the rows of log.csv;
+# progress, (steps of the next epoch, their sums of losses); and the states of model, optimizer,
+# scheduler and random.
+
+class Release:
+    """Trained weights that the authors of a paper offer for download, and how they become a
+    checkpoint of the script.
+
+    Args:
+        read: function of a state_dict that returns (variant, settings that follow from the shapes,
+            state_dict in the script's names), or None if it is not of the authors' release.
+        chunk: {data set: length of the pieces into which the release cuts training tracklets},
+            where it is not that of data.CHUNK.
+        settings: what --release sets in the recipe, besides the form of the modules.
     """
 
     def __init__(self, read, *, chunk=None, **settings):
@@ -577,18 +1738,20 @@ class Release:
         self.chunk = chunk or {}
         self.settings = settings
 
-    def checkpoint(self, file, script):
-        """The contents of a file as a checkpoint of this script, or None where it is none of the
-        authors' release."""
+    def to_checkpoint(self, file, script):
+        """Returns the contents of a file, a dict, as a checkpoint of a script, or None if it is not
+        of the authors' release."""
         state = state_dict_in(file)
-        found = None
-        if all(map(torch.is_tensor, state.values())):
-            found = without_prefix(state, lambda part: self.read(part) is not None)
-        if found is None:
+        if not all(map(torch.is_tensor, state.values())):
             return None
-        variant, shaped, model = self.read(found)
-        args = {"data": "mars", "root": FLAGS["root"][0], "variant": variant, "small": False,
-                **self.settings, **shaped, "release": True}
+        state = without_prefix(state, lambda part: self.read(part) is not None)
+        if state is None:
+            return None
+        variant, inferred, model = self.read(state)
+        args = {"data": "mars", "root": FLAGS["root"].default, "variant": variant, "small": False}
+        args.update(self.settings)
+        args.update(inferred)
+        args["release"] = True
         return {"script": script, "args": args, "num_classes": len(model["classifier.weight"]),
                 "history": [], "model": model, "release": True}
 
@@ -599,8 +1762,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "network",
 
 
 def state_dict_in(file):
-    """The state_dict in what a file holds: the usual dictionaries around it are opened."""
-    for _ in range(9):  # anything can be in a file, a dictionary that holds itself, too
+    """Returns the state_dict in the contents of a file, a dict: the usual wrappers are opened."""
+    for _ in range(9):  # not forever: a file may hold a dict that holds itself
         wrapped = [file[name] for name in WRAPPERS if isinstance(file.get(name), dict)]
         if wrapped:
             file = wrapped[0]
@@ -608,8 +1771,9 @@ def state_dict_in(file):
 
 
 def without_prefix(state, fits):
-    """The part of a state_dict for which the function `fits` is true, or None: all of it, or what
-    has a prefix in common, such as "module." or "backbone.", without the prefix."""
+    """Returns the part of a state_dict for which the function `fits` is true, or None. A part is
+    all of it, or the entries with a common prefix, such as "module." or "backbone.", without this
+    prefix."""
     parts = [state]
     while parts:
         for part in parts:
@@ -628,121 +1792,175 @@ def without_prefix(state, fits):
 
 
 def difference(state, own):
-    """In words, how a state_dict differs from the network's own: the first name that only one of
-    them has, or the first shape."""
-    says = []
-    for name in [name for name in state if name not in own][:1]:
-        says.append(f"it has {name!r}, which the network has not")
-    for name in [name for name in own if name not in state][:1]:
-        says.append(f"it lacks {name!r}")
-    if not says:
-        for name, value in own.items():
-            theirs, ours = getattr(state[name], "shape", None), value.shape
-            if theirs != ours:
-                has = "no shape" if theirs is None else f"the shape {list(theirs)}"
-                return f"its {name!r} has {has}, that of the network {list(ours)}"
-    return ", and ".join(says)
+    """Returns how a state_dict differs from `own`, that of the network, in words: the first name
+    that only one of them has, or the first shape that is different; "" for no difference."""
+    more = [name for name in state if name not in own]
+    missing = [name for name in own if name not in state]
+    differences = []
+    if more:
+        differences.append(f"it has {more[0]!r}, which the network does not have")
+    if missing:
+        differences.append(f"it lacks {missing[0]!r}")
+    if differences:
+        return ", and ".join(differences)
+    for name, value in own.items():
+        shape = getattr(state[name], "shape", None)
+        if shape != value.shape:
+            has = "no shape" if shape is None else f"the shape {list(shape)}"
+            return f"its {name!r} has {has}, that of the network {list(value.shape)}"
+    return ""
 
 
 def backbone_weights(path):
-    """The state_dict in a file of --weights, in the names of torchvision's ResNet-50, without its
-    classifier; prints what else is in the file. UserError when it does not fit."""
+    """Returns the state_dict in a file of --weights, in the names of torchvision's ResNet-50 and
+    without its classifier. Prints what else is in the file; raises UserError if it does not fit."""
     with torch.device("meta"):
         net = torchvision.models.resnet50()
     own = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
     layers = {name.partition(".")[0] for name in own}
-    needed = {name for name in own if not name.endswith("num_batches_tracked")}  # old files: none
+    # files of old versions of torch have no num_batches_tracked
+    required = {name for name in own if not name.endswith("num_batches_tracked")}
     everything = state_dict_in(load_file(path))
-    state = (without_prefix(everything, lambda part: needed <= part.keys())
-             or without_prefix(everything, lambda part: "conv1.weight" in part) or everything)
-    theirs, others = {}, []
+    state = without_prefix(everything, lambda part: required <= part.keys())
+    if state is None:  # for the message: the part that comes closest
+        state = without_prefix(everything, lambda part: "conv1.weight" in part) or everything
+    weights = {}
+    unused = []
     for name, value in state.items():
         first = str(name).partition(".")[0]
         if first in layers:
-            theirs[name] = value
+            weights[name] = value
         elif first != "fc":
-            others.append(first)
-    wrong = difference(theirs, {name: own[name] for name in own if name in needed | theirs.keys()})
+            unused.append(first)
+    expected = {name: value for name, value in own.items() if name in required or name in weights}
+    wrong = difference(weights, expected)
     if wrong:
         raise UserError(f"--weights {path}: does not fit torchvision's ResNet-50: {wrong} (the "
                         f"first entry of the file is {next(iter(everything), None)!r})")
     prefix = next(str(name).removesuffix("conv1.weight") for name, value in everything.items()
                   if value is state["conv1.weight"])
-    names = map(str, everything)
-    others += [name.partition(".")[0] for name in names if not name.startswith(prefix)]
-    if others:
-        parts = textwrap.shorten(", ".join(dict.fromkeys(others)), 160)
-        print(f"--weights {path}: not taken from it: {parts}")
-    return theirs
+    for name in map(str, everything):
+        if not name.startswith(prefix):
+            unused.append(name.partition(".")[0])
+    if unused:
+        names = textwrap.shorten(", ".join(dict.fromkeys(unused)), 160)
+        print(f"--weights {path}: in the file, but not used: {names}")
+    return weights
 
 
-def read_checkpoint(path, script, release):
-    """The contents of a file that a run of ours, or where there is one the authors' release, has
-    written, as a checkpoint of ours."""
-    file = load_file(path)
-    file.pop("release", None)  # a run does not write it: it marks what was read below
-    try:
-        return (release and release.checkpoint(file, script)) or file
-    except Exception:  # anything can be in a file
-        raise UserError(f"{path}: has the names of the authors' release, but another form"
-                        ) from None
+def read_checkpoint(path, *, script, release):
+    """Returns the contents of a file, a dict. A file of the authors' release is converted to a
+    checkpoint of the script; anything else is neither converted nor checked.
 
-
-def load_checkpoint(path, script, rows, flags, but, training=True, release=None, *, recipe, given):
-    """A checkpoint of `script`, as a run writes it, with these flags, but for those in `but`.
-
-    recipe: that of the script; given: the names of the flags that the user has given, which fill in
-    what a file of an earlier version lacks.
+    script: the file name of the script; release: its `Release`, or None.
     """
-    checkpoint = read_checkpoint(path, script, release)
+    file = load_file(path)
+    file.pop("release", None)  # no run writes this entry: it marks what is converted below
+    if release is None:
+        return file
     try:
-        model = checkpoint["model"] = state_dict_in({"model": checkpoint["model"]})
-        saved, classes = checkpoint["args"], checkpoint["num_classes"]
-        history, columns = checkpoint["history"], []
-        steps, totals = checkpoint.get("progress", (0, {}))
-        values = [value for row in history for value in row.values() if value != ""]
-        if history:
-            columns = ["epoch", "lr", *[*history[0]][2:-2], "mAP", "rank-1"]
-            if "loss" not in columns or not totals.keys() <= {*columns}:
-                raise ValueError
-        if not (checkpoint["script"] == script and saved["data"] in DATA_SETS
-                and saved["variant"] in rows and isinstance(saved["root"], str)
-                and [row["epoch"] for row in history] == [*range(1, len(history) + 1)]
-                and all([*row] == columns for row in history)
-                and all(isinstance(v, (int, float)) for v in [steps, *totals.values(), *values])
-                and (not model or classes in [len(w) for w in model.values() if w.dim()])):
-            raise ValueError
-    except Exception:  # anything can be in a file
-        says = f"{path}: not a checkpoint of {script}, as a run writes it"
+        converted = release.to_checkpoint(file, script)
+    except Exception:  # the tensors may have any names and shapes
+        raise UserError(f"{path}: looks like a file of the authors' release, but its tensors have "
+                        "other names or shapes") from None
+    return file if converted is None else converted
+
+
+def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, given, for_training=True,
+                    release=None):
+    """Returns a checkpoint of a script whose contents and settings are checked. Its `args` are the
+    settings that a run takes from it.
+
+    Args:
+        path: the file, last.pt of a run or, with a `release`, that of the authors.
+        script: the file name of the script.
+        recipe, rows: RECIPE and ROWS of the script.
+        expected: settings {name: value} that must be those of the checkpoint, if it has them.
+        may_differ: names of settings that need not be.
+        given: names of the flags that the user has given, which fill in what a checkpoint of an
+            earlier version lacks.
+        for_training: whether the states of the optimiser and so on must be there.
+        release: the script's `Release`, or None.
+
+    Raises UserError for anything else in the file.
+    """
+    checkpoint = read_checkpoint(path, script=script, release=release)
+    try:
+        checkpoint["model"] = state_dict_in({"model": checkpoint["model"]})
+        is_ours = is_checkpoint(checkpoint, script, rows)
+    except Exception:  # the file may hold any objects
+        is_ours = False
+    if not is_ours:
+        message = f"{path}: not a checkpoint of {script}"
         if "args" not in checkpoint:
             first = next(iter(state_dict_in(checkpoint)), None)
-            says += f" (its first entry is {first!r}); weights without settings go to --init"
-        raise UserError(says) from None
-    checkpoint["args"] = settings_of(path, checkpoint, recipe, rows, given)
-    saved = checkpoint["args"]
-    if training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
-        raise UserError(f"{path}: holds the network only: it can be evaluated, not trained further "
-                        "(--init starts another training from it)")
-    for key in sorted(flags.keys() & saved.keys() - but):
-        if flags[key] != saved[key]:
-            raise UserError(f"{path}: was trained with {typed(key, saved[key])}, not "
-                            f"{typed(key, flags[key])}")
+            message += f" (its first entry is {first!r}); weights without settings go to --init"
+        raise UserError(message)
+    saved = checkpoint["args"] = settings_in(path, checkpoint, recipe=recipe, rows=rows,
+                                             given=given)
+    if for_training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
+        raise UserError(f"{path}: holds the network only, so that it can be evaluated but not "
+                        "resumed; --init starts a new training from it")
+    for name in sorted((expected.keys() & saved.keys()) - may_differ):
+        if expected[name] != saved[name]:
+            raise UserError(f"{path}: was trained with {as_flag(name, saved[name])}, not "
+                            f"{as_flag(name, expected[name])}")
     return checkpoint
 
 
-def settings_of(path, checkpoint, recipe, rows, given):
-    """The settings in a checkpoint that a run takes from it, each of which must be a value that its
-    flag takes; UserError otherwise, and when one of the recipe is neither in the file nor among the
-    flags that are given. The authors' release has few settings: it takes those of the recipe."""
-    saved, kinds = checkpoint["args"], flag_kinds(recipe, rows)
-    taken = {key: saved[key] for key in kinds if key in saved and key not in HERE}
-    for key, value in taken.items():
-        absent = value is None and (key == "init" or key in recipe and recipe[key][0] is None)
-        if not (absent or is_taken(kinds[key], value)) or (key, value) == ("split", "all"):
-            says = textwrap.shorten(repr(value), 60)
-            raise UserError(f"{path}: its setting {key} is {says}, which {typed(key, ())} does not "
-                            "take")
-    missing = [typed(key, ()) for key in recipe if key not in saved and key not in given]
+def is_checkpoint(file, script, rows):
+    """Whether a file holds what a run of the script writes. The settings in `args`, but for a few,
+    and the states are checked later. Raises exceptions of any kind for other contents."""
+    args = file["args"]
+    if file["script"] != script or args["variant"] not in rows:
+        return False
+    if args["data"] not in DATA_SETS or not isinstance(args["root"], str):
+        return False
+    steps, loss_sums = file.get("progress", (0, {}))
+    numbers = [steps, *loss_sums.values()]
+    num_classes = file["num_classes"]
+    history = file["history"]
+    if not isinstance(history, (list, tuple)):
+        return False
+    if history:
+        losses = [*history[0]][2:-2]
+        columns = ["epoch", "lr", *losses, "mAP", "rank-1"]
+        if "loss" not in losses or not loss_sums.keys() <= {*columns}:
+            return False
+        for epoch, row in enumerate(history, 1):
+            if [*row] != columns or row["epoch"] != epoch:
+                return False
+            numbers += [value for value in row.values() if value != ""]
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        return False
+    model = file["model"]
+    if model and num_classes not in [len(w) for w in model.values() if w.dim()]:
+        return False
+    return True
+
+
+def settings_in(path, checkpoint, *, recipe, rows, given):
+    """Returns the settings in a checkpoint that a run takes from it, {name: value}.
+
+    Raises UserError for a value that the flag of the setting does not take, and when a setting of
+    the recipe is neither in the checkpoint nor among the names of flags in `given`. A file of the
+    authors' release has few settings: the others are those of the recipe.
+    """
+    saved = checkpoint["args"]
+    taken = {}
+    for name, action in flag_actions(recipe, rows).items():
+        if name not in saved or name in NOT_RESTORED:
+            continue
+        value = saved[name]
+        may_be_none = name == "init" or name in recipe and Setting(*recipe[name]).paper is None
+        is_absent = value is None and may_be_none
+        is_all_splits = name == "split" and value == "all"  # which no single run has
+        if is_all_splits or not (is_absent or can_be_given(action, value)):
+            shown = textwrap.shorten(repr(value), 60)
+            raise UserError(f"{path}: its setting {name} is {shown}, which {as_flag(name)} does "
+                            "not take")
+        taken[name] = value
+    missing = [as_flag(name) for name in recipe if name not in saved and name not in given]
     if missing and not checkpoint.get("release"):
         raise UserError(f"{path}: lacks settings that an earlier version did not have: give them "
                         f"as flags, {' '.join(missing)}, with the values of that run (in Python as "
@@ -750,98 +1968,184 @@ def settings_of(path, checkpoint, recipe, rows, given):
     return taken
 
 
-def alike(a, b):
-    """Whether a has the form of b: the same types and lengths, and the keys of b."""
-    if isinstance(b, dict):
-        a, b = [a.get(key) for key in b], [*b.values()]
-    if isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return isinstance(a, type(b)) or a is None and b is True  # fused, of older checkpoints
+def same_structure(value, reference):
+    """Whether a value has the types and lengths of a reference, also inside its lists and dicts. A
+    dict may have more keys than that of the reference."""
+    if isinstance(reference, dict):
+        value = [value.get(key) for key in reference]
+        reference = [*reference.values()]
+    if isinstance(reference, (list, tuple)):
+        return len(value) == len(reference) and all(map(same_structure, value, reference))
+    if value is None and reference is True:
+        return True  # `fused` of the optimiser in older checkpoints
+    return isinstance(value, type(reference))
 
 
 def restore(path, checkpoint, **objects):
-    """load_state_dict of each object from the checkpoint; UserError when one does not fit."""
+    """Loads the states in a checkpoint into objects of the same names. Raises UserError when one
+    does not fit. path: the file, for the message."""
     for name, target in objects.items():
-        own, state = target.state_dict(), checkpoint[name]
+        state = checkpoint[name]
         wrong = ""
         try:
+            own = target.state_dict()
             if isinstance(target, torch.nn.Module):
                 state = without_prefix(state, lambda part: part.keys() == own.keys()) or state
                 wrong = difference(state, own)
             target.load_state_dict(state)
-            shapes = [(value.shape, p.shape) for p, state in getattr(target, "state", {}).items()
-                      for value in state.values() if value is not None]
-            if not (alike(target.state_dict(), own) and all(a in ((), b) for a, b in shapes)):
-                raise ValueError("other types or shapes than a run writes")
-        except Exception as error:  # a state of another network raises many kinds
-            says = wrong or last_line(error)
-            raise UserError(f"{path}: its {name} does not fit ({says})") from None
+            check_restored(target, own)
+        except Exception as error:  # a state of another network raises many kinds of exceptions
+            reason = wrong or last_line(error)
+            raise UserError(f"{path}: its {name} does not fit ({reason})") from None
 
 
-def start_from(path, model, release=None, args=None):
-    """Loads into the network what a file has of its names and shapes, and prints the rest. The file
-    is a run's last.pt, one of the authors' release, or holds weights alone. The classifier is taken
-    only from a run on the data set and the split of args: elsewhere the identities are others."""
-    file = read_checkpoint(path, "", release)
+def check_restored(target, own):
+    """Raises ValueError when load_state_dict has put something into an object that does not belong
+    there. own: its state_dict from before."""
+    fits = same_structure(target.state_dict(), own)
+    for parameter, state in getattr(target, "state", {}).items():  # of an optimiser
+        for value in state.values():
+            if value is not None and value.shape not in ((), parameter.shape):
+                fits = False
+    if not fits:
+        raise ValueError("other types or shapes than a run writes")
+
+
+def load_matching_weights(path, model, release=None, args=None):
+    """--init: loads the weights of a file whose names and shapes are those of the network, and
+    prints what else is in one of them.
+
+    The classifier is only taken if the file was trained on the same identities, that is on the data
+    set and the split of this run.
+
+    Args:
+        path: last.pt of a run, a file of the authors' release, or one of weights alone.
+        model: the network.
+        release: the script's `Release`, or None.
+        args: the settings of this run; None takes no classifier.
+    """
+    file = read_checkpoint(path, script="", release=release)
     own = model.state_dict()
-    theirs = part_of_network(path, file, "", own)
-    wrong = other_identities(file, args)
-    same = {name for name, value in theirs.items()
-            if name in own and getattr(value, "shape", None) == own[name].shape}
-    taken = {name: theirs[name] for name in same
-             if not (wrong and name.startswith("classifier."))}
-    if not same:
-        raise UserError(f"{path}: holds nothing of this network: {difference(theirs, own)}")
-    model.load_state_dict(taken, strict=False)
-    print(f"starting from {path}")
-    for says, names in (("as initialised", own), ("not taken from it", theirs)):
-        parts = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in taken)
-        if parts:
-            print(f"  {says}: {printable(textwrap.shorten(', '.join(parts), 160))}")
+    state = weights_with_prefix(path, file, "", own)
+    matching = {}
+    for name, value in state.items():
+        if name in own and getattr(value, "shape", None) == own[name].shape:
+            matching[name] = value
+    if not matching:
+        raise UserError(f"{path}: has no weights that fit this network: {difference(state, own)}")
     classifier = [name for name in own if name.startswith("classifier.")]
-    if classifier and not wrong and not same.issuperset(classifier):
-        wrong = "its shape is another one"
-    if classifier and wrong:
-        print(f"  the classifier is left out, because {printable(wrong)}")
+    why_not = other_identities(file, args)
+    if classifier and not why_not and not matching.keys() >= {*classifier}:
+        why_not = "its shape is different"
+    used = matching
+    if why_not:
+        used = {name: matching[name] for name in matching if not name.startswith("classifier.")}
+    model.load_state_dict(used, strict=False)
+    print(f"starting from {path}")
+    for text, names in (("keeps its initialisation", own), ("in the file, but not used", state)):
+        parts = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in used)
+        if parts:
+            print(f"  {text}: {printable(textwrap.shorten(', '.join(parts), 160))}")
+    if classifier and why_not:
+        print(f"  the classifier of the file is not used, because {printable(why_not)}")
     elif classifier:
-        print("  the classifier is kept, because the file was also trained on "
+        print("  the classifier of the file is used, because it was also trained on "
               f"{printable(identities(vars(args)))}")
 
 
 def other_identities(file, args):
-    """Why the classifier in a file is not one of the identities of a run with these args, in words;
-    "" when it is."""
+    """Returns why the identities of the classifier in a file are not those of a run with these
+    settings, in words; "" if they are."""
     saved = file.get("args")
     if file.get("release"):
         return "the authors' release does not say on which data set it was trained"
     if args is None or not isinstance(saved, dict) or "data" not in saved:
         return "the file does not say on which data set it was trained"
-    theirs, ours = identities(saved), identities(vars(args))
-    return "" if theirs == ours else f"the file was trained on {theirs}, and this run is on {ours}"
+    theirs = identities(saved)
+    ours = identities(vars(args))
+    if theirs == ours:
+        return ""
+    return f"the file was trained on {theirs}, and this run is on {ours}"
 
 
-def identities(settings):
-    """Whose identities a run has with these settings, in words: those of a data set, of its split
-    where it has several, and of a folder where the data set's name alone does not say it."""
-    data = settings["data"]
+def identities(values):
+    """Returns whose identities a run with these settings {name: value} has, in words: the data set,
+    with its split if it has several, and with its folder if its name does not tell them."""
+    data = values["data"]
     if data in SPLIT_SETS:
-        return f"{data}, split {settings.get('split')}"
+        return f"{data}, split {values.get('split')}"
     if data in ("folder", "synthetic"):
-        return f"{data} in {os.path.abspath(str(settings.get('root')))}"
+        return f"{data} in {os.path.abspath(str(values.get('root')))}"
     return str(data)
 
 
+def weights_with_prefix(path, checkpoint, prefix, names=()):
+    """Returns the weights in a checkpoint whose names start with a prefix, without the prefix.
+
+    Args:
+        path: the file, for the message.
+        checkpoint: its contents.
+        prefix: such as "streams.spatial."; "" takes all weights.
+        names: names of the network's weights. A common prefix of all names in the file, see
+            `without_prefix`, is found by them, or else by `prefix`.
+
+    Raises UserError when there are no such weights.
+    """
+    model = state_dict_in(checkpoint)
+
+    def fits(part):
+        if names:
+            return not part.keys().isdisjoint(names)
+        return any(str(name).startswith(prefix) for name in part)
+
+    part = without_prefix(model, fits) or {}
+    state = {}
+    for name, value in part.items():
+        if str(name).startswith(prefix):
+            state[str(name).removeprefix(prefix)] = value
+    if state:
+        return state
+    message = f"holds no {prefix.rstrip('.') or 'network'} of a run"
+    if names and any(map(torch.is_tensor, model.values())):
+        message = f"has no weights that fit this network: {difference(model, names)}"
+    elif model:
+        message += f" (its first entry is {next(iter(model))!r})"
+    raise UserError(f"{path}: {message}")
+
+
+def load_part(path, prefix, module=None):
+    """Returns the weights in a run's last.pt whose names start with a prefix, without the prefix,
+    and loads them into a module if one is given. Raises UserError when they do not fit."""
+    state = weights_with_prefix(path, load_file(path), prefix)
+    if module:
+        restore(path, {"network": state}, network=module)
+    return state
+
+
 def load_network(path, build, given=None, *, recipe, rows, release, script):
-    """A script's network of a checkpoint, in eval mode on the CPU; `.args` has its settings. given:
-    settings {name: value} that a file of an earlier version lacks."""
+    """Returns the network of a checkpoint, in eval mode on the CPU. Its settings are in its `args`,
+    and `origin` says how it was trained.
+
+    Args:
+        path: the file, last.pt of a run or that of the authors' release.
+        build: function (settings, number of identities) that returns the network.
+        given: settings {name: value} that a checkpoint of an earlier version lacks.
+        recipe, rows, release: RECIPE, ROWS and RELEASE of the script.
+        script: the script's file.
+
+    Raises UserError for a file that is none of these, and TypeError for settings that are not in
+    the recipe.
+    """
     given = given or {}
     if not given.keys() <= recipe.keys():
         raise TypeError(f"load takes settings of the recipe, not {', '.join(given)}")
-    checkpoint = load_checkpoint(path, Path(script).name, rows, given, set(),
-                                 training=False, release=release, recipe=recipe, given=given)
-    saved = {**given, **checkpoint["args"]}
-    row = settings(recipe, rows, saved["variant"], saved.get("small", saved["data"] == "synthetic"))
-    args = argparse.Namespace(**{**vars(row), **saved, "resume": str(path)})
+    checkpoint = load_checkpoint(path, script=Path(script).name, recipe=recipe, rows=rows,
+                                 expected=given, may_differ=set(), given=given,
+                                 for_training=False, release=release)
+    saved = checkpoint["args"]
+    small = saved.get("small", saved["data"] == "synthetic")
+    args = settings(recipe, rows, saved["variant"], small, **given)
+    vars(args).update(saved, resume=str(path))
     try:
         model = build(args, checkpoint["num_classes"])
     except ValueError as error:
@@ -849,1000 +2153,731 @@ def load_network(path, build, given=None, *, recipe, rows, release, script):
     if checkpoint["model"].get("neck.weight", torch.empty(0)).dtype == torch.float64:
         model.double()
     restore(path, checkpoint, model=model)
-    model.args, model.origin = args, trained_for(checkpoint)
+    model.args = args
+    model.origin = trained_for(checkpoint)
     return model.eval()
 
 
-# --------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------- processes, signals, exit
+# torchrun starts world_size() processes with the ranks 0, 1 and so on. Without it there is a single
+# process of rank 0.
 
-class Row:
-    """A row of a paper's table: its place and name there; the name of the row that it equals, or
-    settings of the recipe, and as printed (mAP, rank-1), None for one that is not, and COSTS."""
-
-    def __init__(self, about, same=None, **given):
-        self.about, self.same = about, same
-        self.figures = {name: given.pop(name) for name in DATA_SETS if name in given}
-        self.costs = {name: given.pop(name) for name in COSTS if name in given}
-        self.settings = given
+def world_size():
+    """Returns the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def row_of(rows, name):
-    """The row of this name, or the one that it equals."""
-    return rows[rows[name].same or name]
+def process_rank():
+    """Returns the rank of this process; that of rank 0 prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-# what the small run says of these goes before what a row says: a row's schedule is made for MARS
-SCHEDULE = ("epochs", "ids", "clips", "lr", "lr_step")
-IMAGENET = "resnet50-0676ba61.pth"  # torchvision's file of --weights imagenet
+def pick_device(gpu=None):
+    """Returns the device of this process and prints it. Under torchrun, the process joins the
+    others first.
 
-
-def changed(rows, name, small):
-    """What the row `name` changes."""
-    return {key: value for key, value in row_of(rows, name).settings.items()
-            if not (small and key in SCHEDULE)}
-
-
-def settings(recipe, rows, name, small=False, **others):
-    """The recipe, or that of the small run, with what the row `name` and `others` change."""
-    values = {key: entry[1 if small else 0] for key, entry in recipe.items()}
-    return argparse.Namespace(**{"variant": name, "resume": None, **values,
-                                 **changed(rows, name, small), **others})
-
-
-LEAST = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
-         "checkpoint_every": 1, "figure_tracklets": 1}  # of the others 0
-MOST = {"erase": 1, "frames": 1024, "ids": 4096, "clips": 4096, "height": 8192, "width": 8192,
-        "epochs": 10 ** 5, "k": 99, "kernels": 999, "resolutions": 999, "learners": 64,
-        "s_h": 999, "s_w": 999}
-ABOVE_ZERO = {"beta", "temperature"}  # their least value, 0, is not taken itself
-FLAGS = {  # beside a recipe: (what holds when the user says nothing, meaning[, choices])
-    "data": ("synthetic", "data set", tuple(DATA_SETS)),
-    "small": (None, "take the recipe of the small run (synthetic: yes; others: no)"),
-    "root": ("datasets", "folder that holds the data sets, ROOT/mars ..., or the set itself"),
-    "split": ("0", "of ilids and prid; all: in turn, with the mean", (*"0123456789", "all")),
-    "chunk": (None, "cut training tracklets into pieces of so many frames, 0: do not (data.CHUNK)"),
-    "workers": (None, "loader processes (up to 8 with a GPU, else 0)"),
-    "gpu": (None, "number of the GPU, or cpu (the first GPU, else the CPU)"),
-    "amp": (False, "bfloat16 autocast"),
-    "compile": (False, "torch.compile, where a compiler is there"),
-    "seed": (0, "of weights, batches and augmentation"),
-    "output": (None, "folder for log.csv, args.json, last.pt (runs/SCRIPT-DATA[-VARIANT])"),
-    "init": (None, "start from the network of another run, this last.pt (then --weights none)"),
-    "resume": (None, "go on with this last.pt or folder; auto, or no RESUME: with --output's"),
-    "checkpoint_every": (1, "write last.pt and log.csv after every N epochs"),
-    "eval_every": (0, "also evaluate after every N epochs; 0: at the end only"),
-    "eval_first": (None, "evaluate before the training, too (synthetic: yes; others: no)"),
-    "tensorboard": (False, "also write the log for TensorBoard, into the output folder"),
-    "rerank": (False, "k-reciprocal re-ranking in the evaluation"),
-    "evaluate": (False, "only evaluate, with --resume or as initialised"),
-    "export": (None, "evaluate (--no-evaluate: train), write features.npz, queries.csv there"),
-    "figure": (None, "only draw what the network does, into this folder"),
-    "figure_tracklets": (3, "query tracklets to draw"),
-    "figure_format": ("png", "of the pictures; pdf, svg: for papers", ("png", "pdf", "svg")),
-    "beside": (None, "last.pt of another row of the script, drawn above the first (with --figure)"),
-    "complexity": (False, "only print parameters and FLOPs of all variants"),
-    "plan": (False, "only print what would be trained and tested: the recipe, the data set, steps"),
-}
-# what a checkpoint does not say, and what may differ from it when a run goes on or is evaluated
-HERE = {"eval_first", "evaluate", "export", "figure", "figure_tracklets", "figure_format", "beside",
-        "complexity", "plan", "gpu", "workers", "resume", "compile", "output", "chosen",
-        "tensorboard"}
-GOING_ON = {*HERE, "root", "epochs", "checkpoint_every", "eval_every"}
-EVALUATED = {*FLAGS, *SCHEDULE, "erase", "weights"}
-
-
-def typed(key, value):
-    """A setting as it is typed."""
-    if isinstance(value, bool):
-        key, value = key if value else f"no_{key}", ()
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return " ".join(["--" + key.replace("_", "-"), *map(str, values)])
-
-
-PATHS = {"root", "output", "resume", "init", "export", "figure", "beside", "weights", "init_2d",
-         "join"}  # flags in which ~ is the home folder, also behind a =, where the shell leaves it
-
-
-def add_flag(group, key, default, meaning, choices=None):
-    """A flag of the kind of its default: int, float, str, bool, a tuple of one kind, or None."""
-    one = (default or [None])[0] if isinstance(default, tuple) else default
-    options = {"choices": choices, "metavar": "VARIANT" if key == "variant" else None}
-    if isinstance(one, bool) or key in ("small", "eval_first"):
-        options = {"action": argparse.BooleanOptionalAction}
-    elif isinstance(one, (int, float)) or key in ("chunk", "workers"):
-        kind = int if one is None else type(one)
-        least, most = LEAST.get(key, 0), MOST.get(key, 2 ** 31)
-
-        def number(text):
-            value = kind(text)
-            if not least <= value <= most or value == 0 and key in ABOVE_ZERO:
-                raise ValueError
-            return value
-        number.__name__ = f"{kind.__name__} of {least} to {most}"
-        if key in ABOVE_ZERO:
-            number.__name__ = f"{kind.__name__} above {least}, to {most}"
-        options["type"] = number
-    if key in PATHS:
-        options["type"] = os.path.expanduser
-    if isinstance(default, tuple):
-        options["nargs"] = "*"
-    if key == "resume":
-        options.update(nargs="?", const="auto")
-    return group.add_argument(typed(key, ()), help=meaning.replace("%", "%%"), **options)
-
-
-def flag_kinds(recipe, rows):
-    """What argparse knows of each flag, {name: its action}."""
-    parser = Parser()
-    kinds = {"variant": add_flag(parser, "variant", None, "", rows)}
-    for key, (default, *_) in recipe.items():
-        kinds[key] = add_flag(parser, key, default, "", *recipe[key][3:])
-    for key, (default, _, *choices) in FLAGS.items():
-        kinds[key] = add_flag(parser, key, default, "", *choices)
-    return kinds
-
-
-def is_taken(flag, value):
-    """Whether a value is one that this flag, an action of argparse, gives for some text."""
-    if isinstance(flag, argparse.BooleanOptionalAction):
-        return isinstance(value, bool)
-    values = [value]
-    if flag.nargs == "*":
-        if not isinstance(value, (tuple, list)):
-            return False
-        values = value
-    kind = flag.type or str
-    for one in values:
-        try:
-            if type(one) is not type(kind(str(one))) or kind(str(one)) != one:
-                return False
-            os.fsencode(str(one))
-        except ValueError:  # no number within its limits, or no text that a file name can have
-            return False
-        if one == "" or "\0" in str(one):
-            return False
-        if flag.choices is not None and one not in flag.choices:
-            return False
-    return True
-
-
-# What only a training takes from a recipe: a test or a picture has no use for it. Losses are named
-# here as the recipes name them.
-OF_A_TRAINING = {"epoch", "erase", "epochs", "lr", "lr_step", "momentum", "weight_decay", "margin",
-                 "lambda1", "temperature", "loss", "divergence", "in_stages"}
-NEEDS = {  # flag: what a command must do so that the flag has an effect in it, see below
-    **dict.fromkeys(("beside", "figure_tracklets", "figure_format"), "draws"),
-    **dict.fromkeys((*sorted(OF_A_TRAINING), "chunk", "eval_every", "checkpoint_every",
-                     "eval_first", "tensorboard"), "trains"),
-    **dict.fromkeys(("evaluate", "export", "compile"), "trains or tests"),
-    **dict.fromkeys(("init", "weights"), "starts"),
-    "seed": "draws numbers",
-    "resume": "goes on",
-}
-
-
-def refuse_without_effect(chosen, evaluate, saved, resumed):
-    """UserError for a flag that has no effect in what the command does. A flag that repeats what
-    the checkpoint says, or that says what it does not, is not refused.
-
-    chosen: the flags that the user has given; evaluate: whether nothing is trained; saved: the
-    settings in the checkpoint of --resume; resumed: whether there is one.
+    gpu: what --gpu says: the number of a GPU, also as "cuda:1", or "cpu"; None takes the first GPU,
+    under torchrun each process its own one, and the CPU if there is none. Raises UserError for a
+    device that is not there.
     """
-    draws = chosen.get("figure") is not None
-    named = chosen.get("resume") not in (None, "auto")  # not what the same command has begun
-    only = "--figure" if draws else "--evaluate" if "evaluate" in chosen else "--export"
-    holds = {  # what is needed: (whether it is there, what the line says otherwise)
-        "draws": (draws, "has no effect without --figure"),
-        "trains": (not evaluate, f"is for a training, and with {only} nothing is trained"),
-        "trains or tests": (not draws, "has no effect with --figure, which only draws"),
-        "starts": (not resumed or not evaluate and not named,
-                   "has no effect with --resume, because the network is that of the checkpoint"),
-        "draws numbers": (not resumed or not evaluate,
-                          f"has no effect with {only} and --resume: nothing is random there"),
-        "goes on": (not named or chosen.get("split") != "all",
-                    "a file has no effect with --split all, where every split has one of its own"),
-    }
-    for key, needed in NEEDS.items():
-        if key not in chosen or chosen[key] is False or key in saved and saved[key] == chosen[key]:
-            continue
-        there, says = holds[needed]
-        fills_in = resumed and key in OF_A_TRAINING and key not in saved
-        if not there and not fills_in:
-            raise UserError(f"{typed(key, ())}: {says}")
-
-
-def describe(rows):
-    """The rows of a script for --help: what they are, their figures as printed, what they set."""
-    for name, row in rows.items():
-        figures = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.figures.items()]
-        figures += [f"{figure} {COSTS[cost]}" for cost, figure in row.costs.items()]
-        sets = [typed(*setting) for setting in row.settings.items()]
-        says = [f"{name}  {row.about}", ", ".join(figures) or "no figure", " ".join(sets)]
-        if row.same:
-            says = [f"{says[0]} (the same as {row.same})"]
-        for n, line in enumerate(says):
-            yield textwrap.fill(line, 79, initial_indent="      " if n else "  ",
-                                subsequent_indent="      ", break_on_hyphens=False)
-
-
-def parse_args(recipe, rows, text, script, release=None):
-    """A script's command line; what is left out comes from --resume, the row, the recipe."""
-    first, script = next(iter(rows)), Path(script)
-    parser = Parser(
-        description=textwrap.fill(text.split("\n")[0], 79), usage="%(prog)s [--flag value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        epilog="variants: their place in the paper, mAP / rank-1 as printed, what they set:\n"
-               + "\n".join(describe(rows)))
-    group = parser.add_argument_group("recipe", "(the paper's value; that of the small run)")
-    for key, (paper, small, meaning, *choices) in recipe.items():
-        values = [" ".join(map(str, v)) if isinstance(v, tuple) else f"{v}" for v in (paper, small)]
-        values = values[0] + f"; small run {values[1]}" * (small != paper)
-        add_flag(group, key, paper, f"{meaning} ({values})", *choices)
-    group = parser.add_argument_group("run")
-    add_flag(group, "variant", None, "row of the paper's tables, see below (the first)", rows)
-    for key, (default, meaning, *choices) in FLAGS.items():
-        known = default is not None and default is not False
-        add_flag(group, key, default, meaning + f" ({default})" * known, *choices)
-    chosen = {key: tuple(value) if isinstance(value, list) else value
-              for key, value in vars(parser.parse_args()).items()}
-    for key, value in chosen.items():
-        if value == "" or isinstance(value, tuple) and "" in value:
-            raise UserError(f"{typed(key, ())}: no such file or name: the value is empty")
-    if chosen.get("complexity") and len(chosen) > 1:
-        other = next(key for key in chosen if key != "complexity")
-        raise UserError(f"{typed(other, ())}: has no effect with --complexity, which prints one "
-                        "table of all rows")
-    default = {key: value for key, (value, *_) in FLAGS.items()}
-    run = argparse.Namespace(**{**default, **chosen})
-    evaluate = chosen.get("evaluate", run.export is not None) or run.figure is not None
-    needed = {}
-    # a run that goes on does not read --init's file again: it may be gone
-    if run.init and release and (run.resume is None or os.path.exists(run.init)):
-        needed = release_settings(run.init, release, chosen)
-    data, resume = run.data, run.resume
-    variant = needed.get("variant", chosen.get("variant", first))
-    folder = f"runs/{script.stem}-{data}" + f"-{variant}" * (variant != first)
-    if data in SPLIT_SETS and run.split != "all":
-        folder += f"/split-{run.split}"
-    output, checkpoint, saved = run.output or folder, None, {}
-    if resume == "auto":
-        last = f"{output}/last.pt"
-        resume = last if evaluate or os.path.exists(last) else None
-    elif resume and os.path.isdir(resume):
-        resume += "/last.pt"
-    if resume is not None and run.split != "all":
-        but = EVALUATED if evaluate else GOING_ON | {"init", "weights", "amp", "rerank"}
-        checkpoint = load_checkpoint(resume, script.name, rows, chosen, but, not evaluate, release,
-                                     recipe=recipe, given=chosen)
-        saved = checkpoint["args"]
-        output = run.output or str(Path(resume).parent)
-        data, variant = chosen.get("data", saved["data"]), saved["variant"]
-        if data == "synthetic" and "root" not in chosen and saved["root"] != default["root"]:
-            # a folder that a file names is not made
-            load_dataset(data, saved["root"], training=False, images=False)
-    refuse_without_effect(chosen, evaluate, saved, checkpoint is not None)
-    if "split" in chosen and data not in SPLIT_SETS:
-        raise UserError(f"--split: {data} has no splits, {' and '.join(SPLIT_SETS)} have")
-    if run.split == "all" and evaluate:
-        raise UserError("--split all: is for training, not for --evaluate, --export, --figure")
-    small = chosen.get("small", saved.get("small", saved.get("data", data) == "synthetic"))
-    row = vars(settings(recipe, rows, variant, small))
-    chunk = CHUNK.get(data, 0)
-    if release:
-        chunk = release.chunk.get(data, chunk)
-    if chosen.get("release") and not saved:
-        given = changed(rows, variant, small)
-        row.update({k: v for k, v in release.settings.items() if k not in given})
-    row.update({key: value for key, value in needed.items() if key in recipe})
-    if run.init:
-        row["weights"] = "none"
-    return argparse.Namespace(**{
-        **default, "chunk": chunk, "small": small,
-        "eval_first": data == "synthetic", **row, **saved, **chosen, "resume": resume,
-        "evaluate": evaluate, "output": output, "chosen": [*chosen], "script": script.name,
-        "checkpoint": checkpoint, "released": release, "recipe": recipe,
-        "printed": row_of(rows, variant).figures.get(data)})
-
-
-def release_settings(path, release, chosen):
-    """The settings that --init needs for a file of the authors' release, of any other file none;
-    UserError when the user has chosen others."""
-    file = read_checkpoint(path, "", release)
-    needed = file["args"] if file.get("release") else {}
-    for key in sorted((chosen.keys() & needed.keys()) - {"data", "root", "small"}):
-        if chosen[key] != needed[key]:
-            raise UserError(f"--init {path}: is a network of {typed(key, needed[key])}, not "
-                            f"{typed(key, chosen[key])}")
-    return needed
-
-
-def part_of(args, rows, folder, variant=None, **changes):
-    """The arguments of a part of a run, in a folder of its own, where it goes on: with what the row
-    `variant` sets (but a schedule that the user chose) and `changes`."""
-    part = argparse.Namespace(**{**vars(args), "output": f"{args.output}/{folder}", "resume": None})
-    if variant:
-        row = changed(rows, variant, args.small)
-        vars(part).update({k: v for k, v in row.items() if k not in {*SCHEDULE} & {*args.chosen}})
-        part.variant, part.printed = variant, row_of(rows, variant).figures.get(args.data)
-    vars(part).update(changes, export=args.export and f"{args.export}/{folder}")
-    last = f"{part.output}/last.pt"
-    if os.path.exists(last):
-        part.checkpoint = load_checkpoint(last, args.script, rows, vars(part), GOING_ON,
-                                          recipe=args.recipe, given=args.chosen)
-        part.resume, epochs = last, len(part.checkpoint["history"])
-        if epochs > part.epochs:
-            raise UserError(f"{last}: has {epochs} epochs, --epochs says {part.epochs}")
-    return part
-
-
-def part_of_network(path, checkpoint, prefix, names=()):
-    """The weights in a checkpoint whose names start with prefix, without it. names: some that a
-    network has, by which a prefix of the whole is known, see `without_prefix`."""
-    model = state_dict_in(checkpoint)
-
-    def fits(part):
-        if names:
-            return not part.keys().isdisjoint(names)
-        return any(str(name).startswith(prefix) for name in part)
-    part = without_prefix(model, fits) or {}
-    state = {k.removeprefix(prefix): part[k] for k in part if str(k).startswith(prefix)}
-    if not state:
-        says = f"holds no {prefix.rstrip('.') or 'network'} of a run"
-        if names and any(map(torch.is_tensor, model.values())):
-            says = f"holds nothing of this network: {difference(model, names)}"
-        elif model:
-            says += f" (its first entry is {next(iter(model))!r})"
-        raise UserError(f"{path}: {says}")
-    return state
-
-
-def load_part(path, prefix, module=None):
-    """The weights in a run's last.pt whose names start with prefix, loaded into module, if any."""
-    state = part_of_network(path, load_file(path), prefix)
-    if module:
-        restore(path, {"network": state}, network=module)
-    return state
-
-
-def all_splits(train, args, rows):
-    """--split all: train(arguments) of the splits in turn, but for finished ones, and the mean,
-    beside the paper's figures of the row."""
-    results = []
-    for split in map(str, range(10)):
-        one = part_of(args, rows, f"split-{split}", split=split)
-        history = one.checkpoint["history"] if one.checkpoint else []
-        done = len(history) == args.epochs and history[-1]["mAP"] != ""
-        results.append(history[-1] if done else train(one))
-        print(f"split {split}: mAP {results[-1]['mAP']:.1f}   CMC-1 {results[-1]['rank-1']:.1f}"
-              f"   of {args.variant}" + " (finished before)" * done, flush=True)
-    values = np.array([[result[key] for key in ("mAP", "rank-1")] for result in results])
-    (mean_ap, first), (d_map, d_first) = values.mean(0), values.std(0, ddof=1)
-    print(f"10 splits: mAP {mean_ap:.1f} +- {d_map:.1f}   rank-1 {first:.1f} +- {d_first:.1f}"
-          f"   of {args.variant}; {in_the_paper(args.printed)}")
-
-
-def run_script(train, build, *, recipe, rows, release, text, script):
-    """What a command line asks for, of the parts of a script."""
-    args = parse_args(recipe, rows, text, script, release)
-    if args.complexity:
-        complexity_table(rows, recipe, build)
-        return
-    without_memory(build, args, 2)  # refuses settings that do not go together, before data are read
-    if args.split == "all" and not args.plan:
-        all_splits(train, args, rows)
+    num_gpus = torch.cuda.device_count()
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of them, on this machine
+    there = "no GPU was found"
+    if num_gpus:
+        there = f"there are GPUs 0 to {num_gpus - 1}"
+    if gpu is None:
+        if num_processes > 1 and 0 < num_gpus < num_here:
+            raise UserError(f"torchrun needs a GPU for each process, but here are {num_here} "
+                            f"processes and {num_gpus} GPUs: start fewer processes, or use --gpu "
+                            "cpu")
+        name = os.environ.get("LOCAL_RANK", "0") if num_gpus else "cpu"
     else:
-        train(args)
+        name = gpu.lower()
+        if name == "cuda":  # torch's name of the first GPU
+            name = "0"
+        elif name.startswith("cuda:") and name != "cuda:":
+            name = name.removeprefix("cuda:")
+        if name != "cpu" and not re.fullmatch("[0-9]+", name):
+            raise UserError(f"--gpu {gpu}: {there}; --gpu takes the number of a CUDA GPU, or cpu")
+        if num_processes > 1 and name != "cpu":
+            raise UserError(f"--gpu {gpu}: torchrun gives every process a GPU of its own: leave "
+                            "--gpu out, or use --gpu cpu")
+    if name not in ("cpu", *map(str, range(num_gpus))):
+        raise UserError(f"--gpu {gpu or name}: {there}")
+    device = torch.device("cpu" if name == "cpu" else f"cuda:{name}")
+    on_gpu = device.type == "cuda"
+    if num_processes > 1 and not dist.is_initialized():
+        if on_gpu:
+            torch.cuda.set_device(device)
+        # Long, because the other processes wait while the first one downloads weights or makes
+        # data. When a process dies, torchrun ends the others.
+        timeout = datetime.timedelta(hours=2)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    if on_gpu:
+        what = torch.cuda.get_device_name(device)
+    elif num_gpus:
+        what = f"{num_gpus} GPUs found, but not used"
+    else:
+        what = "no GPU found"
+    line = f"device: {device} ({what})"
+    if num_processes > 1:
+        line += f", {num_processes} processes"
+    print(line)
+    return device
 
 
-def without_memory(build, args, num_classes):
-    """A script's network for these settings without memory for its weights, and without those of
-    files; UserError when the settings do not go together."""
-    changes = {"weights": "none", "init_2d": None, "join": (), "evaluate": False}
+def gather(outputs):
+    """Returns the outputs of all processes, joined along the batch: a tensor, or lists and dicts of
+    tensors.
+
+    Each process then computes the loss of the whole batch, but only its own part of the outputs
+    carries gradients. The sum of the processes' gradients is that of a single process with the
+    whole batch.
+    """
+    if world_size() == 1:
+        return outputs
+    if isinstance(outputs, dict):
+        return {name: gather(part) for name, part in outputs.items()}
+    if isinstance(outputs, (tuple, list)):
+        return [gather(part) for part in outputs]
+    parts = [torch.empty_like(outputs, memory_format=torch.contiguous_format)
+             for _ in range(world_size())]
+    dist.all_gather(parts, outputs.detach().contiguous())
+    parts[process_rank()] = outputs
+    return torch.cat(parts)
+
+
+class Stop(Exception):
+    """Raised when a signal has asked a run to stop; its argument is the number of the signal."""
+
+
+_stop_signal = 0  # the signal that has asked this process to stop
+_is_writing = False  # whether a second Ctrl-C must wait, see `without_interrupts`
+
+
+def record_signals():
+    """From now on a signal to stop is only recorded, for `stop_signal`. A second Ctrl-C ends the
+    program at once, except within `without_interrupts`."""
+    def record(number, _):
+        global _stop_signal
+        is_second_ctrl_c = number == signal.SIGINT and _stop_signal == signal.SIGINT
+        if is_second_ctrl_c and not _is_writing and world_size() == 1:  # torchrun may send it twice
+            raise KeyboardInterrupt
+        if not _stop_signal:
+            _stop_signal = number
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Windows has no SIGHUP, which a closed terminal sends; nohup ignores it
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, record)
+
+
+@contextlib.contextmanager
+def without_interrupts():
+    """A context that a second Ctrl-C does not end, for writing files: that takes a second or two.
+    """
+    global _is_writing
+    _is_writing = True
     try:
-        with torch.device("meta"):
-            return build(argparse.Namespace(**{**vars(args), **changes}), num_classes)
-    except ValueError as error:
-        raise UserError(f"{error}; see --frames, --height, --width and the recipe") from None
+        yield
+    finally:
+        _is_writing = False
 
 
-def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
-    """--plan: prints what the command would train and test, without training and without images.
+def ignore_terminal_signals(_):
+    """worker_init_fn of a DataLoader: moves the worker into a process group of its own. A terminal
+    sends Ctrl-C to the whole group of a run, but its workers must live on until the end of the
+    step."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
-    sampler, split, metric, build, loss_weights: those of the script.
+
+def stop_signal():
+    """Returns the signal that has asked any of the processes to stop, or 0. All processes must call
+    it together."""
+    if world_size() == 1:
+        return _stop_signal
+    number = torch.tensor(_stop_signal, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def raise_if_stopped():
+    """Raises `Stop` when a signal has asked any of the processes to stop. All processes must call
+    it together."""
+    number = stop_signal()
+    if number:
+        raise Stop(number)
+
+
+def tell_torchrun(line):
+    """Writes the line of an error into the file that torchrun names. torchrun prints some fifty
+    lines when a process has failed, and quotes the file of the first such process at their end."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": line, "timestamp": int(time.time())}
+        error = {"message": {"message": line, "extraInfo": extra}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(error))
+
+
+def command_line(main):
+    """Runs main() of a script. An error that a user can cause ends the program with one line and an
+    exit code, in the place of a traceback."""
+    if os.environ.get("RANK", "0") != "0":  # only the first process prints
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no valid text
+    try:
+        main()
+        sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except (Exception, KeyboardInterrupt) as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        code, message = explained
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    rank = process_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+        # All processes refuse a wrong setting. The first process of a machine says so, and torchrun
+        # then ends the others, which wait here: if another process ended before it, torchrun would
+        # end the first one before it has said anything.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    who = Path(sys.argv[0]).name
+    if rank:
+        who += f": process {rank}"
+    line = printable(f"{who}: {message}")
+    print(line, file=sys.stderr, flush=True)
+    tell_torchrun(line)
+    sys.stdout.flush()
+    if dist.is_initialized():
+        os._exit(code)  # a normal exit can wait for processes that are gone
+    sys.exit(code)
+
+
+def explain(error):
+    """Returns the exit code and the message of an exception that ends a script, or None for one
+    that is a mistake in the program. Code 2: a setting or a file is wrong."""
+    resume = "the same command with --resume continues"
+    if isinstance(error, UserError):
+        if any(word.startswith(("--local-rank", "--local_rank")) for word in sys.argv[1:]):
+            return 2, ("python -m torch.distributed.launch adds --local-rank, which this script "
+                       "does not take: use torchrun with the same flags instead")
+        return 2, str(error)
+    if isinstance(error, Stop):
+        number = error.args[0]
+        return 128 + number, f"stopped by {signal.Signals(number).name}; {resume}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return 141, "stopped, because its output pipe was closed"
+    if not isinstance(error, (RuntimeError, MemoryError)):
+        return None
+    resume += " from the last checkpoint"
+    # when a loader process was killed, the cause of the exception says by what
+    text = f"{error} {error.__cause__}".lower()
+    if isinstance(error, MemoryError) or "out of memory" in text or "cpuallocator" in text:
+        return 2, "out of memory: reduce --ids, --clips, --height or --width, or use --amp"
+    if "open files" in text or "ancdata" in text:
+        return 1, ("the loader processes need more open files than are allowed: reduce --workers, "
+                   f"or raise the limit (ulimit -n 4096); {resume}")
+    if re.search("bus error|shared memory|file </torch_", text):
+        return 1, ("a loader process found no room in the shared memory, which batches pass "
+                   "through: reduce --workers, or enlarge it (docker run --shm-size 8g); "
+                   f"{resume}")
+    if re.search(r"dataloader worker \(pid.*(killed by signal|exited unexpectedly)", text):
+        if _stop_signal:  # it was sent to every process
+            name = signal.Signals(_stop_signal).name
+            return 128 + _stop_signal, f"stopped by {name} during a step; {resume}"
+        return 1, ("a loader process was killed, perhaps because memory ran out: reduce --workers; "
+                   f"{resume}")
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in text):
+        return 1, f"the connection to another process was lost ({first_line(error)})"
+    return None
+
+
+# --------------------------------------------------------------------------------------- complexity
+
+def complexity(model, T, height, width, without=()):
+    """Returns the number of learnable parameters of a network, and the multiply-adds of the
+    convolutions and matrix products for one clip in eval mode. Nothing is computed: the multiply-
+    adds are counted on the meta device.
+
+    Args:
+        model: the network, which is not changed.
+        T: number of frames in a clip.
+        height, width: size of the frames.
+        without: prefix of the names of parameters that are not counted, or a tuple of prefixes.
     """
-    splits = args.split == "all"
-    dataset = load_dataset(args.data, args.root, 0 if splits else int(args.split), args.chunk,
-                           training=not args.evaluate and args.data != "synthetic",  # draws none
-                           images=False)
-    model = without_memory(build, args, dataset.num_identities or 1)
+    on_meta = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        on_meta(torch.empty(1, T, 3, height, width, device="meta"))
+    counted = [p for name, p in model.named_parameters() if not name.startswith(without)]
+    return sum(p.numel() for p in counted), counter.get_total_flops() // 2
+
+
+def costs_in_words(model, args):
+    """Returns the parameters and the multiply-adds of a network with these settings, in words."""
     parameters, macs = complexity(model, args.frames, args.height, args.width)
-    print(f"{Path(args.script).stem} {args.variant} on {args.data}: {parameters:,} parameters, "
-          f"{macs / 1e9:.3f} GFLOPs (multiply-adds) a clip of {args.frames} frames of "
-          f"{args.height}x{args.width}")
-    print(dataset.summary())
-    if args.evaluate:
-        print("no training: only a test")
-    else:
-        batch = args.ids * args.clips
-        steps = len(make_sampler(sampler, [t.pid for t in dataset.train], args))
-        shown = f", all {args.epoch}" if "epoch" in args else ", all tracklets once"
-        print(f"an epoch: {steps:,} steps of {batch} clips{shown}: {steps * batch:,} clips, "
-              f"{steps * batch * args.frames:,} frames")
-        print(f"in all: {args.epochs:,} epochs, {steps * args.epochs:,} steps"
-              + (" for each of ten splits" if splits else ""))
-        print("learning rate:")
-        for first in range(1, args.epochs + 1, args.lr_step):
-            last = min(first + args.lr_step - 1, args.epochs)
-            rate = args.lr * 0.1 ** ((first - 1) // args.lr_step)
-            print(f"  epochs {first} to {last}: {rate:.3g}")
-        weights = loss_weights(args)
-        print("loss: " + " + ".join(f"{weight:g} x {name}" for name, weight in weights.items()
-                                    if weight))
-    tracklets = {t.frames[0]: t for t in dataset.query + dataset.gallery}.values()
-    parts = model.test_parts() if hasattr(model, "test_parts") else [(model, args.frames)]
-    clips = [split(len(t.frames), frames) for _, frames in parts for t in tracklets]
-    when = "" if args.evaluate else f" after epoch {args.epochs}"
-    if args.eval_every and not args.evaluate:
-        when += f" and every {args.eval_every} epochs"
-    print(f"test{when}: {len(dataset.query):,} queries in {len(dataset.gallery):,} gallery "
-          f"tracklets, {metric} distance; reads {len(tracklets):,} tracklets in "
-          f"{sum(map(len, clips)):,} clips of {sum(clip.size for clip in clips):,} frames")
-    print(in_the_paper(args.printed))
-    print("recipe:")
-    for key, (_, _, meaning, *_) in recipe.items():
-        value = getattr(args, key)
-        if value in (None, (), []):
-            value = "(none)"
-        print(f"  {typed(key, value):32} {meaning}")
+    return (f"{parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) for a clip of "
+            f"{args.frames} frames of {args.height}x{args.width}")
 
 
-def make_sampler(sampler, pids, args):
-    """A script's sampler for these labels of training tracklets, with the settings in args."""
-    options = {"shows": args.epoch} if "epoch" in args else {}
-    return sampler(pids, args.ids, args.clips, seed=args.seed, rank=rank(), world=world(),
-                   **options)
-
-
-# ----------------------------------------------------------------------------------- a training run
-
-class RandomStates:
-    """torch's random generators, of the GPUs that are there, too."""
-
-    def state_dict(self):
-        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-
-    def load_state_dict(self, states):
-        torch.set_rng_state(states[0])
-        torch.cuda.set_rng_state_all(states[1:][:torch.cuda.device_count()])
-
-
-def trained_for(checkpoint):
-    """For how long the network of a checkpoint was trained, in words."""
-    if checkpoint.get("release"):
-        return "the authors' release"
-    epochs, (steps, _) = len(checkpoint["history"]), checkpoint.get("progress", (0, {}))
-    if steps:
-        return f"after {steps} steps of epoch {epochs + 1}"
-    return f"after epoch {epochs}" if epochs else "untrained"
-
-
-def in_the_paper(printed):
-    """What a paper prints for a row, (mAP, rank-1) or None, in words."""
-    printed = zip(("mAP", "rank-1"), printed or ())
-    figures = ", ".join(f"{name} {value}" for name, value in printed if value is not None)
-    return f"as printed in the paper: {figures}" if figures else "the paper prints no figure"
-
-
-class Run:
-    """What a training run needs beside the paper. args: of `parse_args`; `history`: the log's rows;
-    `steps`, `totals`: those of the present epoch, and its losses' sums."""
-
-    def __init__(self, args):
-        self.printed = vars(args).pop("printed", None)
-        self.checkpoint = vars(args).pop("checkpoint", None)
-        self.release = vars(args).pop("released", None)
-        vars(args).pop("recipe", None)
-        self.args, self.device = args, pick_device(args.gpu)
-        self.cuda = self.device.type == "cuda"
-        if args.amp and self.cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-            print("--amp: this GPU has no bfloat16, it is emulated and slow", flush=True)
-        if args.workers is None:
-            args.workers = min(8, (os.cpu_count() or 1) // world()) if self.cuda else 0
-        torch.manual_seed(args.seed)
-        torch.backends.cudnn.benchmark = True  # sizes are fixed
-        self.size, self.batch = (args.height, args.width), args.ids * args.clips
-        self.extraction = dict(batch=self.batch, workers=args.workers, amp=args.amp)
-        self.last, self.log_file = Path(args.output) / "last.pt", Path(args.output) / "log.csv"
-        self.history = self.checkpoint["history"] if self.checkpoint else []
-        self.origin = "untrained"  # of the network that `prepare` is given, in words
-        self.steps, self.totals, self.states = 0, {}, {}
-        self.board, self.shown = None, 0  # TensorBoard's writer, rows that it has
-        self.can_be_tested = True  # whether any query has a match
-
-    @contextlib.contextmanager
-    def setting_up(self):
-        """The first process of each machine runs the block before the others: it may download."""
-        weights, hub = self.args.weights, Path(torch.hub.get_dir(), "checkpoints")
-        file = hub / IMAGENET if weights == "imagenet" else Path(weights)
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if world() > 1 and not first:
-            dist.barrier()
-        if not self.args.resume and weights == "imagenet" and file.exists():
-            load_file(file)  # for its checksums
-        elif not self.args.resume and weights not in ("imagenet", "none"):
-            self.args.weights = backbone_weights(file)  # which `resnet50` takes, too
-        try:
-            with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports the download there
-                yield
-        except ValueError as error:
-            raise UserError(f"{error}; see --frames, --height, --width and the recipe") from None
-        except (OSError, RuntimeError) as error:
-            # those of torch.hub: no connection, no room, another checksum
-            of_the_file = isinstance(error, OSError) or "hash" in str(error)
-            if self.args.resume or weights != "imagenet" or not of_the_file:
-                raise
-            raise UserError(f"--weights {weights}: torchvision's ResNet-50 cannot be had "
-                            f"({first_line(error)}): put {IMAGENET} into {hub}, name it, or use "
-                            "--weights none (a run's checkpoint goes to --resume)") from None
-        finally:
-            self.args.weights = weights
-        if world() > 1 and first:
-            dist.barrier()
-
-    def num_classes(self, dataset):
-        """Identities of the classifier: the data set's, or in an evaluation the checkpoint's."""
-        self.can_be_tested = dataset.has_a_match()
-        here = dataset.num_identities or 1  # an evaluation may do without a training part
-        self.num_identities = saved = self.checkpoint["num_classes"] if self.checkpoint else here
-        if not self.args.evaluate and saved != here:
-            raise UserError(f"{self.args.resume}: was trained on {saved} identities, "
-                            f"{self.args.data} has {here}")
-        return saved
-
-    def prepare(self, model):
-        """The network on the device, with the weights of --resume, and compiled with --compile."""
-        args = self.args
-        parameters, macs = complexity(model, args.frames, *self.size)
-        print(f"{args.variant}: {parameters:,} parameters, {macs / 1e9:.3f} GFLOPs (multiply-adds) "
-              f"a clip of {args.frames} frames of {args.height}x{args.width}")
-        if world() > 1 and self.cuda:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        for layer in model.to(self.device).modules():
-            if isinstance(layer, torch.nn.Conv2d):  # 5-dimensional weights cannot be
-                layer.to(memory_format=torch.channels_last)
-        if self.checkpoint:
-            restore(args.resume, self.checkpoint, model=model)
-            self.origin = trained_for(self.checkpoint)
-        elif args.init:
-            start_from(args.init, model, self.release, args)
-            self.origin = f"from {printable(args.init)}"
-        else:
-            self.origin = printable(getattr(model, "origin", self.origin))
-        if args.evaluate and not args.resume and self.origin.startswith("untrained"):
-            self.name_trained_networks()
-        if args.compile and not args.figure:
-            try:  # a small function shows whether it works
-                torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
-                model.compile()
-            except Exception as error:  # of many kinds
-                print(f"--compile: goes on without ({first_line(error)})", flush=True)
-        return model
-
-    def name_trained_networks(self):
-        """Says that an untrained network is shown, and which trained ones lie where a run of these
-        settings writes: they may be what was meant."""
-        folder = Path(self.args.output)
-        print(f"{self.args.variant} is shown untrained, because there is no --resume", flush=True)
-        for last in sorted([*folder.glob("last.pt"), *folder.glob("*/last.pt")]):
-            name = printable(last)
-            print(f"  {name} holds a trained network: --resume {name} shows it", flush=True)
-
-    def loader(self, tracklets, sampler, sample):
-        """Batches of training clips and their identities; see PKSampler, TrainClips."""
-        args, pids = self.args, [t.pid for t in tracklets]
-        sampler = make_sampler(sampler, pids, args)
-        print(f"an epoch has {len(sampler):,} steps of {self.batch} clips, {args.epochs:,} epochs "
-              f"have {args.epochs * len(sampler):,}", flush=True)
-        return torch.utils.data.DataLoader(
-            TrainClips(tracklets, sample, args.frames, self.size, erase=args.erase),
-            batch_sampler=sampler,
-            num_workers=args.workers, persistent_workers=args.workers > 0,
-            worker_init_fn=own_group, pin_memory=self.cuda, generator=torch.Generator())
-
-    def start(self, **states):
-        """Begins to train, or goes on; states: of a checkpoint. Returns this process' network."""
-        args = self.args
-        going_on = self.checkpoint and Path(args.resume).resolve() == self.last.resolve()
-        if not going_on and (self.last.exists() or self.log_file.exists()):
-            raise UserError(f"{args.output} holds a run already: go on with --resume {self.last}, "
-                            "or name another --output")
-        self.states = states = {**states, "random": RandomStates()}
-        if self.checkpoint:
-            restore(args.resume, self.checkpoint, **states)
-            self.steps, self.totals = self.checkpoint["progress"]
-            step = f", step {self.steps} of the next," * bool(self.steps)
-            print(f"going on after epoch {len(self.history)}{step} of {printable(args.resume)}")
-            if self.history:  # by an earlier process; otherwise torch warns of a schedule that
-                states["optimizer"]._opt_called = True  # goes on before the optimiser does
-        if args.clips == 1 and "margin" in vars(args) and vars(args).get("loss") != "xent":
-            zero = "the triplet loss is"
-            if vars(args).get("lambda2"):
-                zero = "the triplet loss and L_mi are"
-            print(f"--clips 1: {zero} 0, because no batch has two clips of an identity, which it "
-                  "takes to compare them", flush=True)
-        catch_signals()
-        if rank() == 0:
-            self.file = locked(self.last.with_name("args.json"), json.dumps(vars(args), indent=2))
-            if self.checkpoint:  # a kill may have left an older log
-                save_rows(self.history, self.log_file)
-            if args.tensorboard:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                    self.board = SummaryWriter(args.output, purge_step=0)  # the log is written anew
-                except ImportError as error:
-                    print(f"--tensorboard: goes on without ({first_line(error)})", flush=True)
-                self.show()
-        self.evaluates_first = args.eval_first and not self.checkpoint and self.can_be_tested
-        self.checkpoint = None  # its memory
-        model = states["model"]
-        return model if world() == 1 else torch.nn.parallel.DistributedDataParallel(model)
-
-    def epochs(self):
-        """The epochs to train; the last complete one again, for what comes behind its batches."""
-        return range(max(1, len(self.history) + bool(self.steps)), self.args.epochs + 1)
-
-    def batches(self, loader, epoch):
-        """The batches of an epoch, from the step that was reached; a signal ends the run."""
-        if epoch <= len(self.history):
-            return
-        sampler, start, first = loader.batch_sampler, time.time(), self.steps
-        if not 0 <= self.steps < len(sampler):
-            raise UserError(f"{self.args.resume}: this training set has no step {self.steps}")
-        sampler.set_epoch(epoch, self.steps)
-        with progress(what=f"epoch {epoch}/{self.args.epochs}", total=len(loader) * self.batch,
-                      unit=" clips", hidden=rank() > 0, leave=False,
-                      bar_format="{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
-                      ) as bar:
-            for batch in loader:
-                yield [part.to(self.device, non_blocking=True) for part in batch]
-                bar.update(self.batch)
-                if not self.cuda or self.steps % 10 == 0 or world() == 1 and _asked:
-                    bar.set_postfix(loss=self.means()["loss"])  # which waits for a GPU
-                    if stop_asked():  # as this does, with several processes
-                        break
-        sampler.set_epoch(epoch)
-        line = None
-        if self.steps == len(sampler):
-            row = {"lr": self.states["optimizer"].param_groups[0]["lr"], **self.means()}
-            speed = (self.steps - first) * self.batch / (time.time() - start)
-            says = "  ".join(f"{k} {v:.3g}" for k, v in row.items())
-            line = (f"epoch {epoch}/{self.args.epochs}: {says}  ({time.time() - start:.0f} s, "
-                    f"{speed:.3g} clips/s)")
-            row = {"epoch": epoch, **row, "mAP": "", "rank-1": ""}
-            if self.history and [*row] != [*self.history[0]]:
-                raise UserError(f"{self.args.resume}: its log has other columns than this training"
-                                f": {', '.join(self.history[0])}, not {', '.join(row)}")
-            self.history.append(row)
-            self.steps, self.totals = 0, {}
-        asked = stop_asked()
-        kept = (asked or epoch == self.args.epochs or self.test_is_due(epoch)
-                or epoch % self.args.checkpoint_every == 0)
-        if kept:
-            self.save()
-        elif line:
-            line += f", not in {self.last.name} yet"
-        if line:  # the epoch is done when it is kept
-            print(line, flush=True)
-        if asked := asked or stop_asked():
-            raise Stop(asked)
-
-    def backward(self, loss):
-        """Gradients of the whole batch's loss; DistributedDataParallel takes their mean."""
-        (loss * world()).backward()
-
-    def log(self, parts):
-        """Counts a step and adds up the parts of its loss, on the device: nothing waits for it."""
-        self.steps += 1
-        parts = {name: part.detach().double() for name, part in parts.items()}
-        for name, value in {"loss": sum(parts.values()), **parts}.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value
-
-    def means(self):
-        """Reads the sums of the present epoch's losses; UserError when the loss is not finite."""
-        self.totals = {name: float(total) for name, total in self.totals.items()}
-        means = {name: total / self.steps for name, total in self.totals.items()}
-        if not math.isfinite(means["loss"]):
-            says = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
-            raise UserError(f"epoch {len(self.history) + 1}, step {self.steps}: the loss is not "
-                            f"finite ({says}); last.pt, if any, is good; try a smaller --lr")
-        return means
-
-    def save(self):
-        """Writes last.pt and log.csv; refuses weights that are not finite."""
-        if not all(p.isfinite().all() for p in self.states["model"].parameters()):
-            raise UserError(f"epoch {len(self.history) + bool(self.steps)}: the weights are not "
-                            "finite; last.pt, if any, is good; try a smaller --lr")
-        if rank() == 0:
-            states = {name: target.state_dict() for name, target in self.states.items()}
-            with writing():
-                with replacing(self.last) as file:
-                    torch.save({"script": self.args.script, "args": vars(self.args),
-                                "num_classes": self.num_identities, "history": self.history,
-                                "progress": (self.steps, self.totals), **states}, file)
-                save_rows(self.history, self.log_file)
-                self.show()
-
-    def show(self):
-        """Adds the log's new rows to TensorBoard's file; the last one again, with its test."""
-        for row in self.history[self.shown:] if self.board else ():
-            for key in row.keys() - {"epoch"}:
-                if row[key] != "":
-                    self.board.add_scalar(key, row[key], row["epoch"])
-            self.board.flush()
-            self.shown = row["epoch"] - 1
-
-    def test_is_due(self, epoch):
-        """After the last epoch and every --eval-every epochs, when it was not tested before."""
-        every = self.args.eval_every
-        due = epoch == self.args.epochs or every and epoch % every == 0
-        if not self.can_be_tested:  # then there is only something to export
-            due = epoch == self.args.epochs and self.args.export
-        return due and self.history[-1]["mAP"] == ""
-
-    def test(self, model, dataset, split, metric):
-        """`evaluate` of the test part; the result of an epoch goes into its row of the log."""
-        if self.states and self.history:  # of a training
-            self.origin = f"after epoch {len(self.history)}"
-        label = f"{self.args.variant}, {self.origin}"
-        last = self.args.evaluate or len(self.history) == self.args.epochs
-        if not self.can_be_tested and not self.args.export:
-            if "evaluate" in self.args.chosen:
-                raise UserError(f"{self.args.data} in {self.args.root}: {NO_MATCH}; --export "
-                                "writes the features nevertheless")
-            return {}  # the last part of a training, which goes without its test
-        result = evaluate(model, dataset, split, self.args.frames, self.size, metric,
-                          self.args.rerank, label, last and self.args.export, **self.extraction)
-        if result and self.states and self.history:
-            self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
-            self.save()
-            if asked := stop_asked():
-                raise Stop(asked)
-        elif result and self.args.evaluate and not self.origin.startswith("untrained"):
-            self.beside_the_paper(result)
-        return result
-
-    def beside_the_paper(self, result):
-        """Prints the result of a trained network beside the paper's figures of its row."""
-        print(f"{self.args.variant} on {self.args.data}, {self.origin}: mAP {result['mAP']:.1f}, "
-              f"rank-1 {result['rank-1']:.1f}; {in_the_paper(self.printed)}", flush=True)
-
-    def finish(self):
-        """Prints the last epoch's result beside the paper's figures of the row, and returns it."""
-        result = self.history[-1]
-        if result["mAP"] != "":
-            self.origin = f"after epoch {len(self.history)}"
-            self.beside_the_paper(result)
-        return result
+def print_complexity_table(rows, recipe, build):
+    """--complexity: prints the parameters and GFLOPs of every variant next to what the paper
+    reports, as a table in Markdown. rows, recipe, build: those of the script."""
+    print("The parameters are those without neck, classifier and projection. The GFLOPs are\n"
+          "multiply-adds of convolutions and matrix products.\n")
+    table = [["variant", "clip", "parameters", "GFLOPs per clip", "per frame", "in the paper"]]
+    for name in rows:
+        args = settings(recipe, rows, name, weights="none")
+        with torch.device("meta"):
+            model = build(args, num_classes=1)
+        parameters, macs = complexity(model, args.frames, args.height, args.width,
+                                      without=("neck", "classifier", "projection"))
+        reported = [f"{value} {COSTS[cost]}" for cost, value in row_of(rows, name).costs.items()]
+        table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{parameters:,}",
+                      f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}", ", ".join(reported)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        print("| " + " | ".join(cells) + " |")
 
 
 # ----------------------------------------------------------------------------------------- pictures
-# A sheet is rows of (label, panels); a panel is a function that draws into a matplotlib Axes. A row
-# of a script's picture: its numbers, a list of tensors; some that its range shall have, too; and a
-# function (low, high) -> panels.
+# A sheet is a list of SheetRow. `picture` of a script returns a title and {label: PictureRow}, and
+# `rows_with_common_ranges` makes rows of a sheet of the pictures of one or more networks.
+
+class Panel(NamedTuple):
+    """A part of a row of a sheet."""
+    draw: Callable          # function of a matplotlib Axes
+    aspect: float           # width over height of what it draws
+
+
+class SheetRow(NamedTuple):
+    """A row of a sheet: a label and what is drawn beside it."""
+    label: str
+    panels: list            # of Panel; [] for a note
+
+
+class PictureRow(NamedTuple):
+    """A row of a script's picture."""
+    values: list            # of tensors: the numbers that are drawn
+    limits: tuple           # numbers that the range of the values includes in any case
+    panels: Callable        # function (lowest, highest value of the range) -> list of Panel
+
+
+class Picture(NamedTuple):
+    """What a script's `picture` draws of a network."""
+    name: str               # of the network
+    title: str
+    rows: dict              # {label: PictureRow}
+
 
 def watch(model, clips, *modules):
-    """Runs the network on clips; of each module a list of its calls, (inputs, output)."""
-    calls, training = {module: [] for module in modules}, model.training
+    """Runs a network on clips, in eval mode, and returns a list of the calls of each module: pairs
+    (inputs, output)."""
+    calls = {module: [] for module in modules}
+
+    def hook(module, inputs, output):
+        calls[module].append((inputs, output))
+
+    was_training = model.training
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for module in calls:
-            hook = module.register_forward_hook(lambda own, *call: calls[own].append(call))
-            hooks.enter_context(hook)
+            hooks.enter_context(module.register_forward_hook(hook))
         model.eval()(clips)
-    model.train(training)
+    model.train(was_training)
     return [*calls.values()]
 
 
 def energy(x):
-    """Maps (T, C, H, W) -> their root mean square over the channels, divided by its mean over each
-    map, so that frames and networks can be compared by where it is high, (T, H, W)."""
+    """Returns the root mean square over the channels of feature maps (T, C, H, W), divided by its
+    mean over the positions of each map: (T, H, W). This makes frames and networks comparable."""
     x = x.float().square().mean(1).sqrt()
     return x / x.mean((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def photo(image, head="", **look):
-    """A panel: an image (3, H, W), uint8; look: of the rectangle around it, as of a Patch."""
-    def panel(ax):
+def photo(image, caption="", **frame):
+    """Returns a Panel with an image.
+
+    Args:
+        image: uint8 tensor (3, H, W).
+        caption: text above it.
+        frame: look of the rectangle around it, arguments of a matplotlib Patch.
+    """
+    def draw(ax):
         ax.imshow(image.permute(1, 2, 0).cpu().numpy())
-        ax.axvspan(*ax.get_xlim(), fill=False, clip_on=False, **look)
-        ax.set_title(head, size=9, pad=3)
+        ax.axvspan(*ax.get_xlim(), fill=False, clip_on=False, **frame)
+        ax.set_title(caption, size=9, pad=3)
         ax.set_axis_off()
-    return panel
+
+    return Panel(draw, image.shape[2] / image.shape[1])
 
 
-def overlays(frames, maps, heads=None, limits=()):
-    """A row: maps (h, w), of any sizes, from blue to red over grey frames (3, H, W), uint8, and the
-    scale. A cell lies around its middle in a ResNet, (i H / h, j W / w): the first ones are cut in
-    half. One that is NaN is black; a frame without a map, None, is as it was, but hatched."""
+def overlays(frames, maps, captions=None, limits=()):
+    """Returns a PictureRow: grey frames under maps in colours from blue to red, and the scale.
+
+    Cell (i, j) of a map (h, w) is drawn around the pixel (i H / h, j W / w), on which the cell of a
+    ResNet depends most. The first row and column of cells are therefore cut in half. A cell that is
+    NaN is black. A frame without a map is drawn as it is and hatched.
+
+    Args:
+        frames: uint8 tensor (T, 3, H, W).
+        maps: for each frame a tensor (h, w) of any size, or None.
+        captions: texts above the frames, or None.
+        limits: numbers that the range of the colours includes in any case.
+    """
+    captions = captions or [""] * len(maps)
+
     def panels(low, high):
         from matplotlib import cm, colors
-        colours, drawn = cm.ScalarMappable(colors.Normalize(low, high), "jet"), []
-        for frame, m, head in zip(frames.cpu(), maps, heads or [""] * len(maps)):
-            if m is not None:
-                y, x = ((torch.arange(size) * n / size).round().long().clamp(max=n - 1)
-                        for n, size in zip(m.shape, frame.shape[1:]))
-                cells = torch.from_numpy(colours.to_rgba(m.float().cpu().numpy())[..., :3])
-                cells = cells.permute(2, 0, 1)[:, y[:, None], x]
-                frame = (127 * cells + 0.5 * frame.float().mean(0)).byte()
-            drawn.append(photo(frame, head, color="white", hatch="//" * (m is None)))
+        colours = cm.ScalarMappable(colors.Normalize(low, high), "jet")
+        drawn = []
+        for frame, values, caption in zip(frames.cpu(), maps, captions):
+            if values is None:
+                drawn.append(photo(frame, caption, color="white", hatch="//"))
+                continue
+            rgb = torch.from_numpy(colours.to_rgba(values.float().cpu().numpy())[..., :3])
+            rows = nearest_cells(values.shape[0], frame.shape[1])
+            columns = nearest_cells(values.shape[1], frame.shape[2])
+            rgb = rgb.permute(2, 0, 1)[:, rows[:, None], columns]
+            grey = frame.float().mean(0)
+            drawn.append(photo((127 * rgb + 0.5 * grey).byte(), caption, color="white"))
 
         def scale(ax):
             ax.set_box_aspect(12)
             ax.figure.colorbar(colours, ax, format="%.3g")
-        return [*drawn, scale]
-    return [m for m in maps if m is not None], limits, panels
+
+        return [*drawn, Panel(scale, 1 / 2)]  # with the numbers beside it
+
+    return PictureRow([values for values in maps if values is not None], limits, panels)
 
 
-def bars(charts, heads):
-    """A row: charts of numbers as bars 1, 2, 3 and so on, on one axis."""
-    def panel(ax, k, low, high):
-        ax.bar(range(1, len(charts[k]) + 1), charts[k].tolist())
-        ax.locator_params("x", integer=True, nbins=4, min_n_ticks=1)
-        ax.set(box_aspect=1.2, ylim=(min(low, 0), 1.05 * max(high, 0)))
-        ax.set_title(heads[k], size=9, pad=3)
-        ax.tick_params(labelright=k == len(charts) - 1)
-
-    def panels(*limits):
-        return [lambda ax, k=k: panel(ax, k, *limits) for k in range(len(charts))]
-    return charts, (), panels
+def nearest_cells(num_cells, num_pixels):
+    """Returns the cell that is drawn at each pixel of a side of a frame: cell i lies around the
+    pixel i * num_pixels / num_cells."""
+    cells = (torch.arange(num_pixels) * num_cells / num_pixels).round().long()
+    return cells.clamp(max=num_cells - 1)
 
 
-def compare(pictures):
-    """Rows for a sheet from pictures of networks, [(name, title, {label: row})]: those of a label
-    beneath each other, with one range of all their numbers. It is at least 5 % of their mean size,
-    as less is noise; a row whose own numbers span less than 1 % of it is not drawn, but said."""
-    drawn = []
-    for label in dict.fromkeys(label for *_, rows in pictures[::-1] for label in rows):
-        same = [(name, *rows[label]) for name, _, rows in pictures if label in rows]
-        numbers = [torch.cat([m.float().cpu().flatten() for m in row[1]]) for row in same]
-        numbers = [x[x.isfinite()] for x in numbers]
-        every = torch.cat([*numbers, torch.tensor(same[0][2], dtype=torch.float32)])
-        low, high = every.aminmax()
-        more = max(0.05 * every.abs().mean() - (high - low), 0) / 2
-        for (name, _, _, panels), x in zip(same, numbers):
-            says = f"{name}: {label}" if len(pictures) > 1 else label
-            if x.max() - x.min() > 0.01 * x.abs().mean():
-                drawn.append((says, panels(float(low - more), float(high + more))))
-            else:
-                drawn.append((f"Not drawn, as it is {x.mean():.3g} everywhere: {says}", []))
-    return drawn
+def bars(charts, captions):
+    """Returns a PictureRow: bar charts with one range of their y axes and bars numbered from 1.
+
+    charts: list of tensors of one dimension; captions: texts above them.
+    """
+    def panels(low, high):
+        def chart(k):
+            def draw(ax):
+                ax.bar(range(1, len(charts[k]) + 1), charts[k].tolist())
+                ax.locator_params("x", integer=True, nbins=4, min_n_ticks=1)
+                ax.set(box_aspect=1.2, ylim=(min(low, 0), 1.05 * max(high, 0)))
+                ax.set_title(captions[k], size=9, pad=3)
+                ax.yaxis.tick_right()
+                ax.tick_params(labelright=k == len(charts) - 1)
+            return Panel(draw, 1 / 1.2)
+
+        return [chart(k) for k in range(len(charts))]
+
+    return PictureRow(charts, (), panels)
 
 
-def curves(lines, last, under):
-    """A panel: lines, {name: {whole number: value}}, from 1 to the last, and what is below."""
-    def panel(ax):
+def curves(lines, x_max, x_label):
+    """Returns a Panel: a curve for each of `lines`, {name: {x: y}}, with whole numbers x from 1 to
+    x_max."""
+    def draw(ax):
         for name, points in lines.items():
             ax.plot(points.keys(), points.values(), "o-", ms=4, label=name)
         ax.locator_params("x", integer=True)
-        ax.set(box_aspect=0.5, xlabel=under, xlim=(0.5, last + 0.5))
+        ax.yaxis.tick_right()
+        ax.set(box_aspect=0.5, xlabel=x_label, xlim=(0.5, x_max + 0.5))
         ax.legend()
-    return panel
+
+    return Panel(draw, 2)
 
 
-def sheet(title, rows, path, height=1.3):
-    """Draws rows of (label, panels of this height in inches) below a title, into a file."""
+def rows_with_common_ranges(pictures):
+    """Returns the rows of a sheet that shows a list of `Picture`, one for each network.
+
+    Rows of the same label come one after another and have one range of their values, so that they
+    can be compared. It is at least 5 % of the values' mean size, because less is noise. A row whose
+    own values span less than 1 % of their mean size is replaced by a note.
+    """
+    labels = {}  # in the order of the last picture
+    for picture in reversed(pictures):
+        labels.update(dict.fromkeys(picture.rows))
+    drawn = []
+    for label in labels:
+        shown = [picture for picture in pictures if label in picture.rows]
+        values = []
+        for picture in shown:
+            x = torch.cat([v.float().cpu().flatten() for v in picture.rows[label].values])
+            values.append(x[x.isfinite()])
+        limits = torch.tensor(shown[0].rows[label].limits, dtype=torch.float32)
+        every = torch.cat([*values, limits])
+        low, high = every.aminmax()
+        missing = 0.05 * every.abs().mean() - (high - low)  # to the least range
+        margin = max(missing, 0) / 2
+        for picture, x in zip(shown, values):
+            text = f"{picture.name}: {label}" if len(pictures) > 1 else label
+            if x.max() - x.min() > 0.01 * x.abs().mean():
+                panels = picture.rows[label].panels(float(low - margin), float(high + margin))
+                drawn.append(SheetRow(text, panels))
+            else:
+                drawn.append(SheetRow(f"{text}: not drawn, because it is {x.mean():.3g} "
+                                      "everywhere", []))
+    return drawn
+
+
+def save_sheet(title, rows, path, height=1.3):
+    """Draws a sheet and saves it to a file, in the format of the file's ending.
+
+    Args:
+        title: text at the top.
+        rows: list of SheetRow.
+        path: the file, a Path.
+        height: of a panel, in inches.
+    """
     from matplotlib.figure import Figure
-    figure = Figure((1, 1))  # one inch: positions are inches, and the picture grows beyond it
-    figure.text(0, 0.2, textwrap.fill(title, 56, break_on_hyphens=False), size="large")
-    top = 0.0
-    for label, panels in rows:
-        x, axes = 1.8, []
-        for panel in panels:
-            ax = figure.add_axes((x, top - height, 9, height), anchor="W")
-            ax.yaxis.tick_right()
-            panel(ax)
-            axes.append(ax)
-            x = ax.get_tightbbox().x1 / figure.dpi + 0.1
-        rise = max([ax.get_tightbbox().y1 / figure.dpi - top for ax in axes], default=0)
-        for ax in axes:  # their heads stand above them
-            ax.set_position(ax.get_position(True).translated(0, -rise))
-        text = figure.text(0, top - rise, textwrap.fill(label, 21 if panels else 70), va="top")
-        top = min(part.get_tightbbox().y0 for part in (text, *axes)) / figure.dpi - 0.1
+    label_width = 1.7  # inches
+    gap = 0.1
+    labels = [textwrap.fill(row.label, 21 if row.panels else 70) for row in rows]
+    widths = [[height * panel.aspect for panel in row.panels] for row in rows]
+    heights = []
+    for label, row in zip(labels, rows):
+        lines = 0.17 * (label.count("\n") + 1) + 0.1
+        heights.append(max(lines, height + 0.35) if row.panels else lines)
+    total = max([5.0, *(label_width + sum(width) + gap * (len(width) + 2) for width in widths)])
+    figure = Figure((total, sum(heights) + 0.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=gap / 2)
+    figure.suptitle(textwrap.fill(title, 56, break_on_hyphens=False), x=0.01, ha="left")
+    parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, label, row, width in zip(parts, labels, rows, widths):
+        # an empty last column takes what is left, so that the panels are not stretched
+        rest = total - label_width - sum(width) - gap * (len(width) + 1)
+        first, *axes, last = part.subplots(
+            1, len(width) + 2, squeeze=False, width_ratios=[label_width, *width, rest])[0]
+        text = first.text(0, 1, label, va="top", transform=first.transAxes)
+        text.set_in_layout(False)  # the columns begin at the same place in all rows
+        first.set_axis_off()
+        last.set_axis_off()
+        for ax, panel in zip(axes, row.panels):
+            ax.set_anchor("NW")
+            panel.draw(ax)
     with replacing(path) as file:
-        figure.savefig(file, format=path.suffix[1:], bbox_inches="tight")
+        figure.savefig(file, format=path.suffix[1:])
     print(f"wrote {path}", flush=True)
 
 
+
 def figures(run, model, dataset, split, metric, picture, load):
-    """--figure: of some queries the script's `picture`, and the training's curves; then, with the
-    features of the test, the ranked lists and two charts."""
-    args, size, history = run.args, run.size, run.history
-    q_pids, q_cams, g_pids, g_cams = ids = dataset.ids()
-    nowhere = [np.zeros(len(g_pids))] * len(q_pids)
-    matched = [i for i, ranks in enumerate(match_ranks(nowhere, *ids)) if len(ranks)]
+    """--figure: draws, for some queries, the script's `picture` and the ranked list, and of all the
+    training curves, the CMC curve and a PCA of the test features.
+
+    Args:
+        run: a `Run`, prepared.
+        model: its network.
+        dataset: a `Dataset` with query and gallery.
+        split: function (n, T) that cuts a tracklet into clips, SPLIT of the script.
+        metric: "cosine" or "euclidean", METRIC of the script.
+        picture: function (network, clips, frames) that returns a title and {label: PictureRow}.
+        load: function of a file that returns the network in it.
+
+    Raises UserError when no query has a match, and when --beside has other frames.
+    """
+    args = run.args
+    q_pids, q_cams, g_pids, g_cams = dataset.ids()
+    matched = []
+    for i, (pid, cam) in enumerate(zip(q_pids, q_cams)):
+        if (in_ranking(pid, cam, g_pids, g_cams) & (g_pids == pid)).any():
+            matched.append(i)
     if not matched:
         raise UserError(f"{args.data} in {args.root}: there is no ranking to draw, {NO_MATCH}")
-    queries = {i: f"query-{i + 1}-person-{q_pids[i]}-camera-{q_cams[i]}" for i in
-               matched[::len(matched) // args.figure_tracklets or 1][:args.figure_tracklets]}
+    step = max(1, len(matched) // args.figure_tracklets)
+    queries = {}  # {index: beginning of the file names}
+    for i in matched[::step][:args.figure_tracklets]:
+        queries[i] = f"query-{i + 1}-person-{q_pids[i]}-camera-{q_cams[i]}"
 
-    def draw(title, rows, name, height=1.3):
-        sheet(title, rows, Path(args.figure, f"{name}.{args.figure_format}"), height)
+    def save(title, rows, name, height=1.3):
+        save_sheet(title, rows, Path(args.figure, f"{name}.{args.figure_format}"), height)
 
-    models, titles = [(args.variant, model)], [f"{args.variant}, {run.origin}"]
+    networks = [(args.variant, model, run.origin)]
     if args.beside:
-        other = load(args.beside).to(run.device)
-        own = other.args
-        if (own.height, own.width) != size or own.frames not in (1, args.frames):
-            raise UserError(f"--beside {args.beside}: is for {own.frames} frames of {own.height}x"
-                            f"{own.width}, not for {args.frames} of {args.height}x{args.width}")
-        models.insert(0, (own.variant, other))
-        titles.insert(0, f"{own.variant}, {other.origin}")
-    for i, name in queries.items() if not rank() else ():
-        query = dataset.query[i]
-        clip = split(len(query.frames), args.frames)[0]
-        frames = read_clip([query.frames[k] for k in clip], size)
-        clips = normalize(frames[None].to(run.device))
-        pictures = [(variant, *picture(network, clips, frames)) for variant, network in models]
-        panels = [photo(frame, f"frame {n}") for n, frame in enumerate(frames, 1)]
-        rows = [(f"person {query.pid}, camera {query.cam}", panels), *compare(pictures)]
-        draw(f"{pictures[-1][1]}; {' and '.join(titles)}, on {args.data}", rows, name)
-    if len(history) > 1 and not rank():
-        lines = {key: {row["epoch"]: row[key] for row in history if row[key] != ""}
-                 for key in history[0] if key not in ("epoch", "lr")}
-        tested = {key: lines.pop(key) for key in ("mAP", "rank-1")}
-        charts = (("loss, the sum of its weighted parts", lines),
-                  ("mAP and rank-1 in %, where measured", tested))
-        rows = [(label, [curves(chart, len(history), "epoch")]) for label, chart in charts
-                if any(chart.values())]
-        draw(f"Training of {args.variant} on {args.data}", rows, "training", 1.9)
+        other = load_beside(args.beside, args, load).to(run.device)
+        networks.insert(0, (other.args.variant, other, other.origin))
+    if process_rank() == 0:
+        for i, name in queries.items():
+            title, rows = sheet_of_networks(networks, dataset.query[i], split_clips=split, run=run,
+                                            picture=picture)
+            save(title, rows, name)
+        if len(run.history) > 1:
+            rows = rows_of_training(run.history)
+            save(f"Training of {args.variant} on {args.data}", rows, "training", 1.9)
 
-    q, g = test_features(model, dataset, split, args.frames, size, **run.extraction)
-    if rank():
+    query_features, gallery_features = tracklet_features(
+        model, dataset, split_clips=split, clip_length=args.frames, size=run.size,
+        **run.extraction)
+    if process_rank() > 0:
         return
-    d = rerank(q, g, metric) if args.rerank else \
-        next(distance_blocks(q, g, metric, len(q)))[1].numpy(force=True)
-    state = f"{args.variant} on {args.data}, {run.origin}" + ", re-ranked" * args.rerank
+    if args.rerank:
+        distances = rerank(query_features, gallery_features, metric)
+    else:
+        blocks = distance_blocks(query_features, gallery_features, metric)
+        distances = torch.cat([block for _, block in blocks]).numpy(force=True)
+    which = f"{args.variant} on {args.data}, {run.origin}"
+    if args.rerank:
+        which += ", re-ranked"
+    for i, name in queries.items():
+        rows = rows_of_ranking(dataset, i, distances[i], run.size)
+        save(f"Ranked list; {which}", rows, f"{name}-ranked", 1)
+    cmc, mean_ap, _ = cmc_and_map(distances, *dataset.ids())
+    text = f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
+    curve = curves({text: dict(enumerate(100 * cmc, 1))}, len(cmc), "rank")
+    save(f"CMC; {which}", [SheetRow("% of queries matched up to a rank", [curve])], "cmc", 1.9)
+    people = [*np.unique(q_pids)[:10]]
+    panel = pca(dataset, people, query_features=query_features,
+                gallery_features=gallery_features, metric=metric)
+    save(f"PCA; {which}", [SheetRow("test tracklets of up to ten people", [panel])], "pca", 2.9)
 
-    def strip(label, tracklet, colour):
-        places = np.linspace(0, len(tracklet.frames) - 1, 6).astype(int)
-        frames = read_clip([tracklet.frames[k] for k in places], size)
+
+def load_beside(path, args, load):
+    """Returns the network of --beside. Raises UserError when it takes frames of another size or
+    number than the network with the settings `args`. load: function of a file."""
+    other = load(path)
+    own = other.args
+    same_size = (own.height, own.width) == (args.height, args.width)
+    if not same_size or own.frames not in (1, args.frames):
+        raise UserError(f"--beside {path}: is for {own.frames} frames of {own.height}x{own.width}, "
+                        f"not for {args.frames} of {args.height}x{args.width}")
+    return other
+
+
+def sheet_of_networks(networks, query, *, split_clips, run, picture):
+    """Returns the title and the rows of a sheet that shows what networks do with a query's first
+    clip.
+
+    Args:
+        networks: [(name, network, how it was trained in words)].
+        query: a `Tracklet`.
+        split_clips: function (n, T) that cuts a tracklet into clips.
+        run: the `Run` whose frames and device are taken.
+        picture: the script's.
+    """
+    clip = split_clips(len(query.frames), run.args.frames)[0]
+    frames = read_clip([query.frames[k] for k in clip], run.size)
+    clips = normalize(frames[None].to(run.device))
+    pictures = []
+    names = []
+    for name, network, origin in networks:
+        title, rows = picture(network, clips, frames)
+        pictures.append(Picture(name, title, rows))
+        names.append(f"{name}, {origin}")
+    photos = [photo(frame, f"frame {n}") for n, frame in enumerate(frames, 1)]
+    rows = [SheetRow(f"person {query.pid}, camera {query.cam}", photos)]
+    rows += rows_with_common_ranges(pictures)
+    return f"{title}; {' and '.join(names)}, on {run.args.data}", rows
+
+
+def rows_of_training(history):
+    """Returns the rows of a sheet with the losses and the test results of a training. history: the
+    rows of log.csv."""
+    losses = {}
+    results = {}
+    for key in history[0]:
+        if key in ("epoch", "lr"):
+            continue
+        points = {row["epoch"]: row[key] for row in history if row[key] != ""}
+        if key in ("mAP", "rank-1"):
+            results[key] = points
+        else:
+            losses[key] = points
+    rows = [SheetRow("loss, the sum of its weighted parts",
+                     [curves(losses, len(history), "epoch")])]
+    if any(results.values()):
+        rows.append(SheetRow("mAP and rank-1 in %, where measured",
+                             [curves(results, len(history), "epoch")]))
+    return rows
+
+
+def rows_of_ranking(dataset, i, distances, size):
+    """Returns the rows of a sheet with query i, its first eight gallery tracklets, and its first
+    match if this is a later one.
+
+    Args:
+        dataset: a `Dataset`.
+        i: index of the query, which has a match.
+        distances: from it to the gallery tracklets, (G,).
+        size: (height, width) of the frames.
+    """
+    q_pids, q_cams, g_pids, g_cams = dataset.ids()
+
+    def row(text, tracklet, colour):
+        indices = np.linspace(0, len(tracklet.frames) - 1, 6).astype(int)
+        frames = read_clip([tracklet.frames[k] for k in indices], size)
         panel = photo(torch.cat([*frames], 2), color=colour, linewidth=6)
         who = f"person {tracklet.pid}" if tracklet.pid else "distractor"
-        return f"{label}: {who}, camera {tracklet.cam}", [panel]
+        return SheetRow(f"{text}: {who}, camera {tracklet.cam}", [panel])
 
-    for i, name in queries.items():
-        rows = [strip("query", dataset.query[i], "black")]
-        ranking = [j for j in np.argsort(d[i], kind="stable")  # as that of match_ranks
-                   if (g_pids[j], g_cams[j]) != (q_pids[i], q_cams[i])]
-        right = [g_pids[j] == q_pids[i] for j in ranking]
-        for k in sorted({*range(min(8, len(right))), right.index(True)}):
-            verdict, colour = ("right", "green") if right[k] else ("wrong", "red")
-            verdict += ", the first" * (k > 7)
-            label = f"{k + 1}. {verdict}, distance {d[i, ranking[k]]:.3f}"
-            rows.append(strip(label, dataset.gallery[ranking[k]], colour))
-        draw(f"Ranked list; {state}", rows, f"{name}-ranked", 1)
+    kept = np.flatnonzero(in_ranking(q_pids[i], q_cams[i], g_pids, g_cams))
+    ranking = kept[distances[kept].argsort(kind="stable")]  # the order of `match_ranks`
+    is_match = g_pids[ranking] == q_pids[i]
+    first_match = int(is_match.argmax())
+    shown = [*range(min(8, len(ranking)))]
+    if first_match not in shown:
+        shown.append(first_match)
+    rows = [row("query", dataset.query[i], "black")]
+    for k in shown:
+        verdict, colour = "wrong", "red"
+        if is_match[k]:
+            verdict, colour = "right", "green"
+        if k >= 8:
+            verdict += ", the first"
+        text = f"{k + 1}. {verdict}, distance {distances[ranking[k]]:.3f}"
+        rows.append(row(text, dataset.gallery[ranking[k]], colour))
+    return rows
 
-    cmc, mean_ap, _ = cmc_map(d, *ids)
-    says = f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
-    chart = curves({says: dict(enumerate(100 * cmc, 1))}, len(cmc), "rank")
-    draw(f"CMC; {state}", [("% of queries matched up to a rank", [chart])], "cmc", 1.9)
 
-    def pca(ax):
-        people, markers, shown = [*np.unique(q_pids)[:10]], "os^Dv<>PXphd*H8", {}
-        for part, x, edge in (dataset.gallery, g, "none"), (dataset.query, q, "black"):
-            shown.update({t.frames[0]: (t, v, edge) for t, v in zip(part, x.float().cpu())
-                          if t.pid in people})  # once: queries are in the gallery, too
-        x = torch.stack([v for _, v, _ in shown.values()])
-        x = F.normalize(x) if metric == "cosine" else x
-        x = x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
-        for (t, _, edge), place in zip(shown.values(), x.tolist()):
-            ax.plot(*place, markers[t.cam % 15], color=f"C{people.index(t.pid)}",
+def pca(dataset, people, *, query_features, gallery_features, metric):
+    """Returns a Panel with the test tracklets of some people, at the two first principal components
+    of their features. Colours are people, markers are cameras, and queries have a black edge.
+
+    Args:
+        dataset: a `Dataset`.
+        people: list of identities, at most ten.
+        query_features: tensor (Q, D).
+        gallery_features: tensor (G, D).
+        metric: with "cosine" the features are normalised first.
+    """
+    shown = {}  # by their first frame: a query that is also in the gallery is drawn once
+    for part, features, edge in ((dataset.gallery, gallery_features, "none"),
+                                 (dataset.query, query_features, "black")):
+        for tracklet, feature in zip(part, features.float().cpu()):
+            if tracklet.pid in people:
+                shown[tracklet.frames[0]] = (tracklet, feature, edge)
+    x = torch.stack([feature for _, feature, _ in shown.values()])
+    if metric == "cosine":
+        x = F.normalize(x)
+    places = x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
+    markers = "os^Dv<>PXphd*H8"
+
+    def draw(ax):
+        for (tracklet, _, edge), place in zip(shown.values(), places.tolist()):
+            ax.plot(*place, markers[tracklet.cam % 15], color=f"C{people.index(tracklet.pid)}",
                     markeredgecolor=edge, ms=9)
         for k, pid in enumerate(people):
             ax.plot([], [], "s", color=f"C{k}", label=f"person {pid}")
-        for cam in sorted({t.cam for t, *_ in shown.values()}):
+        for cam in sorted({tracklet.cam for tracklet, _, _ in shown.values()}):
             ax.plot([], [], markers[cam % 15], color="grey", label=f"camera {cam}")
         ax.plot([], [], "o", color="none", markeredgecolor="black", label="query")
         ax.set(box_aspect=1, xticks=[], yticks=[])
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    draw(f"PCA; {state}", [("tracklets of ten people of the test", [pca])], "pca", 2.9)
+
+    return Panel(draw, 1.6)  # with the legend beside it

@@ -302,7 +302,7 @@ def trapezoids():
         strangers = rng.normal(size=x.shape) * np.sqrt(1 + noise**2)
         x = torch.tensor(np.where((pids == 0)[:, None], strangers, x))
         blocks = common.distance_blocks(x[: len(q_pids)], x[len(q_pids) :])
-        found = [ranks for _, ranks in common.ranked_rows(blocks, *ids) if len(ranks)]
+        found = [ranks for _, ranks in common.distances_and_ranks(blocks, *ids) if len(ranks)]
         ours = 100 * np.mean([common.average_precision(ranks) for ranks in found])
         theirs = 100 * np.mean([by_trapezoids(ranks) for ranks in found])
         print(f"  {ours:5.1f}  {theirs:5.1f}  {ours - theirs:.1f} lower")
@@ -322,7 +322,7 @@ LARGE_RANKING = """
     before = peak()
     start = time.perf_counter()
     blocks = common.distance_blocks(q, x)
-    common.cmc_map(((rows, d.numpy()) for rows, d in blocks), *ids)
+    common.cmc_and_map(((rows, d.numpy()) for rows, d in blocks), *ids)
     passed = time.perf_counter() - start
     print(f"{passed:.0f} s, {(peak() - before) / 2**20:.2f} GB beyond the features")
 """
@@ -347,17 +347,17 @@ def retrieval(args):
     d = torch.cat([block for _, block in blocks]).numpy()
     print(f"CMC/mAP, {d.shape[0]:,} x {d.shape[1]:,}, float32, one thread")
     ours, sort, ratio, low, high = paired(
-        lambda: common.cmc_map(d, *ids), lambda: np.argsort(d), args.repeats
+        lambda: common.cmc_and_map(d, *ids), lambda: np.argsort(d), args.repeats
     )
     print(
-        f"  cmc_map {ours:.2f} s, numpy.argsort alone {sort:.2f} s: ratio {ratio:.2f}, wanted 2.0"
-        f"   ({low:.2f} - {high:.2f})"
+        f"  cmc_and_map {ours:.2f} s, numpy.argsort alone {sort:.2f} s: ratio {ratio:.2f},"
+        f" wanted 2.0   ({low:.2f} - {high:.2f})"
     )
 
     few = 60
     of_few = (d[:few], *(values[:few] for values in ids[:2]), *ids[2:])
     loop = seconds(lambda: running_list(*of_few)) * len(d) / few
-    assert abs(common.cmc_map(*of_few)[1] - running_list(*of_few)[1]) < 1e-9
+    assert abs(common.cmc_and_map(*of_few)[1] - running_list(*of_few)[1]) < 1e-9
     print(
         f"  the loop with a running list {loop:.1f} s (from {few} queries): {loop / ours:.0f} times"
         " slower, wanted 20"
@@ -389,7 +389,7 @@ def retrieval(args):
             rng.integers(0, 1000, n),
             rng.integers(1, 7, n),
         ]
-        t = min(seconds(lambda: common.cmc_map(wide, *random_ids)) for _ in range(3))
+        t = min(seconds(lambda: common.cmc_and_map(wide, *random_ids)) for _ in range(3))
         print(
             f"  {n:7,} gallery tracklets {t:7.2f} s   {1e9 * t / (500 * n * np.log2(n)):.2f} ns"
             " for each query n log2 n"
@@ -492,7 +492,14 @@ LONG_TRACKLET = """
         sinet.RECIPE, sinet.ROWS, "sinet", weights="none", frames=4, height=64, width=64
     )
     tracklet = data.Tracklet((path,) * int(frames), 1, 1)
-    common.extract(sinet.build(row, 2), [tracklet], sinet.SPLIT, 4, (64, 64), 8)
+    common.extract(
+        sinet.build(row, 2),
+        [tracklet],
+        split_clips=sinet.SPLIT,
+        clip_length=4,
+        size=(64, 64),
+        batch_size=8,
+    )
     print(peak() // 1024)
 """
 
@@ -522,7 +529,16 @@ def extraction(args):
                     model(clips)
 
         def whole():
-            common.extract(model, tracklets, sinet.SPLIT, T, size, batch, args.workers, args.amp)
+            common.extract(
+                model,
+                tracklets,
+                split_clips=sinet.SPLIT,
+                clip_length=T,
+                size=size,
+                batch_size=batch,
+                workers=args.workers,
+                amp=args.amp,
+            )
 
         print(
             f"extraction, {len(lengths)} tracklets of {lengths.min()} to {lengths.max()} frames,"

@@ -114,7 +114,7 @@ def own_signals():
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
             signal.signal(number, handler)
-        asked, common._asked = common._asked, 0
+        asked, common._stop_signal = common._stop_signal, 0
     if asked:
         raise KeyboardInterrupt
 

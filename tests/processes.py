@@ -15,7 +15,16 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bicnet_tks, m3d, sinet, strf, tclnet  # noqa: E401
-from common import Run, evaluate, extract, gather, parse_args, pick_device, rank, world
+from common import (
+    Run,
+    evaluate,
+    extract,
+    gather,
+    parse_args,
+    pick_device,
+    process_rank,
+    world_size,
+)
 from data import load_dataset
 
 PIDS = torch.tensor([0, 0, 1, 1])
@@ -30,8 +39,8 @@ def evaluation(root):
     model = sinet.SINet(6, 4, 48, 40)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
-            buffer += rank()
-    options = dict(split=sinet.SPLIT, T=4, size=(48, 40), batch=3)
+            buffer += process_rank()
+    options = dict(split_clips=sinet.SPLIT, clip_length=4, size=(48, 40), batch_size=3)
     return {
         "result": evaluate(model, dataset, **options),
         "features": extract(model, dataset.query, **options),
@@ -65,13 +74,13 @@ def gradients(script):
         ]
 
     alone = []
-    if rank() == 0:
+    if process_rank() == 0:
         sum(script.losses(model(clips), PIDS, run.args).values()).backward()
         alone = summary()
         model.zero_grad()
     torch.distributed.barrier()
     network = torch.nn.parallel.DistributedDataParallel(model)
-    mine = PIDS % world() == rank()
+    mine = PIDS % world_size() == process_rank()
     outputs, pids = gather(network(clips[mine])), gather(PIDS[mine])
     run.backward(sum(script.losses(outputs, pids, run.args).values()))
     return {name: pair for (name, _), *pair in zip(model.named_parameters(), alone, summary())}
@@ -82,14 +91,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     state = evaluation(sys.argv[1])
     out, to_float = sys.argv[2], torch.Tensor.float
-    if world() == 2:
+    if world_size() == 2:
         torch.Tensor.float = lambda x: (
             x if x.dtype == torch.float64 else to_float(x)
         )  # the losses, too, in float64
         state |= {
             script.__name__: gradients(script) for script in (bicnet_tks, m3d, sinet, strf, tclnet)
         }
-    if rank() == 0:
+    if process_rank() == 0:
         torch.save(state, out)
     torch.distributed.barrier()
     os._exit(0)

@@ -569,12 +569,12 @@ def test_the_rows_name_what_their_tables_vary():
     for name in ("bicnet-tks", "base-s", "base-b", "tb", "tb+csp", "tb+csp+ao", "bicnet-tk"):
         assert {"shares", "csp", "dao", "tks"} <= row_of(ROWS, name).settings.keys(), name
     for name in ROWS:  # Table 1 is the only one beyond MARS
-        figures = row_of(ROWS, name).figures
+        figures = row_of(ROWS, name).results
         assert set(figures) == (
             {"mars", "duke", "lsvid"} if row_of(ROWS, name) is ROWS["bicnet-tks"] else {"mars"}
         )
-    assert ROWS["bicnet-tks"].figures["duke"] == (96.1, 96.3)
-    assert ROWS["bicnet-tks"].figures["lsvid"] == (75.1, 84.6)
+    assert ROWS["bicnet-tks"].results["duke"] == (96.1, 96.3)
+    assert ROWS["bicnet-tks"].results["lsvid"] == (75.1, 84.6)
     same = {name: row.same for name, row in ROWS.items() if row.same}
     assert same == {
         "height-256": "base-b",

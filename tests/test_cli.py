@@ -62,7 +62,7 @@ def test_help(script, monkeypatch, capsys):
         shown = " ".join(map(str, paper)) if isinstance(paper, tuple) else str(paper)
         assert "".join(f"{meaning} ({shown}".split()) in words, key
     said = {}
-    for line in out.split("what they set:\n")[1].splitlines():
+    for line in out.split("flags they set:\n")[1].splitlines():
         if line.startswith("      "):
             said[name] += line[5:]
         else:
@@ -71,10 +71,10 @@ def test_help(script, monkeypatch, capsys):
     assert [*said] == [*module.ROWS]
     for name, row in module.ROWS.items():
         assert re.match(r"(text (to|on) )?(Tables?|Fig\.|Sec\.) \d[^:]*: .", row.about), name
-        figures = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.figures.items()]
-        figures += [f"{figure} {common.COSTS[cost]}" for cost, figure in row.costs.items()]
-        flags = [common.typed(*setting) for setting in row.settings.items()]
-        expected = f"{row.about} {', '.join(figures) or 'no figure'} {' '.join(flags)}"
+        results = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.results.items()]
+        results += [f"{value} {common.COSTS[cost]}" for cost, value in row.costs.items()]
+        flags = [common.as_flag(*setting) for setting in row.settings.items()]
+        expected = f"{row.about} {', '.join(results) or 'no result in the paper'} {' '.join(flags)}"
         assert said[name] == (f"{row.about} (the same as {row.same})" if row.same else expected)
 
 
@@ -90,7 +90,7 @@ def test_recipes_and_rows_are_whole(script):
         assert not choices or given <= set(choices[0]), key
     for name, row in module.ROWS.items():
         if row.same:
-            assert not module.ROWS[row.same].same and not row.settings and not row.figures
+            assert not module.ROWS[row.same].same and not row.settings and not row.results
             continue
         assert row.settings.keys() <= module.RECIPE.keys(), name
         args = common.settings(module.RECIPE, module.ROWS, name)
@@ -98,9 +98,9 @@ def test_recipes_and_rows_are_whole(script):
             assert type(value) is type(module.RECIPE[key][0]), (name, key)
             assert getattr(args, key) == value
         small = common.settings(module.RECIPE, module.ROWS, name, small=True)
-        for key in common.SCHEDULE:
+        for key in common.SCHEDULE_AND_BATCH:
             assert getattr(small, key) == module.RECIPE[key][1]
-        assert all(len(figures) == 2 for figures in row.figures.values())
+        assert all(len(result) == 2 for result in row.results.values())
 
 
 BLOCK = {
@@ -191,8 +191,8 @@ def test_a_plan_of_mars(script, mars_without_images, monkeypatch, capsys, tmp_pa
     assert f"an epoch: {steps} steps of " in out and "all tracklets" in out
     assert f"in all: {epochs} epochs, {steps * epochs:,} steps" in out
     assert f"\nloss: {loss}\n" in out
-    assert f"reads 11,310 tracklets in {clips:,} clips of {frames:,} frames" in out
-    assert "1,980 queries in 11,310 gallery tracklets, cosine distance" in out
+    assert f"reads 11,310 tracklets in {clips:,} clips, {frames:,} frames in all" in out
+    assert "1,980 queries, 11,310 gallery tracklets, cosine distance" in out
     module = importlib.import_module(Path(script).stem)
     args = common.settings(module.RECIPE, module.ROWS, next(iter(module.ROWS)))
     # learning rates by epoch are those of the loop's scheduler
@@ -211,19 +211,19 @@ def test_a_plan_of_mars(script, mars_without_images, monkeypatch, capsys, tmp_pa
     out = planned(script, monkeypatch, capsys, *mars, "--epoch", "identities", "--epochs", 3)
     assert f"in all: 3 epochs, {3 * (40 if steps == 117 else 79)} steps" in out
     out = planned(script, monkeypatch, capsys, *mars, "--evaluate")
-    assert "no training" in out and "steps" not in out and "1,980 queries" in out
+    assert "nothing is trained" in out and "steps" not in out and "1,980 queries" in out
     assert not any(tmp_path.iterdir())
 
 
 def test_the_plan_of_m3d_has_three_parts(mars_without_images, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     out = planned("m3d.py", monkeypatch, capsys, "--data", "mars", "--root", mars_without_images)
-    assert "an epoch: 3,984 steps of 128 clips, all tracklets once" in out  # every frame
-    assert "an epoch: 346 steps of 24 clips, all tracklets once" in out
+    assert "an epoch: 3,984 steps of 128 clips, which show all tracklets once" in out  # every frame
+    assert "an epoch: 346 steps of 24 clips, which show all tracklets once" in out
     assert "in all: 20 epochs, 79,680 steps" in out and "400 epochs, 138,400 steps" in out
     assert "loss: 1 x xent-spatial\n" in out and "loss: 1 x xent-temporal\n" in out
     both = 657_709 + 77_445  # still frames, and whole clips of eight
-    assert f"{both:,} clips of {657_709 + 8 * 77_445:,} frames" in out
+    assert f"{both:,} clips, {657_709 + 8 * 77_445:,} frames in all" in out
 
 
 def test_the_weights_of_a_plan_are_those_of_the_losses(one_backbone):
@@ -276,11 +276,12 @@ def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
 
     args = parsed("--data", "mars", "--variant", "base+sbm", "--k", "5", "--beta", "3")
     assert (args.idms, args.sbm, args.k, args.beta) == (0, True, 5, 3.0)
-    assert (args.epochs, args.lr, args.height) == (160, 3e-4, 256) and args.printed == (85.7, 90.2)
+    assert (args.epochs, args.lr, args.height) == (160, 3e-4, 256)
+    assert args.paper_result == (85.7, 90.2)
     args = parsed("--variant", "base+sbm", "--no-sbm", "--sbm-blocks", "1",
                   "--sbm-splits", "2")
     assert (args.sbm, args.sbm_blocks, args.sbm_splits) == (False, (1,), (2,))
-    assert (args.epochs, args.lr, args.height) == (8, 5e-4, 128) and args.printed is None
+    assert (args.epochs, args.lr, args.height) == (8, 5e-4, 128) and args.paper_result is None
     args = parsed("--data", "mars", "--small", "--k", "5")
     assert args.small and (args.epochs, args.weights, args.height, args.k) == (8, "none", 128, 5)
     args = parsed("--no-small")
@@ -336,7 +337,7 @@ def test_every_script_trains_and_resumes_on_a_data_set(
 
 def test_all_splits_one_after_another(tmp_path, monkeypatch, capsys, refuses):
     """Each is printed, with mean and deviation; after a restart the finished ones are not run
-    again, an unfinished one goes on."""
+    again, an unfinished one is resumed."""
     test_sets.write_ilids(tmp_path)
     monkeypatch.setattr(sinet, "build", lambda args, num_classes: Colours(num_classes))
     monkeypatch.chdir(tmp_path)
@@ -367,12 +368,11 @@ def test_all_splits_one_after_another(tmp_path, monkeypatch, capsys, refuses):
     start("--epochs", 2, "--split", 6)
     out = start("--epochs", 2)
     assert out.count("finished before") == 1 and re.search(
-        "^split 6: .*finished before", out, re.M
+        "^sinet, split 6: .*finished before", out, re.M
     )  # the one that ran alone
-    results = [float(v) for v in re.findall(r"^split \d: mAP ([\d.]+) ", out, re.M)]
-    mean, deviation = map(
-        float, re.search(r"^10 splits: mAP ([\d.]+) \+- ([\d.]+)   rank-1", out, re.M).groups()
-    )
+    results = [float(v) for v in re.findall(r"^sinet, split \d: mAP ([\d.]+), ", out, re.M)]
+    line = r"^sinet, mean of 10 splits: mAP ([\d.]+) \+- ([\d.]+), rank-1"
+    mean, deviation = map(float, re.search(line, out, re.M).groups())
     assert (
         len(results) == 10
         and abs(mean - statistics.mean(results)) < 0.11
@@ -388,17 +388,17 @@ def test_all_splits_one_after_another(tmp_path, monkeypatch, capsys, refuses):
         and again.count("epoch 1/2:") == 1
         and again.count("epoch 2/2:") == 2
     )
-    assert "going on after epoch 1 of runs/sinet-ilids/split-7/last.pt" in again and again.count(
-        "\nsplit "
-    ) == 10 - again.startswith("split")
-    assert start("--epochs", 3).count("going on after epoch 2") == 10
+    assert "resuming runs/sinet-ilids/split-7/last.pt after epoch 1" in again and (
+        len(re.findall(r"^sinet, split \d: ", again, re.M)) == 10
+    )
+    assert start("--epochs", 3).count("last.pt after epoch 2\n") == 10
     command = ("--data", "ilids", "--root", tmp_path, *TINY, "--split", "all", "--epochs", 3)
     for flags, says in (
         (("--lr", 1), "was trained with --lr 0.0003, not --lr 1.0"),
         (("--weights", "none"), "was trained with --weights imagenet, not --weights none"),
         (("--amp",), "was trained with --no-amp, not --amp"),
         (("--rerank",), "was trained with --no-rerank, not --rerank"),
-        (("--epochs", 1), "has 3 epochs, --epochs says 1"),
+        (("--epochs", 1), "has 3 epochs, but --epochs says 1"),
     ):  # a mean of different settings would say nothing
         refuses((*command, *flags), f"split-0/last.pt: {says}")
     torch.save({"script": "sinet.py"}, folder / "split-2/last.pt")
@@ -433,7 +433,7 @@ def test_a_run_prints_and_writes(trained):
     folder, out = trained
     assert "no GPU found" in out and "identities  tracklets" in out
     assert re.search(r"base: [\d,]+ parameters, \d+\.\d+ GFLOPs", out)
-    assert "an epoch has 3 steps of 4 clips, 2 epochs have 6" in out
+    assert "3 steps of 4 clips in an epoch, 6 in 2 epochs" in out
     results = re.findall(r"^(.*), all frames:  mAP ([\d.]+)   CMC-1 ([\d.]+)", out, re.M)
     assert [label for label, *_ in results] == ["base, untrained", "base, after epoch 2"]
     last, end = out.strip().splitlines()[-2:]  # the last epoch's result ends the output
@@ -441,7 +441,7 @@ def test_a_run_prints_and_writes(trained):
     mean_ap, first = results[1][1:]
     assert end == (
         f"base on synthetic, after epoch 2: mAP {mean_ap}, rank-1 {first}; "
-        "the paper prints no figure"
+        "the paper reports no result"
     )
     log = read_log(folder)
     assert (
@@ -564,7 +564,7 @@ def test_backbone_weights_in_wrappers(form, resnet_file, backbone, monkeypatch, 
     assert all(bool((p == 1).all()) for p in net.parameters())
     out = capsys.readouterr().out
     others = {"with a head": "head", "older": "classifier"}.get(form)
-    assert f"not taken from it: {others}\n" in out if others else "not taken" not in out
+    assert f"in the file, but not used: {others}\n" in out if others else "not used" not in out
 
 
 def renamed(state):
@@ -586,7 +586,7 @@ def one_channel(state):
         (lambda state: {"cls_token": torch.ones(3)}, ["lacks 'conv1.weight'", "'cls_token'"]),
         (lambda state: {"model": {"a.b": 3}}, ["lacks 'conv1.weight'", "'a.b'"]),
         (renamed, ["lacks 'layer4.0.conv1.weight'"]),
-        (deeper, ["it has 'layer3.6.conv1.weight', which the network has not"]),
+        (deeper, ["it has 'layer3.6.conv1.weight', which the network does not have"]),
         (one_channel, ["'conv1.weight' has the shape [64, 1, 7, 7], that of the network [64, 3"]),
         (lambda state: {**state, "bn1.weight": 3}, ["'bn1.weight' has no shape"]),
         (lambda state: [state], ["lacks 'conv1.weight'"]),
@@ -630,11 +630,11 @@ def fails(done, *says):
             ("--data", "mars", "--root", "nowhere"),
             ["nowhere: no such folder; --root names the folder that holds mars/, or the data set"],
         ),
-        (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
+        (("--gpu", "3"), ["--gpu 3: no GPU was found"]),
         (("--bogus",), ["--bogus", "--help"]),
         (
             ("--weights", "imagenet"),
-            ["ResNet-50 cannot be had", "resnet50-0676ba61.pth", "--weights none"],
+            ["ResNet-50 are not available", "resnet50-0676ba61.pth", "--weights none"],
         ),
     ],
 )
@@ -656,22 +656,22 @@ def test_errors_are_one_line(run, small_root, tmp_path, arguments, says):
         (("--frames", "3"), ["at least 4 frames, not 3", "--frames"]),
         (("--height", "32"), ["at least 33x33 pixels, not 32x64", "--height"]),
         (("--ids", "7"), ["a batch needs 7 identities, the training set has 6"]),
-        (("--epochs", "0"), ["--epochs", "int of 1 to"]),
-        (("--lr", "nan"), ["--lr", "float of 0 to"]),
-        (("--seed", "1" + 30 * "0"), ["--seed", "int of 0 to"]),
-        (("--erase", "1.5"), ["--erase", "float of 0 to 1"]),
-        (("--height", "8193"), ["--height", "int of 1 to 8192"]),
-        (("--width", "100000"), ["--width", "int of 1 to 8192"]),
-        (("--frames", "1025"), ["--frames", "int of 1 to 1024"]),
-        (("--ids", "2147483647"), ["--ids", "int of 2 to 4096"]),
-        (("--clips", "2147483647"), ["--clips", "int of 1 to 4096"]),
+        (("--epochs", "0"), ["--epochs", "whole number from 1 to"]),
+        (("--lr", "nan"), ["--lr", "a number from 0 to"]),
+        (("--seed", "1" + 30 * "0"), ["--seed", "whole number from 0 to"]),
+        (("--erase", "1.5"), ["--erase", "a number from 0 to 1"]),
+        (("--height", "8193"), ["--height", "whole number from 1 to 8192"]),
+        (("--width", "100000"), ["--width", "whole number from 1 to 8192"]),
+        (("--frames", "1025"), ["--frames", "whole number from 1 to 1024"]),
+        (("--ids", "2147483647"), ["--ids", "whole number from 2 to 4096"]),
+        (("--clips", "2147483647"), ["--clips", "whole number from 1 to 4096"]),
         (("--variant", "sinett"), ["--variant", "'sinett'"]),
         (("--data", "marz"), ["--data", "'marz'"]),
         (("--weights", "nothing.pth"), ["nothing.pth: no such file"]),
         (("--resume", "nothing.pt"), ["nothing.pt: no such file"]),
-        (("--beta", "0"), ["--beta", "float above 0"]),
-        (("--temperature", "0"), ["--temperature", "float above 0"]),
-        (("--reduction", "0"), ["reduction of 1 to ", ", not 0; see --frames"]),
+        (("--beta", "0"), ["--beta", "a number above 0"]),
+        (("--temperature", "0"), ["--temperature", "a number above 0"]),
+        (("--reduction", "0"), ["reduction of 1 to ", ", not 0; check --frames"]),
         (("--se-reduction", "2000"), ["reduction of 1 to 1024, not 2000"]),
         (("--init", ""), ["--init: no such file"]),
         (("--figure", ""), ["--figure: no such file"]),
@@ -702,7 +702,7 @@ def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
             ("--height", 48),
             ["height must be a multiple of 64 and width a multiple of 32", "not 48x64"],
         ),
-        ("bicnet_tks.py", ("--divergence", "-1"), ["--divergence", "float of 0 to"]),
+        ("bicnet_tks.py", ("--divergence", "-1"), ["--divergence", "a number from 0 to"]),
         *(
             (script, *case)
             for script in list(SCRIPTS)[1:]
@@ -714,16 +714,16 @@ def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
                 ),
                 (
                     ("--data", "mars", "--split", "1"),
-                    ["--split: mars has no splits, ilids and prid have"],
+                    ["--split: mars has no splits, only ilids and prid have"],
                 ),
                 (
                     ("--data", "prid", "--split", "all", "--evaluate"),
                     ["--split all: is for training"],
                 ),
-                (("--gpu", "3"), ["--gpu 3: no GPU is there"]),
+                (("--gpu", "3"), ["--gpu 3: no GPU was found"]),
                 (("--bogus",), ["--bogus", "--help"]),
                 (("--resume", "sinet.pt"), [f"sinet.pt: not a checkpoint of {script}"]),
-                (("--frames", "0"), ["--frames", "int of 1 to"]),
+                (("--frames", "0"), ["--frames", "whole number from 1 to"]),
             )
         ),
         *(
@@ -733,7 +733,7 @@ def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
         ),
         ("m3d.py", ("--ids", "700"), ["a batch needs 700 tracklets, the training set has"]),
         ("m3d.py", ("--stream", "both"), ["--stream", "'both'"]),
-        ("strf.py", ("--kappa", "x"), ["--kappa", "float of 0 to"]),
+        ("strf.py", ("--kappa", "x"), ["--kappa", "a number from 0 to"]),
     ],
 )
 def test_wrong_flags_of_every_script(refuses, small_root, tmp_path, script, arguments, says):
@@ -758,7 +758,7 @@ def test_every_number_of_a_recipe_is_tried(script, monkeypatch, tmp_path, one_ba
     """One line or a run, before any data are read: there are none here."""
     module = importlib.import_module(Path(script).stem)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "describe", lambda rows: ())  # which --help prints
+    monkeypatch.setattr(common, "variant_help", lambda rows: ())  # which --help prints
     started = []
     monkeypatch.setattr(module, "train", started.append)
     monkeypatch.setattr(module, "train_in_stages", started.append, raising=False)
@@ -766,7 +766,7 @@ def test_every_number_of_a_recipe_is_tried(script, monkeypatch, tmp_path, one_ba
     for key, count in numbers_of(module.RECIPE):
         for value in ("0", "-1", "1e9", "1000000000", "999999999", "nan", "inf", ""):
             started.clear()
-            monkeypatch.setattr(sys, "argv", [script, common.typed(key, ()), *[value] * count])
+            monkeypatch.setattr(sys, "argv", [script, common.as_flag(key), *[value] * count])
             try:
                 module.main()
             except UserError as error:
@@ -775,8 +775,8 @@ def test_every_number_of_a_recipe_is_tried(script, monkeypatch, tmp_path, one_ba
                 continue
             outcomes[key, value] = "ran"
             (args,) = started
-            if key not in common.OF_A_TRAINING and value != "999999999":  # what a clip goes through
-                model = common.without_memory(module.build, args, 3)
+            if key not in common.TRAINING_ONLY and value != "999999999":  # what a clip goes through
+                model = common.build_without_memory(module.build, args, 3)
                 common.complexity(model, args.frames, args.height, args.width)
     assert not any(tmp_path.iterdir())
     for key, count in numbers_of(module.RECIPE):
@@ -789,7 +789,7 @@ def test_every_number_of_a_recipe_is_tried(script, monkeypatch, tmp_path, one_ba
 
 
 def typed_flag(key):
-    return common.typed(key, ())
+    return common.as_flag(key)
 
 
 def test_a_number_is_of_the_kind_of_its_default(monkeypatch):
@@ -837,17 +837,17 @@ TRAINED = ("--resume", "LAST")  # LAST: last.pt of the short training of sinet.p
         ("m3d.py", ("--figure-tracklets", 2), "--figure-tracklets: has no effect without --figure"),
         ("strf.py", ("--evaluate", "--figure-format", "pdf"), "--figure-format: has no effect w"),
         *(
-            ("sinet.py", (*mode, *flag), f"{flag[0]}: is for a training, and with {mode[0]} noth")
+            ("sinet.py", (*mode, *flag), f"{flag[0]}: is for training, but with {mode[0]} noth")
             for mode in (("--evaluate",), ("--figure", "f"), ("--export", "e"))
             for flag in (("--eval-every", 2), ("--checkpoint-every", 2), ("--eval-first",),
                          ("--tensorboard",), ("--chunk", 9), ("--lr", 1), ("--epochs", 3),
                          ("--margin", 1))
         ),
-        ("m3d.py", ("--evaluate", "--in-stages"), "--in-stages: is for a training"),
-        ("m3d.py", ("--evaluate", "--momentum", 0.5), "--momentum: is for a training"),
-        ("tclnet.py", ("--evaluate", "--loss", "xent"), "--loss: is for a training"),
-        ("bicnet_tks.py", ("--evaluate", "--divergence", 1), "--divergence: is for a training"),
-        ("sinet.py", ("--evaluate", "--plan", "--lr", 1), "--lr: is for a training"),
+        ("m3d.py", ("--evaluate", "--in-stages"), "--in-stages: is for training"),
+        ("m3d.py", ("--evaluate", "--momentum", 0.5), "--momentum: is for training"),
+        ("tclnet.py", ("--evaluate", "--loss", "xent"), "--loss: is for training"),
+        ("bicnet_tks.py", ("--evaluate", "--divergence", 1), "--divergence: is for training"),
+        ("sinet.py", ("--evaluate", "--plan", "--lr", 1), "--lr: is for training"),
         ("sinet.py", ("--figure", "f", "--export", "e"), "--export: has no effect with --figure"),
         ("sinet.py", ("--figure", "f", "--compile"), "--compile: has no effect with --figure"),
         ("sinet.py", ("--figure", "f", "--evaluate"), "--evaluate: has no effect with --figure"),
@@ -888,7 +888,8 @@ def test_flags_with_an_effect(flags, trained, monkeypatch, tmp_path):
     last = trained[0] / "last.pt"
     flags = [str(last if flag == "LAST" else flag) for flag in flags]
     monkeypatch.setattr(sys, "argv", ["sinet.py", *flags])
-    common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py", sinet.RELEASE)
+    common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py",
+                      release=sinet.RELEASE)
 
 
 def test_what_only_a_training_takes_is_what_no_network_takes():
@@ -896,8 +897,8 @@ def test_what_only_a_training_takes_is_what_no_network_takes():
     for script in SCRIPTS:
         module = importlib.import_module(Path(script).stem)
         training = module.RECIPE.keys() & {*TRAINING, *LOSSES, "stages"} - {"ids", "clips"}
-        assert module.RECIPE.keys() & common.OF_A_TRAINING == training, script
-    assert common.NEEDS.keys() <= {*common.FLAGS, *common.OF_A_TRAINING, "weights"}
+        assert module.RECIPE.keys() & common.TRAINING_ONLY == training, script
+    assert common.HAS_EFFECT_IF.keys() <= {*common.FLAGS, *common.TRAINING_ONLY, "weights"}
 
 
 def test_damaged_data_is_one_line(run, small_root, tmp_path):
@@ -961,9 +962,9 @@ def test_output_folder_errors(trained, refuses, small_root, tmp_path, monkeypatc
     )  # a resumed run does not overwrite another one, either
     refuses(
         ("--resume", trained[0] / "last.pt", "--output", "other", "--epochs", 3),
-        "other holds a run already",
+        "other already holds a run",
     )
     monkeypatch.setattr(sinet, "build", lambda args, num_classes: Colours(num_classes))
-    refuses(("--root", small_root, "--output", trained[0]), "holds a run already", "--resume")
+    refuses(("--root", small_root, "--output", trained[0]), "already holds a run", "--resume")
     (tmp_path / "file").write_text("")
     refuses(("--root", small_root, "--output", "file/run"), "file/run/args.json: cannot be written")

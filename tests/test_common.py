@@ -15,7 +15,7 @@ import torch.nn as nn
 import common
 from common import (
     batch_hard_triplet,
-    cmc_map,
+    cmc_and_map,
     complexity,
     distance_blocks,
     evaluate,
@@ -44,7 +44,7 @@ def test_distances(metric):
     a, b = torch.randn(7, 5), torch.randn(9, 5)
     expected = torch.tensor([[slow_distance(x, y, metric) for y in b] for x in a])
     torch.testing.assert_close(distances(a, b, metric), expected, atol=1e-5, rtol=1e-5)
-    blocks = list(distance_blocks(a, b, metric, rows=3))
+    blocks = list(distance_blocks(a, b, metric, block_size=3))
     assert [len(d) for _, d in blocks] == [3, 3, 1] and [rows.start for rows, _ in blocks] == [
         0,
         3,
@@ -52,7 +52,7 @@ def test_distances(metric):
     ]
     assert torch.equal(
         torch.cat([d for _, d in blocks]),
-        torch.cat([d for _, d in distance_blocks(a, b, metric, rows=3)]),
+        torch.cat([d for _, d in distance_blocks(a, b, metric, block_size=3)]),
     )
     with pytest.raises(ValueError, match="metric"):
         next(distance_blocks(a, b, "manhattan"))
@@ -142,7 +142,7 @@ def slow_cmc_map(d, q_pids, q_cams, g_pids, g_cams, top):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_cmc_map(seed):
+def test_cmc_and_map(seed):
     rng = np.random.default_rng(seed)
     Q, G = rng.integers(1, 15), rng.integers(5, 60)
     d = rng.integers(0, rng.choice([2, 5, 1000]), (Q, G)).astype(np.float32)  # many ties
@@ -154,7 +154,7 @@ def test_cmc_map(seed):
     q_pids[0], q_cams[0], g_pids[0], g_cams[0] = 1, 1, 1, 2  # at least one query has a match
     expected = slow_cmc_map(d, q_pids, q_cams, g_pids, g_cams, 20)
     for given in (d, ((slice(i, i + 4), d[i : i + 4]) for i in range(0, Q, 4))):
-        cmc, mean_ap, matched = cmc_map(given, q_pids, q_cams, g_pids, g_cams, 20)
+        cmc, mean_ap, matched = cmc_and_map(given, q_pids, q_cams, g_pids, g_cams, top=20)
         np.testing.assert_allclose(cmc, expected[0], atol=1e-12)
         assert abs(mean_ap - expected[1]) < 1e-12 and matched == expected[2]
 
@@ -171,13 +171,13 @@ def test_ties_rank_in_gallery_order():
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
-def test_cmc_map_takes_ids_and_distances_of_any_kind(kind):
+def test_cmc_and_map_takes_ids_and_distances_of_any_kind(kind):
     d = torch.tensor([[0.5, 0.25, 2.0, 1.0], [0.5, 1.0, 0.125, 4.0]])
     ids = [kind(x) for x in ([1, 2], [1, 1], [1, 1, 2, 2], [2, 1, 2, 3])]
     expected = slow_cmc_map(d.tolist(), *ids, 4)
     for given in (d, d.bfloat16(), d.half(), d.double(), d.numpy(), d.tolist(),
                   [(slice(0, 1), d[:1].bfloat16()), (slice(1, 2), d[1:].bfloat16())]):
-        cmc, mean_ap, matched = cmc_map(given, *ids, 4)
+        cmc, mean_ap, matched = cmc_and_map(given, *ids, top=4)
         np.testing.assert_allclose(cmc, expected[0])
         assert abs(mean_ap - expected[1]) < 1e-12 and matched == 2
     assert [ranks.tolist() for ranks in match_ranks(d.bfloat16(), *ids)] == [[0], [0, 3]]
@@ -186,10 +186,10 @@ def test_cmc_map_takes_ids_and_distances_of_any_kind(kind):
 def test_what_cannot_be_ranked_is_an_error():
     for d in (np.full((2, 3), np.nan), np.array([[0.1, 0.2, 0.3], [0.1, np.inf, 0.3]])):
         for given in (d, torch.tensor(d), [(slice(0, 1), d[:1]), (slice(1, 2), d[1:])]):
-            with pytest.raises(UserError, match="NaN or infinite"):
-                cmc_map(given, [1, 1], [1, 1], [1, 1, 2], [1, 2, 2])
+            with pytest.raises(UserError, match="contain NaN or infinity"):
+                cmc_and_map(given, [1, 1], [1, 1], [1, 1, 2], [1, 2, 2])
     with pytest.raises(UserError, match="no query has a match"):
-        cmc_map(np.zeros((1, 2)), np.array([1]), np.array([1]), np.array([1, 2]), np.array([1, 2]))
+        cmc_and_map(np.zeros((1, 2)), [1], [1], [1, 2], [1, 2])
 
 
 def slow_rerank(q, g, metric, k1, k2, weight):
@@ -230,20 +230,24 @@ def test_rerank(metric, k1, k2, weight):
     centres = torch.randn(6, 8)
     q, g = centres + 0.3 * torch.randn(6, 8), centres.repeat(5, 1) + 0.3 * torch.randn(30, 8)
     np.testing.assert_allclose(
-        rerank(q, g, metric, k1, k2, weight), slow_rerank(q, g, metric, k1, k2, weight), atol=2e-5
+        rerank(q, g, metric, k1=k1, k2=k2, original_weight=weight),
+        slow_rerank(q, g, metric, k1, k2, weight),
+        atol=2e-5,
     )
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_rerank_of_duplicates(metric):
-    """A sample stands first in its own list, also behind duplicates with smaller numbers, as the
-    queries of MARS have them in the gallery: here more of them than a list has places. All others
-    rank in the order of their places."""
+    """A sample comes first in its own list, also before duplicates with smaller numbers, which the
+    queries of MARS have in the gallery. Here there are more duplicates than places in a list. All
+    others rank in the order of the features."""
     x = torch.randn(4, 8)
     q, g = x[[0, 1, 0]], torch.cat([x, x[:2], x[2:3] + 0.1, x[:1]])
     for k1, k2 in ((1, 1), (2, 1), (2, 2)):
         np.testing.assert_allclose(
-            rerank(q, g, metric, k1, k2, 0.3), slow_rerank(q, g, metric, k1, k2, 0.3), atol=2e-5
+            rerank(q, g, metric, k1=k1, k2=k2, original_weight=0.3),
+            slow_rerank(q, g, metric, k1, k2, 0.3),
+            atol=2e-5,
         )
 
 
@@ -257,6 +261,11 @@ def test_rerank_of_equal_features(metric, value, queries, gallery):
     pids, cams = [1] * queries, [1] * queries
     (ranks, *_) = match_ranks(d, pids, cams, [2] * (gallery - 1) + [1], [2] * gallery)
     assert ranks.tolist() == [gallery - 1]
+
+
+def clips_of(split, size=(64, 32)):
+    """How a tracklet is cut into clips of four frames, as `extract` and `evaluate` take it."""
+    return {"split_clips": split, "clip_length": 4, "size": size}
 
 
 class Mean(nn.Module):
@@ -281,7 +290,8 @@ class Mean(nn.Module):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_extract_packs_clips_and_equals_one_tracklet_at_a_time(small_root, split, workers):
     tracklets, model = load_dataset("synthetic", small_root).gallery, Mean().train()
-    x = extract(model, tracklets, split, 4, (64, 32), batch=5, workers=workers)
+    options = clips_of(split)
+    x = extract(model, tracklets, **options, batch_size=5, workers=workers)
     clips = sum(-(-len(t.frames) // 4) for t in tracklets)
     assert model.seen == [5] * (clips // 5) + [clips % 5] * (
         clips % 5 > 0
@@ -303,10 +313,11 @@ def test_evaluate(small_root, capsys, monkeypatch):
         lambda model, tracklets, *a, **k: calls.append(tracklets)
         or extract(model, tracklets, *a, **k),
     )
-    result = evaluate(Mean(), dataset, split_segments, 4, (64, 32), label="here", batch=4)
+    options = clips_of(split_segments)
+    result = evaluate(Mean(), dataset, **options, label="here", batch_size=4)
     assert len(calls[0]) == len(dataset.gallery)  # queries are not extracted twice
     q, g = (
-        extract(Mean(), part, split_segments, 4, (64, 32))
+        extract(Mean(), part, **options)
         for part in (dataset.query, dataset.gallery)
     )
     arrays = [
@@ -322,7 +333,7 @@ def test_evaluate(small_root, capsys, monkeypatch):
         and "CMC-20" in out
         and f"{result['mAP']:.1f}" in out
     )
-    evaluate(Mean(), dataset, split_segments, 4, (64, 32), use_rerank=True)
+    evaluate(Mean(), dataset, **options, use_rerank=True)
     assert "re-ranked" in capsys.readouterr().out
 
 
@@ -346,18 +357,18 @@ def test_export(small_root, tmp_path, capsys, monkeypatch, use_rerank):
     dataset = dataset._replace(query=query, gallery=gallery)
     x = torch.randn(len(query) + len(gallery), 5)
     parts = x.split([len(query), len(gallery)])
-    monkeypatch.setattr(common, "test_features", lambda *_, **__: parts)
+    monkeypatch.setattr(common, "tracklet_features", lambda *_, **__: parts)
     blocks = common.distance_blocks
-    monkeypatch.setattr(common, "distance_blocks", lambda *a, rows=3: blocks(*a, rows=rows))
+    monkeypatch.setattr(common, "distance_blocks", lambda *a: blocks(*a, block_size=3))
     dataset.query[1] = dataset.query[1]._replace(frames=odd)
-    options = (None, dataset, split_segments, 4, (64, 32), "euclidean", use_rerank)
+    options = dict(clips_of(split_segments), metric="euclidean", use_rerank=use_rerank)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "rank", lambda: 1)
-        evaluate(*options, export=tmp_path / "new/a")
+        patch.setattr(common, "process_rank", lambda: 1)
+        evaluate(None, dataset, **options, export_folder=tmp_path / "new/a")
     assert "wrote" not in capsys.readouterr().out and not (tmp_path / "new").exists()
-    result = evaluate(*options, export=tmp_path / "new/a")
+    result = evaluate(None, dataset, **options, export_folder=tmp_path / "new/a")
     says, out = f"wrote features.npz and queries.csv into {tmp_path / 'new/a'}", capsys.readouterr()
-    assert says in out.out and ("features alone" in out.out) == use_rerank
+    assert says in out.out and ("the re-ranked distances" in out.out) == use_rerank
     arrays, rows = read_export(tmp_path / "new/a")
     assert sorted(p.name for p in (tmp_path / "new/a").iterdir()) == ["features.npz", "queries.csv"]
     q, g = parts
@@ -395,7 +406,7 @@ def crops(frames):
 def test_extract_takes_crops_that_are_in_memory(small_root, workers):
     """Lists of arrays and of tensors, and one of either, beside files: all the same embeddings."""
     tracklets = load_dataset("synthetic", small_root).gallery[:5]
-    options = dict(split=split_consecutive, T=4, size=(48, 40), workers=workers)
+    options = dict(clips_of(split_consecutive, size=(48, 40)), workers=workers)
     expected = extract(Mean(), tracklets, **options)
     first, second, third, fourth, fifth = (crops(t.frames) for t in tracklets)
     second[0].flags.writeable = False
@@ -420,14 +431,14 @@ def test_a_tracklet_without_frames_is_named(small_root, place, empty):
     dataset = load_dataset("synthetic", small_root)
     tracklets = dataset.gallery[:2]
     tracklets.insert(place, dataset.gallery[2]._replace(frames=empty, pid=8, cam=3))
-    options = (split_consecutive, 4, (64, 32))
+    options = clips_of(split_consecutive)
     says = rf"tracklet {place + 1} of 3 \(identity 8, camera 3\) has no frames"
     with pytest.raises(UserError, match=says):
-        extract(Mean(), tracklets, *options)
+        extract(Mean(), tracklets, **options)
     with pytest.raises(UserError, match="tracklet 1 of 1 .* has no frames"):
-        extract(Mean(), [empty], *options)
+        extract(Mean(), [empty], **options)
     with pytest.raises(UserError, match="identity 8, camera 3"):
-        evaluate(Mean(), dataset._replace(gallery=tracklets), *options)
+        evaluate(Mean(), dataset._replace(gallery=tracklets), **options)
 
 
 @pytest.mark.parametrize(
@@ -443,14 +454,14 @@ def test_a_tracklet_without_frames_is_named(small_root, place, empty):
 )
 def test_extract_refuses_other_crops(frames, says):
     with pytest.raises(UserError, match=says):
-        extract(Mean(), [frames], split_consecutive, 4, (64, 32))
+        extract(Mean(), [frames], **clips_of(split_consecutive))
 
 
 def test_evaluate_refuses_features_that_are_not_finite(small_root):
     model = Mean()
     model.scale.data.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
-        evaluate(model, load_dataset("synthetic", small_root), split_segments, 4, (64, 32))
+        evaluate(model, load_dataset("synthetic", small_root), **clips_of(split_segments))
 
 
 def test_the_deviation_of_the_splits_is_that_of_a_sample(monkeypatch, capsys):
@@ -460,11 +471,13 @@ def test_the_deviation_of_the_splits_is_that_of_a_sample(monkeypatch, capsys):
 
     monkeypatch.setattr(common, "part_of", part_of)
     values = [10 * split for split in range(10)]
-    common.all_splits(lambda args: {"mAP": values[args.split], "rank-1": values[args.split] / 2},
-                      SimpleNamespace(epochs=1, variant="base", printed=None), {})
+    results = [{"mAP": value, "rank-1": value / 2} for value in values]
+    common.train_all_splits(lambda args: results[args.split],
+                            SimpleNamespace(epochs=1, variant="base", paper_result=None), {})
     deviation = statistics.stdev(values)
     assert abs(deviation - statistics.pstdev(values)) > 1
-    expected = f"mAP 45.0 +- {deviation:.1f}   rank-1 22.5 +- {deviation / 2:.1f}   of base"
+    expected = f"base, mean of 10 splits: mAP 45.0 +- {deviation:.1f}, "
+    expected += f"rank-1 22.5 +- {deviation / 2:.1f}; the paper reports no result"
     assert expected in capsys.readouterr().out
 
 
@@ -491,6 +504,6 @@ class Finishing(Mean):
 
 def test_a_network_finishes_what_was_averaged(small_root):
     tracklets = load_dataset("synthetic", small_root).gallery
-    plain = extract(Mean(), tracklets, split_consecutive, 4, (64, 32))
-    finished = extract(Finishing(), tracklets, split_consecutive, 4, (64, 32))
+    plain = extract(Mean(), tracklets, **clips_of(split_consecutive))
+    finished = extract(Finishing(), tracklets, **clips_of(split_consecutive))
     assert torch.equal(finished, nn.functional.normalize(plain, dim=1))

@@ -39,7 +39,7 @@ def random_frames():
 def axes_of(panel):
     """Axes that the panel has drawn into."""
     ax = Figure((1, 1), dpi=120).add_axes((0, 0, 1, 1))
-    panel(ax)
+    panel.draw(ax)
     return ax
 
 
@@ -64,12 +64,12 @@ def test_the_papers_pictures(name, tmp_path, one_backbone):
     title, rows = script.picture(model, normalize(frames[None]), frames)
     assert model.training and title and len(rows) >= 3
     # a map for each frame
-    assert any(len(maps) == 4 for maps, *_ in rows.values())
-    drawn = common.compare([(name, title, rows)])
+    assert any(len(row.values) == 4 for row in rows.values())
+    drawn = common.rows_with_common_ranges([common.Picture(name, title, rows)])
     # of random weights a row can be constant
-    assert [label.split("everywhere: ")[-1] for label, _ in drawn] == [*rows] and drawn[0][1]
-    assert all(panels or label.startswith("Not drawn, as it is ") for label, panels in drawn)
-    common.sheet(title, drawn, tmp_path / "a.png")
+    assert [label.split(": not drawn")[0] for label, _ in drawn] == [*rows] and drawn[0].panels
+    assert all(panels or label.endswith(" everywhere") for label, panels in drawn)
+    common.save_sheet(title, drawn, tmp_path / "a.png")
     image = Image.open(tmp_path / "a.png").convert("RGB")
     assert image.width < 830 and len(image.getcolors(10**6)) > 50
     assert image.getpixel((image.width - 1, 3)) == (255, 255, 255)
@@ -96,13 +96,19 @@ def test_pictures_of_other_variants(name, one_backbone):
         script, model = network(name, variant)
         _, rows = script.picture(model, clips, frames)
         assert rows and rows.keys() & first.keys(), variant
-        for _, panels in common.compare([("a", "", rows), ("b", "", first)]):
+        for _, panels in compared(a=rows, b=first):
             for panel in panels[:1] + panels[-1:]:
                 axes_of(panel)
 
 
-def heads_of(row):
-    return [axes_of(panel).get_title() for panel in row[2](0, 1)]
+def compared(**rows):
+    """The rows of a sheet of the rows of networks' pictures, by the networks' names."""
+    pictures = [common.Picture(name, "", value) for name, value in rows.items()]
+    return common.rows_with_common_ranges(pictures)
+
+
+def captions_of(row):
+    return [axes_of(panel).get_title() for panel in row.panels(0, 1)]
 
 
 def test_heads_of_columns(one_backbone):
@@ -119,7 +125,7 @@ def test_heads_of_columns(one_backbone):
         script, model = network(name)
         rows = script.picture(model, clips, frames)[1]
         (row,) = [row for key, row in rows.items() if key.startswith(label)]
-        assert heads_of(row) == heads, name
+        assert captions_of(row) == heads, name
 
 
 def test_sinets_picture_is_eq_4(one_backbone):
@@ -134,8 +140,8 @@ def test_sinets_picture_is_eq_4(one_backbone):
         ((_, s),) = common.watch(model, clips, sbm)[0]
         assert limits == (0, 1) and torch.equal(torch.stack(maps), 1 - s[0, :, 0])
         assert len(maps) == 4 - n and 0 < s.min() and s.max() <= 1
-        hatched = [axes_of(panel).patches[0].get_hatch() for panel in panels(0, 1)[:-1]]
-        assert hatched == n * ["//"] + (4 - n) * [""]
+        hatches = [axes_of(panel).patches[0].get_hatch() for panel in panels(0, 1)[:-1]]
+        assert hatches == n * ["//"] + (4 - n) * [None]
 
 
 def test_tclnets_picture_shows_the_erased_block(one_backbone):
@@ -159,7 +165,7 @@ def test_strfs_middle_is_black(one_backbone):
     black = torch.full((2, 2), 0.5)
     black[1, 1] = math.nan
     white = torch.full((1, 3, 20, 20), 255, dtype=torch.uint8)
-    pixels = pixels_of(common.overlays(white, [black])[2](0, 1)[0])
+    pixels = pixels_of(common.overlays(white, [black]).panels(0, 1)[0])
     assert (np.ptp(pixels[80:110, 80:110], axis=2) == 0).all() and pixels[90, 90].max() < 130
     assert np.ptp(pixels[30, 30]) > 50
 
@@ -186,7 +192,7 @@ def test_overlays_go_from_blue_to_red():
     same = grey.float().mean(1, keepdim=True).byte().expand(1, 3, -1, -1)
     sizes = [torch.rand(4, 2), torch.rand(8, 4)]
     for n in range(2):
-        a, b = (pixels_of(common.overlays(f.expand(2, -1, -1, -1), sizes)[2](0, 1)[n])
+        a, b = (pixels_of(common.overlays(f.expand(2, -1, -1, -1), sizes).panels(0, 1)[n])
                 for f in (grey, same))
         assert np.abs(a - b).max() <= 1  # of rounding
 
@@ -216,14 +222,14 @@ def test_rows_of_two_networks_share_a_range():
     a = {"only a": common.overlays(frames, [low, low, None]),
          "both": common.overlays(frames, [None, low, low])}
     b = {"both": common.overlays(frames, [high, high, high])}
-    drawn = common.compare([("a", "", a), ("b", "", b)])
+    drawn = compared(a=a, b=b)
     assert [label for label, _ in drawn] == ["a: both", "b: both", "a: only a"]
     assert ranges(drawn) == [(-2, 9), (-2, 9), (-2, 3)]
-    drawn = common.compare([("a", "", a)])
+    drawn = compared(a=a)
     assert [label for label, _ in drawn] == ["only a", "both"] and ranges(drawn) == 2 * [(-2, 3)]
     # numbers that the range shall have
     limited = {"S": common.overlays(frames, [0.1 * high / 9, low.clamp(0, 0.2)], limits=(0, 1))}
-    assert ranges(common.compare([("a", "", limited)])) == [(0, 1)]
+    assert ranges(compared(a=limited)) == [(0, 1)]
 
 
 def test_small_differences_are_not_stretched():
@@ -231,28 +237,28 @@ def test_small_differences_are_not_stretched():
     frames = torch.randint(0, 256, (1, 3, 32, 16), dtype=torch.uint8)
 
     def drawn(*values):
-        return common.compare([("a", "", {"x": common.overlays(frames, [torch.tensor([values])])})])
+        return compared(a={"x": common.overlays(frames, [torch.tensor([values])])})
     assert ranges(drawn(0.9, 1.1)) == [pytest.approx((0.9, 1.1))]
     for values in ((0.99, 1.01), (-1.01, -0.99)):
         assert ranges(drawn(*values)) == [pytest.approx((np.mean(values) - 0.025,
                                                          np.mean(values) + 0.025))]
     for value in (0.0, 0.5, -7.0):
         (row,) = drawn(value, value * 1.001)
-        assert row == (f"Not drawn, as it is {value:.3g} everywhere: x", [])
-    (row,) = common.compare([("a", "", {"T": common.bars(3 * [torch.ones(4)], "abc")})])
-    assert row == ("Not drawn, as it is 1 everywhere: T", [])
+        assert row == (f"x: not drawn, because it is {value:.3g} everywhere", [])
+    (row,) = compared(a={"T": common.bars(3 * [torch.ones(4)], "abc")})
+    assert row == ("T: not drawn, because it is 1 everywhere", [])
 
 
 def test_bars_share_their_axis():
     charts = [torch.tensor([0.25, -2, 1.5]), torch.tensor([3.0, 1.0])]
-    ((label, panels),) = common.compare([("a", "", {"x": common.bars(charts, ["one", "two"])})])
+    ((label, panels),) = compared(a={"x": common.bars(charts, ["one", "two"])})
     one, two = map(axes_of, panels)
     assert [bar.get_height() for bar in one.patches] == [0.25, -2, 1.5]
     assert one.get_ylim() == two.get_ylim() == pytest.approx((-2, 3.15))
     assert (one.get_title(), two.get_title()) == ("one", "two")
     assert [ax.yaxis.get_tick_params()["labelright"] for ax in (one, two)] == [False, True]
     assert all(x == round(x) for ax in (one, two) for x in ax.get_xticks())
-    ((_, (panel,)),) = common.compare([("a", "", {"x": common.bars([torch.rand(40)], [""])})])
+    ((_, (panel,)),) = compared(a={"x": common.bars([torch.rand(40)], [""])})
     assert len(axes_of(panel).patches) == 40 and axes_of(panel).get_ylim()[0] == 0
 
 
@@ -283,27 +289,37 @@ def test_sheet_is_readable(monkeypatch, tmp_path):
     monkeypatch.setattr(Figure, "savefig", save)
     narrow, wide = (torch.zeros(1, 3, 40, width, dtype=torch.uint8) for width in (20, 80))
     words = "a long label of many words " * 4
-    panels = common.overlays(narrow, [torch.rand(4, 2)], ["a head"])[2](0, 1)
+    panels = common.overlays(narrow, [torch.rand(4, 2)], ["a head"]).panels(0, 1)
     panels.append(common.photo(wide[0], color="red"))
-    chart = common.bars([torch.rand(2)], ["stage 1"])[2](0, 1)
-    rows = [(words, panels), ("Not drawn: " + words, []), ("bars", chart)]
-    common.sheet(words, rows, tmp_path / "a.png")
+    chart = common.bars([torch.rand(2)], ["stage 1"]).panels(0, 1)
+    rows = [common.SheetRow(words, panels), common.SheetRow(words + ": not drawn", []),
+            common.SheetRow("bars", chart)]
+    common.save_sheet(words, rows, tmp_path / "a.png")
     figure, = drawn
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     texts = [text for text in figure.findobj(Text) if text.get_text()]
     assert len(texts) > 6 and all(t.get_fontsize() * figure.dpi / 72 >= 9 for t in texts)
-    labels = [text.get_window_extent() for text in figure.texts]
-    assert all(label.width < 600 for label in labels) and figure.texts[1].get_text().count("\n") > 2
-    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i])
+    title = figure.get_suptitle()
+    labels = [text for text in texts if text.get_text().split()[:2] in (["a", "long"], ["bars"])
+              and text.get_text() != title]
+    assert len(labels) == 3 and labels[0].get_text().count("\n") > 2
+    labels = [text.get_window_extent() for text in labels]
+    assert all(label.width < 600 for label in labels)
     frames = [ax.get_window_extent() for ax in figure.axes if ax.images]
-    assert len(frames) == 2 and {round(frame.height) for frame in frames} == {130}
-    assert [round(frame.width) for frame in frames] == [65, 260]
-    assert labels[1].x1 < frames[0].x0 and frames[0].x1 < frames[1].x0
-    boxes = [ax.get_tightbbox() for ax in figure.axes] + labels[2:3]
+    assert len(frames) == 2 and abs(frames[0].height - frames[1].height) < 1
+    assert [round(frame.width / frame.height, 1) for frame in frames] == [0.5, 2]
+    assert all(100 < frame.height < 150 for frame in frames)
+    assert labels[0].x1 < frames[0].x0 and frames[0].x1 < frames[1].x0
+    panels = [ax.get_tightbbox() for ax in figure.axes if ax.axison or ax.images]
+    title = next(text for text in texts if text.get_text() == title).get_window_extent()
+    boxes = [*panels, *labels, title]
+    assert len(boxes) == 4 + 3 + 1
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     image = Image.open(tmp_path / "a.png")
-    assert image.size[0] > boxes[2].x1 and [*tmp_path.iterdir()] == [tmp_path / "a.png"]
+    assert all(0 <= box.x0 and box.x1 <= image.width for box in boxes)
+    assert all(0 <= box.y0 and box.y1 <= image.height for box in boxes)
+    assert [*tmp_path.iterdir()] == [tmp_path / "a.png"]
 
 
 # ----------------------------------------------------------------------------------------- --figure
@@ -344,16 +360,16 @@ def test_pictures_of_two_checkpoints_for_papers(monkeypatch, trained, tmp_path, 
     state["args"]["idms"] = 2
     state["model"] = sinet.build(types.SimpleNamespace(**state["args"]), 6).state_dict()
     torch.save(state, tmp_path / "b.pt")
-    original = common.compare
+    original = common.rows_with_common_ranges
 
     def compare(pictures):
         seen.append(pictures)
         return original(pictures)
-    monkeypatch.setattr(common, "compare", compare)
+    monkeypatch.setattr(common, "rows_with_common_ranges", compare)
 
     def no_test(*_, **__):
         raise UserError("the test")
-    monkeypatch.setattr(common, "test_features", no_test)
+    monkeypatch.setattr(common, "tracklet_features", no_test)
     flags = ("--resume", last, "--figure-tracklets", 1, "--figure-format")
     for format, first in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
         folder = tmp_path / format
@@ -364,10 +380,10 @@ def test_pictures_of_two_checkpoints_for_papers(monkeypatch, trained, tmp_path, 
         assert [file.suffix for file in files] == 2 * ["." + format]
         assert files[1].name == f"training.{format}"
         assert all(file.read_bytes().startswith(first) for file in files)
-    assert [name for name, *_ in seen[0]] == ["base+idm", "base"]
+    assert [picture.name for picture in seen[0]] == ["base+idm", "base"]
     label = "last feature maps, divided by their mean"
     assert [label for label, _ in original(seen[0])] == [f"base+idm: {label}", f"base: {label}"]
-    assert not torch.equal(seen[0][0][2][label][0][0], seen[0][1][2][label][0][0])
+    assert not torch.equal(*(picture.rows[label].values[0] for picture in seen[0]))
     small = sinet.load(last).state_dict()
     for change, says in (({"height": 64}, "is for 4 frames of 64x40, not for 4 of 48x40"),
                          ({"frames": 8}, "is for 8 frames"), ({"frames": 1}, "the test")):
@@ -389,12 +405,12 @@ def colours(monkeypatch):
 
 @pytest.fixture
 def sheets(monkeypatch, colours):
-    """What the stubbed `sheet` is given, {file name: rows}."""
+    """What the stubbed `save_sheet` is given, {file name: rows}."""
     found = {}
 
     def sheet(title, rows, path, height=1.2):
         found[path.name] = rows
-    monkeypatch.setattr(common, "sheet", sheet)
+    monkeypatch.setattr(common, "save_sheet", sheet)
     return found
 
 
@@ -405,9 +421,10 @@ def test_ranked_list_is_the_metrics(monkeypatch, small_root, tmp_path, sheets):
     dataset = load_dataset("synthetic", small_root)
     torch.manual_seed(0)
     model = Colours(dataset.num_identities)
-    q, g = common.test_features(model, dataset, sinet.SPLIT, 4, (48, 40))
+    q, g = common.tracklet_features(model, dataset, split_clips=sinet.SPLIT, clip_length=4,
+                                    size=(48, 40))
     q = torch.cat([q[1:], -q[:1]])  # bad features
-    monkeypatch.setattr(common, "test_features", lambda *_, **__: (q, g))
+    monkeypatch.setattr(common, "tracklet_features", lambda *_, **__: (q, g))
     small_run(monkeypatch, small_root, tmp_path / "f", "--figure-tracklets", 100)
     d = torch.cat([block for _, block in common.distance_blocks(q, g, sinet.METRIC)]).numpy()
     ranks = common.match_ranks(d, *dataset.ids())
@@ -443,14 +460,15 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     history = [{"epoch": n, "lr": 1, "loss": 9 / n, "xent": 5 / n, "mAP": "", "rank-1": ""}
                for n in (1, 2, 3)]
     run = types.SimpleNamespace(
-        args=args, device=torch.device("cpu"), history=history, extraction={"batch": 4},
+        args=args, device=torch.device("cpu"), history=history, extraction={"batch_size": 4},
         size=(48, 40), origin="after epoch 3",
     )
     rest = run, network, dataset, sinet.SPLIT, "euclidean", sinet.picture, sinet.load
     common.figures(*rest)
-    q, g = common.test_features(network, dataset, sinet.SPLIT, 4, (48, 40))
+    q, g = common.tracklet_features(network, dataset, split_clips=sinet.SPLIT, clip_length=4,
+                                    size=(48, 40))
     ids = dataset.ids()
-    cmc, mean_ap, _ = common.cmc_map(common.rerank(q, g, "euclidean"), *ids)
+    cmc, mean_ap, _ = common.cmc_and_map(common.rerank(q, g, "euclidean"), *ids)
     (label, (panel,)), = sheets["cmc.png"]
     line, = axes_of(panel).lines
     assert f"mAP {100 * mean_ap:.1f}" in line.get_label()
@@ -481,8 +499,8 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     assert lines == {"mAP": [[2, 50]], "rank-1": [[2, 60]]}
     sheets.clear()
     args.figure = tmp_path / "g"
-    monkeypatch.setattr(common, "test_features", lambda *_, **__: (q, g))
-    monkeypatch.setattr(common, "rank", lambda: 1)
+    monkeypatch.setattr(common, "tracklet_features", lambda *_, **__: (q, g))
+    monkeypatch.setattr(common, "process_rank", lambda: 1)
     common.figures(*rest)
     assert not sheets  # the first process draws
 
@@ -494,7 +512,7 @@ def test_titles_say_how_long_a_network_was_trained(monkeypatch, small_root, tmp_
     def sheet(title, rows, path, *_):
         titles[path.stem] = title
 
-    monkeypatch.setattr(common, "sheet", sheet)
+    monkeypatch.setattr(common, "save_sheet", sheet)
     flags = ("--figure-tracklets", 1)
     small_run(monkeypatch, small_root, tmp_path / "f", *flags)
     own, ranked = (titles.pop(name) for name in sorted(titles) if name.startswith("query"))
@@ -568,7 +586,8 @@ def test_load_of_a_run(trained, small_root):
     model = sinet.load(trained[0] / "last.pt")
     dataset = load_dataset("synthetic", small_root)
     assert model.args.variant == "base" and model.args.root == str(small_root)
-    result = common.evaluate(model, dataset, sinet.SPLIT, 4, (48, 40), sinet.METRIC)
+    result = common.evaluate(model, dataset, split_clips=sinet.SPLIT, clip_length=4,
+                             size=(48, 40), metric=sinet.METRIC)
     logged = read_log(trained[0])[-1]
     assert [f"{result[key]:.4f}" for key in ("mAP", "rank-1")] == [
         f"{float(logged[key]):.4f}" for key in ("mAP", "rank-1")]
@@ -605,7 +624,7 @@ def test_complexity(name, monkeypatch, capsys):
     assert len(table) == 2 + len(rows) and len({len(line) for line in table}) == 1
     assert all(set(cell) == {"-"} for cell in cells_of(table[1]))
     head, _, *lines = map(cells_of, table)
-    assert head == ["variant", "clip", "parameters", "GFLOPs a clip", "a frame", "in the paper"]
+    assert head == ["variant", "clip", "parameters", "GFLOPs per clip", "per frame", "in the paper"]
     for cells, (row, given) in zip(lines, rows.items()):
         args, parameters, _, macs, _ = counting.cost(name, row)
         paper = [f"{value} {common.COSTS[cost]}" for cost, value in given.costs.items()]

@@ -183,7 +183,7 @@ class Batches(list):
 @pytest.fixture
 def steps(monkeypatch, tmp_path):
     """steps(cuda, kind, batches) -> a Run, after so many steps with losses of this kind."""
-    monkeypatch.setattr(common, "_asked", 0)
+    monkeypatch.setattr(common, "_stop_signal", 0)
     monkeypatch.setattr(OnGpu, "read", [])
     flags = ("--gpu", "cpu", "--epochs", 2, "--checkpoint-every", 2, "--output", tmp_path, *TINY)
     monkeypatch.setattr(sys, "argv", ["sinet.py", *map(str, flags)])
@@ -210,7 +210,7 @@ def test_losses_are_read_every_ten_steps(steps):
     assert {*OnGpu.read} == {*range(1, 24)}
     OnGpu.read.clear()
     run = steps(True, OnGpu)
-    assert {*OnGpu.read} == {10, 20, 23} and run.totals == {}
+    assert {*OnGpu.read} == {10, 20, 23} and run.loss_sums == {}
     sums, totals = {"loss": 0.0, "xent": 0.0, "triplet": 0.0}, {}
 
     def python(step):
@@ -219,10 +219,10 @@ def test_losses_are_read_every_ten_steps(steps):
         for name, x in zip(sums, (xent + triplet, xent, triplet)):
             sums[name] += x
         if step == 22:
-            common._asked = 15
+            common._stop_signal = 15
 
     with pytest.raises(common.Stop), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Run, "save", lambda run: totals.update(run.totals))
+        patch.setattr(common.Run, "save", lambda run: totals.update(run.loss_sums))
         steps(True, OnGpu, each=python)
     assert totals == sums and {type(x) for x in totals.values()} == {float}
 
@@ -230,16 +230,17 @@ def test_losses_are_read_every_ten_steps(steps):
 def test_a_signal_is_noticed_in_its_step_but_that_of_others_when_losses_are_read(steps):
     def fourth(step):
         if step == 4:
-            common._asked = 15
+            common._stop_signal = 15
 
     with pytest.MonkeyPatch.context() as patch:
         saved, asked = [], []
         patch.setattr(common.Run, "save", lambda run: saved.append(run.steps))
         with pytest.raises(common.Stop):
             steps(True, each=fourth)
-        common._asked = 0
-        patch.setattr(common, "world", lambda: 2)
-        patch.setattr(common, "stop_asked", lambda: asked.append(OnGpu.step) or common._asked)
+        common._stop_signal = 0
+        patch.setattr(common, "world_size", lambda: 2)
+        patch.setattr(common, "stop_signal",
+                      lambda: asked.append(OnGpu.step) or common._stop_signal)
         with pytest.raises(common.Stop):
             steps(True, each=fourth)
     assert saved == [4, 10] and asked == [10, 10]
@@ -248,7 +249,7 @@ def test_a_signal_is_noticed_in_its_step_but_that_of_others_when_losses_are_read
 def test_a_loss_that_is_not_finite_is_found_when_it_is_read(steps):
     def spoil(step):
         if step == 13:
-            run[0].totals["loss"] *= float("nan")
+            run[0].loss_sums["loss"] *= float("nan")
 
     run, batches = [], common.Run.batches
     with pytest.MonkeyPatch.context() as patch:
@@ -392,7 +393,7 @@ def back_and_forth(user, folder, gpus):
     user("sinet", *flags, "--epochs", 1, "--gpu", gpus[0])
     for epochs, gpu in ((2, gpus[1]), (3, gpus[0])):
         out = user("sinet", *flags, "--resume", "--epochs", epochs, "--gpu", gpu)
-        assert f"going on after epoch {epochs - 1} of" in out
+        assert f"last.pt after epoch {epochs - 1}\n" in out
     log = read_log(folder)
     assert [row["epoch"] for row in log] == ["1", "2", "3"]
     maps = []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import m3d
 from common import parse_args, settings
-from common import test_features as features_of
+from common import tracklet_features as features_of
 from conftest import (
     TINY,
     check_gradients,
@@ -472,12 +472,12 @@ def test_the_command_line(monkeypatch):
     args = arguments(monkeypatch, "--data", "mars")
     assert (args.stream, args.layer, args.ral, args.frames) == ("two", "m3d", ("s", "c", "t"), 8)
     assert (args.ids, args.lr, args.lr_step, args.epochs) == (24, 0.01, 300, 400)
-    assert args.printed == (74.06, 84.39)
+    assert args.paper_result == (74.06, 84.39)
     args = arguments(monkeypatch, "--data", "mars", "--variant", "2d")
     assert (args.stream, args.layer, args.ral, args.frames) == ("spatial", "2d", (), 1)
     assert (args.ids, args.lr, args.lr_step, args.epochs) == (128, 0.001, 10, 20)
     args = arguments(monkeypatch, "--data", "prid", "--variant", "p3d-a-t16", "--p3d-a-linear")
-    assert (args.frames, args.ids, args.p3d_a_linear, args.printed) == (16, 12, True, None)
+    assert (args.frames, args.ids, args.p3d_a_linear, args.paper_result) == (16, 12, True, None)
     args = arguments(monkeypatch, "--variant", "m3d", "--ral", "s", "t", "--per-tap")
     assert (args.ral, args.per_tap, args.frames, args.ids) == (("s", "t"), True, 3, 8)
     args = arguments(monkeypatch, "--ral", "--all-blocks", "--reduction", "8")
@@ -582,7 +582,7 @@ def test_stages(run, small_root, tmp_path):
         f"two-stream, joined from {joined[0]} and {joined[1]}",
     ]
     assert both.startswith(f"two-stream on synthetic, {results[-1].split(', ')[1]}: mAP ")
-    assert both.endswith("; the paper prints no figure")
+    assert both.endswith("; the paper reports no result")
     alone = run("m3d.py", *test, "--evaluate", "--join", *joined)
     assert alone.returncode == 0, alone.stderr
     assert alone.stdout.splitlines()[-1] == both
@@ -590,7 +590,7 @@ def test_stages(run, small_root, tmp_path):
     (folders[1] / "last.pt").unlink()
     (folders[1] / "log.csv").unlink()
     rest = run("m3d.py", *small, "--in-stages", "--output", "x")
-    assert rest.returncode == 0 and rest.stdout.count("going on after epoch 1") == 1
+    assert rest.returncode == 0 and rest.stdout.count("last.pt after epoch 1\n") == 1
     assert rest.stdout.splitlines()[-1] == both
     assert len(read_log(folders[1])) == 1
     other = run("m3d.py", *small, "--in-stages", "--output", "x", "--lr", 0.5)
@@ -669,9 +669,11 @@ def test_the_stages_take_their_own_recipes(monkeypatch, tmp_path):
     ]
     assert seen[0] == ("2d", 20, 128, 0.5, 10, 1, 64, "2d", 1, "spatial")
     assert seen[1] == ("m3d+ral", 400, 24, 0.5, 300, 0, 64, "p3d-c", 4, "temporal")
-    assert parts[1].init_2d == "runs/m3d-mars/2d/last.pt" and parts[0].printed == (62.54, 76.43)
+    assert parts[1].init_2d == "runs/m3d-mars/2d/last.pt"
+    assert parts[0].paper_result == (62.54, 76.43)
     assert parts[2].join == [parts[1].init_2d, "runs/m3d-mars/temporal/last.pt"]
-    assert parts[2].evaluate and parts[2].stream == "two" and parts[2].printed == (74.06, 84.39)
+    assert parts[2].evaluate and parts[2].stream == "two"
+    assert parts[2].paper_result == (74.06, 84.39)
     parts.clear()
     m3d.train_in_stages(arguments(monkeypatch, "--no-evaluate", "--in-stages", "--export", "x"))
     assert [part.export for part in parts] == ["x/2d", "x/temporal", "x/both"]

@@ -109,7 +109,7 @@ def test_the_two_numbers_of_parameters_are_explained():
 def test_the_papers_figures_are_those_of_the_rows(name):
     (row,) = re.findall(rf"^\| `{name}.py` \|.*\|$", README, re.M)
     script = importlib.import_module(name)
-    figures = script.ROWS[next(iter(script.ROWS))].figures["mars"]  # of the full model
+    figures = script.ROWS[next(iter(script.ROWS))].results["mars"]  # of the full model
     printed = [float(v) for v in re.search(r"\| ([\d.]+) / ([\d.]+) \|$", row).groups()]
     assert printed == list(figures)
     for link in re.findall(r"https?://[^\s)]+", script.__doc__):
@@ -196,7 +196,7 @@ def run_or_parse(module, script, flags, patch):
     if {"mars", "ilids", "folder"} & {*flags}:
         patch.setattr(sys, "argv", [script, *flags])
         understood = common.parse_args(module.RECIPE, module.ROWS, module.__doc__, script,
-                                       module.RELEASE)
+                                       release=module.RELEASE)
         assert understood.data == flags[flags.index("--data") + 1]
         return 0
     if "--seed" in flags:
@@ -248,7 +248,7 @@ def test_the_python_runs_as_printed(trained, small_root, monkeypatch, tmp_path):
     assert space["q"].shape == (len(dataset.query), 2048)
     assert space["g"].shape == (len(dataset.gallery), 2048)
     assert len(space["ranks"]) == len(dataset.query)
-    _, mean_ap, _ = common.cmc_map(space["distances"], *dataset.ids())
+    _, mean_ap, _ = common.cmc_and_map(space["distances"], *dataset.ids())
     assert f"mAP {100 * mean_ap:.1f}   CMC-1" in trained[1].splitlines()[-2]
     exec(crops, space)
     assert space["x"].shape == (2, 2048) and space["likeness"].diag().allclose(torch.ones(2))

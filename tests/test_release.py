@@ -238,18 +238,20 @@ def test_older_files_and_other_contents(released, refuses, small_root, tmp_path)
     del content["state_dict"]["layer3.0.conv1.bias"]
     content["state_dict"]["layer2.2.thw_reduction.1.running_mean"] = torch.zeros(7)
     torch.save(content, file)
-    refuses(evaluate, str(file), "the names of the authors' release, but another form")
+    refuses(evaluate, str(file), "its tensors have other names or shapes")
 
 
 def test_a_released_network_in_other_wrappers(released):
     """With the prefix of several GPUs, or in another dictionary, as people save it again."""
     state = made("sinet", "idnet")
-    (plain,) = [sinet.RELEASE.checkpoint({"state_dict": state}, "sinet.py")]
+    (plain,) = [sinet.RELEASE.to_checkpoint({"state_dict": state}, "sinet.py")]
     parallel = {f"module.{name}": value for name, value in state.items()}
     for file in (state, parallel, {"state_dict": parallel}, {"model": {"net": parallel}}):
-        found = sinet.RELEASE.checkpoint(file, "sinet.py")
+        found = sinet.RELEASE.to_checkpoint(file, "sinet.py")
         assert found["args"] == plain["args"] and found["model"].keys() == plain["model"].keys()
-    assert sinet.RELEASE.checkpoint({"state_dict": {"a.b": torch.zeros(3)}}, "sinet.py") is None
+    assert sinet.RELEASE.to_checkpoint({"state_dict": {"a.b": torch.zeros(3)}}, "sinet.py") is None
+    for file in ({}, {1: torch.zeros(3)}, {"state_dict": {("a", 2): torch.zeros(3)}}, {"model": 3}):
+        assert sinet.RELEASE.to_checkpoint(file, "sinet.py") is None
 
 
 def test_nothing_in_a_file_is_executed(refuses, tmp_path):
@@ -285,7 +287,8 @@ def test_a_released_network_is_used_like_one_of_ours(released, run, small_root, 
     model = sinet.load(released("sbnet")).float()
     dataset = data.load_dataset("synthetic", small_root)
     with torch.no_grad():
-        q, _ = common.test_features(model, dataset, sinet.SPLIT, 4, (64, 48))
+        q, _ = common.tracklet_features(model, dataset, split_clips=sinet.SPLIT, clip_length=4,
+                                        size=(64, 48))
     saved = np.load(tmp_path / "out/features.npz")["query_features"]
     np.testing.assert_allclose(saved, q.numpy(), atol=1e-5)
 
@@ -307,7 +310,7 @@ def test_a_training_starts_from_a_released_network(released, run, small_root, tm
     done = run("sinet.py", "--data", "folder", "--root", "mine", "--init", released("sbnet"),
                "--epochs", 1, "--ids", 2, "--clips", 2, "--height", 64, "--width", 48)
     assert done.returncode == 0, done.stderr
-    assert "as initialised: classifier" in done.stdout
+    assert "keeps its initialisation: classifier" in done.stdout
     model = sinet.load(tmp_path / "runs/sinet-folder-base+sbm/last.pt")
     assert model.args.release and model.classifier.out_features == 3
     assert model.args.lambda2 == 0.001

@@ -40,7 +40,7 @@ from data import TrainClips, UserError, replacing
 @pytest.fixture
 def signalled(monkeypatch):
     """For a test that signals itself."""
-    monkeypatch.setattr(common, "_asked", 0)
+    monkeypatch.setattr(common, "_stop_signal", 0)
 
 
 @pytest.fixture
@@ -117,9 +117,10 @@ def test_sigterm_ends_pytest():
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), own_signals():
-        common.catch_signals()
+        common.record_signals()
         signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler and not common._asked
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    assert not common._stop_signal
 
 
 def test_killed_runs_end_as_if_never_stopped(trained, start, tmp_path, request):
@@ -160,7 +161,7 @@ def test_a_signal_ends_the_step_and_writes_the_checkpoint(trained, start, tmp_pa
     assert (
         (tmp_path / "out")
         .read_text()
-        .endswith("sinet.py: stopped by SIGINT; the same command with --resume goes on\n")
+        .endswith("sinet.py: stopped by SIGINT; the same command with --resume continues\n")
     )
     state = torch.load(folder / "last.pt", weights_only=True)
     assert (
@@ -172,7 +173,7 @@ def test_a_signal_ends_the_step_and_writes_the_checkpoint(trained, start, tmp_pa
     wait_for(
         process,
         tmp_path / "out",
-        f"going on after epoch 0, step {state['progress'][0]} of the next, of run/last.pt",
+        f"resuming run/last.pt after {state['progress'][0]} steps of epoch 1\n",
     )
     while subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True
@@ -184,7 +185,7 @@ def test_a_signal_ends_the_step_and_writes_the_checkpoint(trained, start, tmp_pa
         process.pid, signal.SIGTERM
     )  # as timeout, torchrun and Slurm do: the worker gets it, too
     assert process.wait(60) == 143 and (tmp_path / "out").read_text().endswith(
-        "sinet.py: stopped by SIGTERM; the same command with --resume goes on\n"
+        "sinet.py: stopped by SIGTERM; the same command with --resume continues\n"
     )
     assert start("--output", "run", "--resume").wait(120) == 0
     same_run(folder, (tmp_path / "out").read_text(), trained)
@@ -288,7 +289,8 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
         refuses(("--resume", "odd.pt", "--epochs", 2, "--output", "new"), f"odd.pt: {says}")
         assert not (tmp_path / "executed").exists()
     torch.save({**state, "progress": (100, {"loss": 3.0})}, tmp_path / "odd.pt")
-    with pytest.raises(UserError, match="^odd.pt: this training set has no step 100$"):
+    says = "^odd.pt: was stopped after step 100, but an epoch of .* has 3 steps$"
+    with pytest.raises(UserError, match=says):
         small("--resume", "odd.pt", "--epochs", 2, "--output", "new")
     (tmp_path / "elsewhere").mkdir()
     torch.save({**state, "args": {**state["args"], "root": "elsewhere"}}, tmp_path / "odd.pt")
@@ -304,13 +306,14 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
         refuses(("--resume", "cut.pt"), "cut.pt: not a readable checkpoint")
     refuses(("--evaluate", "--resume", "--output", "none"), "none/last.pt: no such file")
     refuses(("--resume", ""), "no such file")
-    assert "going on after epoch 1 of a/last.pt" in small("--epochs", 2, "--resume", "a")
+    assert "resuming a/last.pt after epoch 1\n" in small("--epochs", 2, "--resume", "a")
 
 
 def resumed(path, monkeypatch, *flags):
-    """The settings of a run that goes on with a checkpoint."""
+    """The settings of a run that is resumed with a checkpoint."""
     monkeypatch.setattr(sys, "argv", ["sinet.py", "--resume", str(path), *map(str, flags)])
-    return common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py", sinet.RELEASE)
+    return common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py",
+                             release=sinet.RELEASE)
 
 
 def test_the_settings_in_a_checkpoint_are_checked_as_the_flags_are(
@@ -324,8 +327,8 @@ def test_the_settings_in_a_checkpoint_are_checked_as_the_flags_are(
     assert resumed("whole.pt", monkeypatch).frames == 4
     values = (None, True, "4", "a", "", "\0", "\ud800", "all", "--help", 0, -1, 10**12, 4.5, -0.5,
               float("nan"), float("inf"), [], [3], (None,), ("s", []), {}, torch.zeros(2), b"4")
-    kinds = common.flag_kinds(sinet.RECIPE, sinet.ROWS)
-    read = [key for key in kinds if key not in common.HERE]
+    kinds = common.flag_actions(sinet.RECIPE, sinet.ROWS)
+    read = [key for key in kinds if key not in common.NOT_RESTORED]
     assert {"frames", "beta", "ids", "seed", "amp", "split", "root", "chunk", "variant"} < {*read}
     taken = 0
     for key in read:
@@ -345,7 +348,7 @@ def test_the_settings_in_a_checkpoint_are_checked_as_the_flags_are(
             else:
                 assert type(value) is type(right) or key in ("init", "positions", "splits"), (
                     key, value)
-                assert common.is_taken(kinds[key], getattr(args, key)), (key, value)
+                assert common.can_be_given(kinds[key], getattr(args, key)), (key, value)
     assert taken > 20
     # what is not a setting, or not read from a file, is left alone
     args = {**state["args"], "output": 3, "resume": [], "chosen": {}, "old": 7, 3: 4}
@@ -420,7 +423,7 @@ def test_a_checkpoint_of_an_earlier_version_lacks_settings(
 
 
 def test_a_part_of_a_run_of_an_earlier_version(small, tmp_path):
-    """--split all goes on in the folders of the splits, and takes no default there, either."""
+    """--split all resumes the runs in the folders of the splits, and takes no default there."""
     test_sets.write_ilids(tmp_path)
     flags = ("--data", "ilids", "--root", tmp_path, "--weights", "none", "--epochs", 1)
     small(*flags, "--split", 0)
@@ -458,7 +461,8 @@ def test_the_columns_of_the_log_in_a_checkpoint_are_checked(small, refuses, tmp_
     rows = [{**without(row, "mAP", "rank-1"), "more": 1.0, "mAP": 50.0, "rank-1": 50.0}
             for row in state["history"]]
     torch.save({**state, "history": rows}, tmp_path / "a/last.pt")
-    with pytest.raises(UserError, match="^a/last.pt: its log has other columns than this train"):
+    says = "^a/last.pt: the columns of its log are epoch, .*, but those of this "
+    with pytest.raises(UserError, match=says):
         small("--epochs", 3, "--output", "a", "--resume")
 
 
@@ -478,13 +482,13 @@ def test_a_checkpoint_in_wrappers(small, refuses, tmp_path):
                  {"backbone": model, "epoch": 3}):
         torch.save(form, tmp_path / "b.pt")
         out = small("--evaluate", "--init", "b.pt")
-        assert result.split(":")[1] in out and "as initialised: classifier\n" in out
-        assert "left out, because the file does not say on which data set it was trained" in out
-    refuses(("--resume", "b.pt"), "b.pt: not a checkpoint of sinet.py, as a run writes it "
+        assert result.split(":")[1] in out and "keeps its initialisation: classifier\n" in out
+        assert "not used, because the file does not say on which data set it was trained" in out
+    refuses(("--resume", "b.pt"), "b.pt: not a checkpoint of sinet.py "
             "(its first entry is 'neck.weight'); weights without settings go to --init")
     torch.save({**state, "model": {**model, "other": model["neck.bias"]}}, tmp_path / "b.pt")
     refuses(("--resume", "b.pt", "--epochs", 2, "--output", "x"),
-            "b.pt: its model does not fit (it has 'other', which the network has not)")
+            "b.pt: its model does not fit (it has 'other', which the network does not have)")
     del model["neck.bias"]
     torch.save({**state, "model": model}, tmp_path / "b.pt")
     refuses(("--resume", "b.pt", "--epochs", 2, "--output", "x"),
@@ -533,7 +537,7 @@ def test_a_log_alone_is_a_run_that_is_not_overwritten(small, tmp_path):
     small("--epochs", 1, "--output", "a")
     (tmp_path / "a/last.pt").unlink()
     log = (tmp_path / "a/log.csv").read_bytes()
-    with pytest.raises(UserError, match="^a holds a run already"):
+    with pytest.raises(UserError, match="^a already holds a run"):
         small("--epochs", 1, "--output", "a")
     assert (tmp_path / "a/log.csv").read_bytes() == log
     assert not (tmp_path / "a/last.pt").exists()
@@ -613,16 +617,16 @@ def test_a_second_ctrl_c_lets_the_checkpoint_be_written(
     assert len(torch.load(tmp_path / "a/last.pt", weights_only=True)["history"]) == 1
     assert [row["epoch"] for row in read_log(tmp_path / "a")] == ["1"]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["args.json", "last.pt", "log.csv"]
-    common._asked = 0
+    common._stop_signal = 0
     out = small("--epochs", 2, "--output", "a", "--resume")
-    assert "going on after epoch 1 of a/last.pt\n" in out
+    assert "resuming a/last.pt after epoch 1\n" in out
 
 
 def test_an_epoch_is_printed_as_done_when_it_is_kept(small, tmp_path, monkeypatch, capsys):
     """With --checkpoint-every it is printed when it ends, and the line says that it is not kept."""
     out = small("--epochs", 3, "--checkpoint-every", 2, "--output", "a")
     lines = re.findall(r"^epoch \d/3: .* clips/s\)(.*)$", out, re.M)
-    assert lines == [", not in last.pt yet", "", ""]
+    assert lines == [", not yet in last.pt", "", ""]
 
     def full(*_):
         raise UserError("the disk is full")
@@ -682,7 +686,7 @@ def test_log_has_every_epoch_once(small, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="killed"):
             small(*flags, "--epochs", 7, "--output", "parts")
     assert saves == [2, 3, 3, 4] and len(read_log(folder)) == 3
-    assert "going on after epoch 4 of parts/last.pt" in small(
+    assert "resuming parts/last.pt after epoch 4\n" in small(
         *flags, "--epochs", 7, "--output", "parts", "--resume"
     )
     assert (folder / "log.csv").read_bytes() == log
@@ -692,7 +696,7 @@ def test_log_has_every_epoch_once(small, tmp_path, monkeypatch):
 
 
 def test_the_untrained_network_is_evaluated_on_the_synthetic_set_only(small, tmp_path):
-    """Elsewhere with --eval-first; never when a run goes on."""
+    """Elsewhere with --eval-first; never when a run is resumed."""
     test_sets.write_folder(tmp_path)
     real = ("--data", "folder", "--root", tmp_path, "--weights", "none")
     cases = {"a": (), "b": ("--no-eval-first",), "c": real, "d": (*real, "--eval-first")}
@@ -738,7 +742,7 @@ def test_the_small_recipe_on_any_data_set(small, refuses, tmp_path):
 
 def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     """Of the same data set with its classifier, of another one without, and evaluated as it was;
-    going on it is not read again."""
+    A resumed run does not read it again."""
     test_sets.write_folder(tmp_path)
     small("--epochs", 1, "--output", "a")
     others = ("--data", "folder", "--root", tmp_path)
@@ -753,10 +757,12 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     assert torch.equal(models["other"]["neck.weight"], model["neck.weight"])
     assert len(models["other"]["classifier.weight"]) == 2 != len(model["classifier.weight"])
     assert files["other"]["args"]["weights"] == "none"  # that of mars ... is not downloaded
-    assert "starting from a/last.pt\n" in out["same"] and "not taken" not in out["same"]
-    assert "\n  as initialised: classifier\n  not taken from it: classifier\n" in out["other"]
-    assert "the classifier is kept, because the file was also trained on synth" in out["same"]
-    assert "the classifier is left out, because the file was trained on synth" in out["other"]
+    assert "starting from a/last.pt\n" in out["same"] and "not used" not in out["same"]
+    assert ("\n  keeps its initialisation: classifier\n"
+            "  in the file, but not used: classifier\n") in out["other"]
+    assert "the classifier of the file is used, because it was also trained on synth" in out["same"]
+    says = "the classifier of the file is not used, because the file was trained on synth"
+    assert says in out["other"]
     for name, flags in (("same", ()), ("other", others)):
         (first,) = re.findall("^sinet, from a/last.pt, all frames: (.*) .*s\\)$", out[name], re.M)
         alone = small("--evaluate", *flags, "--init", "a/last.pt", "--output", "none")
@@ -771,8 +777,8 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     (tmp_path / "text.pt").write_text("text")
     for file, says in (
         ("empty.pt", "holds no network of a run"),
-        ("other.pt", "holds nothing of this network: it has 'x', which the network has not, and it "
-                     "lacks 'neck.bias'$"),
+        ("other.pt", "has no weights that fit this network: it has 'x', which the network does "
+                     "not have, and it lacks 'neck.bias'$"),
         ("text.pt", "not a readable checkpoint"),
         ("gone.pt", "no such file"),
     ):
@@ -785,7 +791,7 @@ def test_every_result_says_of_which_network_it_is(small, tmp_path, signalled):
     """Its row, and for how long it was trained; beside it stands what the paper prints."""
     test_sets.write_ilids(tmp_path)
     real = ("--data", "ilids", "--root", tmp_path, "--small")
-    paper = "; as printed in the paper: rank-1 92.5\n"
+    paper = "; in the paper: rank-1 92.5\n"
     small(*real, "--epochs", 2, "--output", "a")
     out = small("--evaluate", *real, "--resume", "a")
     (line,) = re.findall("^.*, all frames: .*$", out, re.M)
@@ -800,17 +806,17 @@ def test_every_result_says_of_which_network_it_is(small, tmp_path, signalled):
     out = small("--evaluate", *real, "--resume", "inside.pt")
     assert "\nsinet, after 2 steps of epoch 1, all frames: " in out and "untrained" not in out
     out = small(*real, "--split", "all", "--epochs", 1)
-    assert len(re.findall(r"^split \d: .* of sinet$", out, re.M)) == 10
-    assert re.search(f"^10 splits: mAP .* of sinet{paper}", out, re.M)
+    assert len(re.findall(r"^sinet, split \d: mAP .*\d$", out, re.M)) == 10
+    assert re.search(f"^sinet, mean of 10 splits: mAP .*{paper}", out, re.M)
 
 
 def test_an_untrained_network_is_not_taken_for_the_trained_one_beside_it(small, tmp_path):
     """--evaluate without --resume says what lies where the run would write."""
     small("--epochs", 1, "--output", "b")
-    resume = "  b/last.pt holds a trained network: --resume b/last.pt shows it\n"
+    resume = "  b/last.pt holds a trained network: take it with --resume b/last.pt\n"
     out = small("--evaluate", "--output", "b")
-    assert "sinet is shown untrained, because there is no --resume\n" + resume in out
-    assert "\nsinet, untrained, all frames: " in out and "the paper prints" not in out
+    assert "sinet is untrained here, because --resume was not given\n" + resume in out
+    assert "\nsinet, untrained, all frames: " in out and "in the paper" not in out
     for flags in (("--resume", "b"), ("--init", "b/last.pt"), ("--resume", "--output", "b")):
         assert "untrained" not in small("--evaluate", *flags)
     (tmp_path / "c").mkdir()
@@ -914,16 +920,16 @@ def test_whose_classifier_is_kept(theirs, ours, why, tmp_path, capsys):
     file, model = Colours(6), Colours(6)
     content = {"model": file.state_dict(), "args": theirs}
     torch.save(content if theirs else content["model"], tmp_path / "a.pt")
-    common.start_from(tmp_path / "a.pt", model, None, argparse.Namespace(**ours))
+    common.load_matching_weights(tmp_path / "a.pt", model, None, argparse.Namespace(**ours))
     assert torch.equal(model.neck.running_mean, file.neck.running_mean)
     assert torch.equal(model.classifier.weight, file.classifier.weight) == (why is None)
     out = capsys.readouterr().out
     if why is None:
-        assert "  the classifier is kept, because the file was also trained on" in out
-        assert "as initialised" not in out
+        assert "  the classifier of the file is used, because it was also trained on" in out
+        assert "keeps its initialisation" not in out
     else:
-        assert f"  the classifier is left out, because {why}" in out
-        assert "  as initialised: classifier\n" in out
+        assert f"  the classifier of the file is not used, because {why}" in out
+        assert "  keeps its initialisation: classifier\n" in out
 
 
 def test_a_run_tells_the_identities_of_another_split_apart(small, tmp_path):
@@ -935,7 +941,7 @@ def test_a_run_tells_the_identities_of_another_split_apart(small, tmp_path):
     for split, kept in ((1, True), (2, False)):
         out = small(*flags, "--split", split, "--init", "a/last.pt", "--output", f"b{split}",
                     "--seed", 7)
-        assert (f"the classifier is {'kept' if kept else 'left out'}, because" in out)
+        assert f"classifier of the file is {'used' if kept else 'not used'}, because" in out
         model = torch.load(tmp_path / f"b{split}/last.pt", weights_only=True)["model"]
         assert torch.equal(model["neck.weight"], first["neck.weight"])
         assert torch.equal(model["classifier.weight"], first["classifier.weight"]) == kept
@@ -1032,6 +1038,7 @@ def test_without_a_match_the_training_leaves_out_its_test(small, tmp_path, scrip
     for export in ((), ("--rerank",)):
         out = small(*flags, "--export", "y", "--resume", "a", *export)
         assert "give each query tracklet a camera name of its own" in out
+        assert ("queries.csv uses the re-ranked distances" in out) == bool(export)
         with open(tmp_path / "y/queries.csv") as file:
             rows = [*csv.DictReader(file)]
         assert len(rows) == 2 and all(row["AP"] == row["rank"] == "" and row["9"] for row in rows)
@@ -1045,24 +1052,24 @@ def test_without_a_match_the_training_leaves_out_its_test(small, tmp_path, scrip
 
 def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_path(tmp_path, monkeypatch, refuses):
     monkeypatch.setenv("HOME", str(tmp_path))
-    training = {"root", "output", "init", "export", "weights"}
-    showing = {"root", "output", "figure", "beside"}  # what has no effect on the other is refused
-    commands = [(sinet, training, ["--no-evaluate"]), (sinet, showing, []),
-                (m3d, {*training, "init_2d"}, ["--no-evaluate"]),
-                (m3d, {"export"}, ["--join", "~/2d.pt", "~/3d.pt"])]
-    for script, keys, words in commands:
-        words += [f"{common.typed(key, ())}=~/{key}" for key in keys]
-        monkeypatch.setattr(sys, "argv", ["x.py", *words])
-        args = common.parse_args(script.RECIPE, script.ROWS, script.__doc__, script.__file__)
-        assert all(getattr(args, key) == f"{tmp_path}/{key}" for key in keys)
-        if "--join" in words:
-            assert args.join == (f"{tmp_path}/2d.pt", f"{tmp_path}/3d.pt")
+    keys = {"root", "output", "init", "export", "figure", "beside", "weights"}
+    for script in (sinet, m3d):
+        more = {"init_2d"} if script is m3d else set()
+        for chosen in ((keys | more) - {"figure", "beside"}, {"figure", "beside"}):
+            words = [f"{common.as_flag(key)}=~/{key}" for key in chosen]
+            if script is m3d:
+                words += ["--join", "~/2d.pt", "~/3d.pt"]
+            monkeypatch.setattr(sys, "argv", ["x.py", *words])
+            args = common.parse_args(script.RECIPE, script.ROWS, script.__doc__, script.__file__)
+            assert all(getattr(args, key) == f"{tmp_path}/{key}" for key in chosen)
+            if script is m3d:
+                assert args.join == (f"{tmp_path}/2d.pt", f"{tmp_path}/3d.pt")
         refuses(("--resume=~/gone.pt",), f"{tmp_path}/gone.pt: no such file",
                 script=f"{script.__name__}.py")
 
 
 def test_tensorboard_gets_the_log(small, tmp_path, monkeypatch):
-    """Every number, also what was logged before the flag when the run goes on."""
+    """Every number, also of a resumed run what was logged before the flag was given."""
     points, flushed = [], []
 
     class SummaryWriter:
@@ -1100,7 +1107,7 @@ def test_tensorboard_gets_the_log(small, tmp_path, monkeypatch):
 
     def second(run, **states):
         with monkeypatch.context() as patch:
-            patch.setattr(common, "rank", lambda: 1)
+            patch.setattr(common, "process_rank", lambda: 1)
             return start(run, **states)
 
     monkeypatch.setattr(common.Run, "start", second)
@@ -1114,7 +1121,7 @@ def test_without_tensorboard_a_run_goes_on(small, tmp_path, monkeypatch):
     monkeypatch.delattr(torch.utils, "tensorboard", raising=False)
     out = small("--epochs", 1, "--output", "a", "--tensorboard")
     (line,) = [line for line in out.splitlines() if "tensorboard" in line]
-    assert line.startswith("--tensorboard: goes on without (") and "after epoch 1" in out
+    assert line.startswith("--tensorboard: not available (") and "after epoch 1" in out
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["args.json", "last.pt", "log.csv"]
 
 
@@ -1126,12 +1133,12 @@ def test_what_is_not_taken_is_named_by_its_parts(tmp_path, capsys):
     theirs = network(a=(2, 3), b=(2, 2), c=(2, 2), **{f"x{i}": (1, 1) for i in range(30)})
     torch.save({"model": theirs.state_dict()}, tmp_path / "a.pt")
     model = network(a=(2, 3), b=(2, 4), d=(2, 2))
-    common.start_from(tmp_path / "a.pt", model)
+    common.load_matching_weights(tmp_path / "a.pt", model)
     assert torch.equal(model["stem"]["a"].weight, theirs["stem"]["a"].weight)
     assert capsys.readouterr().out == (
         f"starting from {tmp_path / 'a.pt'}\n"
-        "  as initialised: stem.b, stem.d\n"
-        "  not taken from it: "
+        "  keeps its initialisation: stem.b, stem.d\n"
+        "  in the file, but not used: "
         f"stem.b, stem.c, {', '.join(f'stem.x{i}' for i in range(14))}, [...]\n"
     )
 
@@ -1172,12 +1179,12 @@ def cross_entropy(outputs, pids, args):
 def test_every_test_takes_the_distance_of_the_script(small, monkeypatch):
     seen, blocks = [], common.distance_blocks
 
-    def watched(a, b, metric="cosine", *rest):
+    def watched(a, b, metric="cosine", **options):
         seen.append(metric)
-        return blocks(a, b, metric, *rest)
+        return blocks(a, b, metric, **options)
 
     monkeypatch.setattr(common, "distance_blocks", watched)
-    monkeypatch.setattr(common, "sheet", lambda *_, **__: None)
+    monkeypatch.setattr(common, "save_sheet", lambda *_, **__: None)
     monkeypatch.setattr(m3d, "losses", cross_entropy)
     monkeypatch.setattr(m3d, "picture", lambda *_: ("title", []))
     start = ("--output", "a", "--no-in-stages", "--ids", 6, "--epochs", 1)
@@ -1196,7 +1203,7 @@ def test_batch_norm_is_synchronised_between_gpus(monkeypatch, tmp_path):
         (2, False, torch.nn.BatchNorm1d),
         (2, True, torch.nn.SyncBatchNorm),
     ):
-        monkeypatch.setattr(common, "world", lambda: processes_of_it)
+        monkeypatch.setattr(common, "world_size", lambda: processes_of_it)
         assert type(run.prepare(Colours(5)).neck) is kind
 
 
@@ -1220,25 +1227,25 @@ def test_a_signal_that_reaches_the_workers(capsys, signalled):
     def main():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
 
-    common.catch_signals()
+    common.record_signals()
     with pytest.raises(SystemExit) as end:  # no signal was asked: out of memory
         common.command_line(main)
     err = capsys.readouterr().err
     assert end.value.code == 1 and err.count("\n") == 1
-    assert "loader process was killed" in err and "fewer --workers; the same command with" in err
+    assert "loader process was killed" in err and "reduce --workers; the same command with" in err
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         common.command_line(main)
     assert (
         end.value.code == 143
-        and "stopped by SIGTERM in a step; the same command with --resume goes on, from the last "
-        "checkpoint\n" in capsys.readouterr().err
+        and "stopped by SIGTERM during a step; the same command with --resume continues from the "
+        "last checkpoint\n" in capsys.readouterr().err
     )
 
 
 @pytest.mark.parametrize("stage", ["2d", "temporal", "both"])
 def test_a_signal_in_a_stage_of_m3d(stage, small, tmp_path, monkeypatch, signalled):
-    """The line says that the same command with --resume goes on, and it does."""
+    """The line says that the same command with --resume continues, and it does."""
     monkeypatch.setattr(m3d, "losses", cross_entropy)
     flags = ("--in-stages", "--ids", 6, "--epochs", 2, "--frames", 2, "--output", "x")
     log, extract, sent = common.Run.log, common.extract, []
@@ -1262,9 +1269,9 @@ def test_a_signal_in_a_stage_of_m3d(stage, small, tmp_path, monkeypatch, signall
     monkeypatch.setattr(common, "extract", watched_test)
     with pytest.raises(common.Stop):
         small(*flags, script=m3d)
-    common._asked = 0
+    common._stop_signal = 0
     out = small(*flags, "--resume", script=m3d)
-    assert "\ngoing on after epoch " in out
+    assert "\nresuming x/" in out
     assert out.splitlines()[-1].startswith("two-stream, ")
     for folder in ("2d", "temporal"):
         assert [row["epoch"] for row in read_log(tmp_path / "x" / folder)] == ["1", "2"]
@@ -1301,8 +1308,8 @@ def test_no_room_in_the_shared_memory(capsys, signalled):
     """A container has 64 MB of it, unless it was started with more."""
     loader = torch.utils.data.DataLoader(Deadly(), num_workers=1)
     code, err = ended_by(lambda: next(iter(loader)), capsys)
-    assert code == 1 and "docker run --shm-size" in err and "fewer --workers" in err
-    assert "the same command with --resume goes on" in err
+    assert code == 1 and "docker run --shm-size" in err and "reduce --workers" in err
+    assert "the same command with --resume continues" in err
     for text in SHARED_MEMORY:
         def main():
             raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n"
@@ -1344,23 +1351,23 @@ def test_names_with_control_characters_stay_in_their_line(small, tmp_path, capsy
 
 def test_a_signal_between_two_runs(signalled):
     """--split all: what comes after the last step of a split ends the next one."""
-    common.catch_signals()
+    common.record_signals()
     os.kill(os.getpid(), signal.SIGTERM)
-    common.catch_signals()
-    assert common.stop_asked() == signal.SIGTERM
+    common.record_signals()
+    assert common.stop_signal() == signal.SIGTERM
 
 
 def test_a_closed_terminal_and_a_second_ctrl_c(signalled):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    common.catch_signals()
+    common.record_signals()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    common.catch_signals()
+    common.record_signals()
     os.kill(os.getpid(), signal.SIGHUP)
-    assert common.stop_asked() == signal.SIGHUP
-    common._asked = 0
+    assert common.stop_signal() == signal.SIGHUP
+    common._stop_signal = 0
     os.kill(os.getpid(), signal.SIGINT)
-    assert common.stop_asked() == signal.SIGINT
+    assert common.stop_signal() == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
@@ -1382,7 +1389,7 @@ def test_output_that_is_read_no_more(tmp_path):
         assert pipe.readline() == "0\n"
     assert process.wait(60) == 141
     err = (tmp_path / "err").read_text()
-    assert err == "long.py: ended, because its output is read no more\n"
+    assert err == "long.py: stopped, because its output pipe was closed\n"
 
 
 def test_names_that_are_no_text(monkeypatch):
@@ -1394,7 +1401,7 @@ def test_names_that_are_no_text(monkeypatch):
 
 def test_systems_without_process_groups(monkeypatch):
     monkeypatch.delattr(os, "setpgrp")
-    common.own_group(0)
+    common.ignore_terminal_signals(0)
 
 
 def test_amp_on_a_gpu_without_bfloat16(monkeypatch, capsys):
@@ -1403,7 +1410,7 @@ def test_amp_on_a_gpu_without_bfloat16(monkeypatch, capsys):
     for supported in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
         common.Run(common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py"))
-        assert ("--amp: this GPU has no bfloat16" in capsys.readouterr().out) != supported
+        assert ("--amp: this GPU does not support bfloat16" in capsys.readouterr().out) != supported
 
 
 @pytest.mark.parametrize(
@@ -1412,8 +1419,8 @@ def test_amp_on_a_gpu_without_bfloat16(monkeypatch, capsys):
 def test_the_first_process_of_each_machine_goes_first(rank, local, order, monkeypatch):
     calls = []
     monkeypatch.setenv("LOCAL_RANK", local)
-    monkeypatch.setattr(common, "world", lambda: 8)
-    monkeypatch.setattr(common, "rank", lambda: rank)
+    monkeypatch.setattr(common, "world_size", lambda: 8)
+    monkeypatch.setattr(common, "process_rank", lambda: rank)
     monkeypatch.setattr(common.dist, "barrier", lambda: calls.append("barrier"))
     run = object.__new__(common.Run)
     run.args = argparse.Namespace(weights="none", resume=None)
@@ -1435,7 +1442,7 @@ def test_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
         UserError,
         match=r"^epoch 1, step 3: the loss is not finite \(loss inf, xent inf, triplet .*, "
         r"mi .*\); "
-        "last.pt, if any, is good; try a smaller --lr$",
+        "the last checkpoint, if there is one, is not affected; try a smaller --lr$",
     ):
         small("--epochs", 1, "--output", "a")
     small("--epochs", 1, "--output", "b")
@@ -1444,7 +1451,7 @@ def test_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
     torch.save(state, tmp_path / "b/last.pt")
     with pytest.raises(
         UserError,
-        match="epoch 2, step 1: the loss is not finite .* last.pt, if any, is good",
+        match="epoch 2, step 1: the loss is not finite .* the last checkpoint, if there",
     ):
         small("--epochs", 2, "--output", "b", "--resume")
 
@@ -1462,7 +1469,7 @@ def test_weights_that_are_not_finite_are_not_saved(small, tmp_path, monkeypatch)
 
     monkeypatch.setattr(common.Run, "log", spoiled)
     with pytest.raises(
-        UserError, match="epoch 2: the weights are not finite; last.pt, if any, is good"
+        UserError, match="epoch 2: the weights are not finite; the last checkpoint, if there"
     ):
         small("--epochs", 2, "--output", "a", "--resume")
     assert (tmp_path / "a/last.pt").read_bytes() == before
@@ -1527,7 +1534,7 @@ def test_compile_trains_and_falls_back(small, monkeypatch):
     except Exception:  # of many kinds
         compiles = False
     out = small("--compile", "--epochs", 1, "--output", "a")
-    assert ("goes on without" in out) != compiles
+    assert ("continues without it" in out) != compiles
     assert re.search("^sinet, after epoch 1, .*mAP", out, re.M)
 
     def no_compiler(function):
@@ -1535,9 +1542,8 @@ def test_compile_trains_and_falls_back(small, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     out = small("--compile", "--epochs", 1, "--output", "b")
-    assert "--compile: goes on without (no C++ compiler at all)\n" in out and re.search(
-        "^sinet, after epoch 1, .*mAP", out, re.M
-    )
+    assert "--compile: failed (no C++ compiler at all); the run continues without it\n" in out
+    assert re.search("^sinet, after epoch 1, .*mAP", out, re.M)
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -1602,7 +1608,7 @@ def test_torchrun_trains_prints_once_and_stops_on_a_signal(start, tmp_path):
         == out.count("epoch 1/50:")
         == 1
     )
-    assert "sinet.py: stopped by SIGTERM; the same command with --resume goes on" in out
+    assert "sinet.py: stopped by SIGTERM; the same command with --resume continues" in out
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
     done = len(state["history"])
     assert done >= 1 and len(read_log(tmp_path / "run")) == done
@@ -1649,7 +1655,7 @@ def test_the_launcher_before_torchrun(flag, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sinet.py", flag, "--data", "mars"])
     code, err = ended_by(sinet.main, capsys)
     assert code == 2 and "torch.distributed.launch adds --local-rank" in err
-    assert "use torchrun in its place" in err
+    assert "use torchrun with the same flags instead" in err
 
 
 def test_a_killed_process_ends_the_others(start, tmp_path):
@@ -1671,12 +1677,13 @@ def test_a_killed_process_ends_the_others(start, tmp_path):
 
 def test_what_does_not_fit_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="--gpu 0: torchrun gives every process its own GPU"):
+    with pytest.raises(UserError, match="--gpu 0: torchrun gives every process a GPU of its own"):
         common.pick_device("0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # every process says it, not only the fourth
-    with pytest.raises(UserError, match="4 processes and 2 GPUs"):
+    says = "^torchrun needs a GPU for each process, but here are 4 processes and 2 GPUs"
+    with pytest.raises(UserError, match=says):
         common.pick_device()
     monkeypatch.delenv("WORLD_SIZE")
     for gpu in ("٣", "-1", "2", "cuda:2"):
@@ -1691,9 +1698,10 @@ def test_names_of_devices(monkeypatch, capsys):
     names = {None: "cuda:0", "1": "cuda:1", "cuda": "cuda:0", "cuda:1": "cuda:1", "CPU": "cpu"}
     assert {name: str(common.pick_device(name)) for name in names} == names
     for name in ("mps", "xpu:0", "mps:1", "cuda:", "cuda:x", "auto"):
-        with pytest.raises(UserError, match=f"^--gpu {name}: there are GPUs 0 to 1; .*CUDA or CPU"):
+        says = f"^--gpu {name}: there are GPUs 0 to 1; .*of a CUDA GPU"
+        with pytest.raises(UserError, match=says):
             common.pick_device(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name in ("cuda", "cuda:0", "0"):
-        with pytest.raises(UserError, match=f"^--gpu {name}: no GPU is there"):
+        with pytest.raises(UserError, match=f"^--gpu {name}: no GPU was found"):
             common.pick_device(name)

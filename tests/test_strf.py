@@ -639,7 +639,7 @@ def test_the_printed_figures():
     """Tables 2 to 5 and Sec. 3.3."""
 
     def figures(name):
-        return row_of(ROWS, name).figures
+        return row_of(ROWS, name).results
 
     table2 = {
         "i3d": (82.70, 88.50, 95.20, 95.40),
