@@ -272,7 +272,8 @@ def test_batches_clips_and_distance_of_the_papers(script, sampler, step, split, 
 def test_a_flag_goes_before_the_row_and_the_row_before_the_recipe(monkeypatch):
     def parsed(*flags, release=None):
         monkeypatch.setattr(sys, "argv", ["sinet.py", *flags])
-        return common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py", release)
+        return common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, "sinet.py",
+                                 release=release)
 
     args = parsed("--data", "mars", "--variant", "base+sbm", "--k", "5", "--beta", "3")
     assert (args.idms, args.sbm, args.k, args.beta) == (0, True, 5, 3.0)
