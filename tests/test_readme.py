@@ -1,5 +1,4 @@
-"""The README: its length, and that its commands run, its Python runs as printed, and its numbers
-are those of its tables."""
+"""The README: its commands and its Python code run, and its numbers are those of the code."""
 
 import ast
 import contextlib
@@ -25,7 +24,7 @@ SCRIPTS = ["bicnet_tks", "m3d", "sinet", "strf", "tclnet"]
 
 
 def tables(*head):
-    """The cells of all rows of the tables with this head."""
+    """The cells of all rows of the tables with this head, without the head."""
     found, inside = [], False
     for line in README.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -39,16 +38,13 @@ def tables(*head):
     return found
 
 
-# ---------------------------------------------------------------------------------- the first pages
+# ----------------------------------------------------------------------------- numbers and pictures
 
 
-def test_what_stands_before_the_first_fold():
-    before, fold, _ = README.partition("<details>")
-    assert fold
-    for text in ("**Checked.**", "**Not checked.**", "pip install", "images/sinet.png"):
-        assert before.index(text) < before.index("## Papers"), text
+def test_the_folded_sections_are_closed():
+    """An empty line must follow each summary, or GitHub shows the section's Markdown as text."""
     folds = README.count("<details>\n<summary>")
-    assert folds == README.count("</details>") == README.count("</summary>\n\n") > 5
+    assert folds == README.count("</details>") == README.count("</summary>\n\n") > 0
 
 
 def test_the_two_commands_are_where_ci_looks_for_them():
@@ -58,21 +54,21 @@ def test_the_two_commands_are_where_ci_looks_for_them():
 
 
 def test_what_is_compared_with_the_papers_is_counted():
-    """The sentence of the first page against the audit."""
+    """The numbers of the paragraph "Checked" are those of the audit."""
     total = counting.totals()
-    sentence = (
-        f"of {total.values} printed values in {total.rows} rows, {total.equal} agree to the last "
-        f"digit, {len(total.near)} more are within 1 %, {len(total.middle)} within "
-        f"{math.ceil(total.middle[-1])} %, and {len(total.far)} are off by "
-        f"{total.far[0]:.0f} % or more"
-    )
-    assert sentence in " ".join(README.split())
+    paragraph = re.search(r"\*\*Checked\.\*\*.*?\n\n", README, re.S)[0]
+    counted = paragraph[paragraph.index("FLOPs"):]
+    assert [int(number) for number in re.findall(r"\d+", counted)] == [
+        total.values, total.rows, total.equal,
+        len(total.near), 1, len(total.middle), math.ceil(total.middle[-1]),
+        len(total.far), round(total.far[0]),
+    ]
 
 
 def test_where_our_costs_and_the_papers_differ():
-    """Of each paper how many values agree, its largest difference, and no other differences."""
+    """For each paper the section has how many values agree, and its largest difference. All
+    percentages in it are differences that the audit finds."""
     fold = README[README.index("<summary>Complexity") :].partition("</details>")[0]
-    assert fold.count("\n") <= 20
     for paper in re.findall(r"^- (.*?)(?=^- |\Z)", fold, re.S | re.M):
         name, equal, values = re.match(r"([\w-]+): (\d+) of (\d+) values agree\.", paper).groups()
         script = name.lower().replace("-", "_")
@@ -85,7 +81,7 @@ def test_where_our_costs_and_the_papers_differ():
 
 
 def test_the_two_numbers_of_parameters_are_explained():
-    """What the text says makes the difference between them does."""
+    """They differ by what the text says: neck, classifier, projection and the size of IDM."""
     text = " ".join(README.split())
     numbers = re.search(r"sinet: ([\d,]+) parameters, .* prints ([\d,]+) parameters instead", text)
     ran, counted = (int(number.replace(",", "")) for number in numbers.groups())
@@ -106,12 +102,12 @@ def test_the_two_numbers_of_parameters_are_explained():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_papers_figures_are_those_of_the_rows(name):
+def test_the_papers_results_are_those_of_the_script(name):
     (row,) = re.findall(rf"^\| `{name}.py` \|.*\|$", README, re.M)
     script = importlib.import_module(name)
-    figures = script.ROWS[next(iter(script.ROWS))].results["mars"]  # of the full model
-    printed = [float(v) for v in re.search(r"\| ([\d.]+) / ([\d.]+) \|$", row).groups()]
-    assert printed == list(figures)
+    results = script.ROWS[next(iter(script.ROWS))].results["mars"]  # of the full model
+    named = [float(v) for v in re.search(r"\| ([\d.]+) / ([\d.]+) \|$", row).groups()]
+    assert named == list(results)
     for link in re.findall(r"https?://[^\s)]+", script.__doc__):
         assert link in row, link
 
@@ -126,7 +122,7 @@ def test_the_pictures_are_small_and_all_used():
 
 
 def commands():
-    """Those of the indented lines and of the text, once each, as lists of arguments."""
+    """The commands of the README, each once, as lists of arguments."""
     text = re.sub(r"\\\n\s*", "", README)
     indented = re.findall(r"^    ((?:python|torchrun|pip) .*)$", text, re.M)
     inline = re.findall(r"[`>]((?:python|pytest|diff) [^`<]+)[`<]", text)
@@ -135,7 +131,7 @@ def commands():
 
 
 def stub(module, monkeypatch):
-    """A small network and SINet's losses in the place of a script's own."""
+    """Replaces a script's network by a small one, and its losses by those of SINet."""
     losses, args = sinet.losses, common.settings(sinet.RECIPE, sinet.ROWS, "sinet", small=True)
     monkeypatch.setattr(module, "build", lambda args, num_classes: Colours(num_classes))
     monkeypatch.setattr(module, "losses", lambda outputs, pids, _: losses(outputs, pids, args))
@@ -144,11 +140,11 @@ def stub(module, monkeypatch):
 
 
 def test_the_commands_run(monkeypatch, small_root, tmp_path):
-    """Those that need no real data set, in order, on the small set and with a small network; the
-    others are understood."""
+    """Commands that need no real data set run in their order, on a small data set and with a small
+    network. The others are parsed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "datasets").symlink_to(small_root)
-    # what tells a file of the authors' release from others
+    # the parameters by which sinet.py recognises a file of the authors' release
     names = {"conv1.bias": 64, "bn.weight": 2048, "classifier.weight": 625}
     released = {name: torch.zeros(size) for name, size in names.items()}
     torch.save({"state_dict": released, "epoch": 160}, tmp_path / "sinet.pth.tar")
@@ -179,7 +175,7 @@ def test_the_commands_run(monkeypatch, small_root, tmp_path):
                 if flags[0] == "--check":
                     flags += ["--data", "synthetic"]
                 else:
-                    flags[flags.index("DIR")] = "drawn"
+                    flags[flags.index("DIR")] = "harder"
                     flags += ["--identities", "2", "--test-identities", "1", "--frames", "1", "2"]
                 patch.setattr(sys, "argv", [script, *flags])
                 assert not data._main()
@@ -191,13 +187,13 @@ def test_the_commands_run(monkeypatch, small_root, tmp_path):
 
 
 def run_or_parse(module, script, flags, patch):
-    """1 when the command was run, 0 when it was only understood."""
+    """Returns 1 if the command was run, 0 if it was only parsed."""
     flags = ["1" if flag == "SEED" else flag for flag in flags]
     if {"mars", "ilids", "folder"} & {*flags}:
         patch.setattr(sys, "argv", [script, *flags])
-        understood = common.parse_args(module.RECIPE, module.ROWS, module.__doc__, script,
-                                       release=module.RELEASE)
-        assert understood.data == flags[flags.index("--data") + 1]
+        parsed = common.parse_args(module.RECIPE, module.ROWS, module.__doc__, script,
+                                   release=module.RELEASE)
+        assert parsed.data == flags[flags.index("--data") + 1]
         return 0
     if "--seed" in flags:
         flags += ["--output", "runs/seed"]
@@ -209,7 +205,7 @@ def run_or_parse(module, script, flags, patch):
 
 
 def test_own_tracklets(monkeypatch, capsys, tmp_path):
-    """The lines that copy them, then the command below."""
+    """The lines that copy frames into the folder "mine", then the command below them."""
     monkeypatch.chdir(tmp_path)
     data.draw_synthetic(tmp_path / "datasets/synthetic", cameras=2, frames=(1, 2), size=(32, 16))
     block = re.search(r"```bash\n(.*?)```\s*\n    python (sinet.py [^\n]*)\n", README, re.S)
@@ -229,16 +225,14 @@ def blocks():
     return re.findall(r"^```python\n(.*?)^```$", README, re.S | re.M)
 
 
-def test_the_python_runs_as_printed(trained, small_root, monkeypatch, tmp_path):
-    """Where a run and the synthetic set are: an embedding, the features of the set, the ranks, the
-    embeddings of crops, and ONNX where its packages are."""
+def test_the_python_code_runs(trained, small_root, monkeypatch, tmp_path):
+    """With a trained network and the synthetic set: an embedding, the features of the set, the
+    ranks, the embeddings of crops, and the ONNX export if its packages are installed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "datasets").symlink_to(small_root)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/sinet-synthetic").symlink_to(trained[0])
     embed, _, rank, crops = blocks()
-    assert max(len(embed.splitlines()), len(crops.splitlines())) <= 8
-    assert max(map(len, (embed + rank + crops).splitlines())) <= 130
     space = {}
     exec(embed, space)
     assert space["x"].shape == (1, 2048) and not space["model"].training
@@ -266,7 +260,8 @@ MODULES = tables("module", "takes", "returns", "copy along", "use")
     "name, takes, returns, along, use", MODULES, ids=[row[0].split("`")[1] for row in MODULES]
 )
 def test_a_module_runs_when_copied(name, takes, returns, along, use):
-    """With what the table names beside it, no more and no less, and nothing but the imports."""
+    """A copied class runs with the README's imports and exactly what the table names under "copy
+    along"."""
     name, script = re.findall(r"`([^`]+)`", name)
     along, (use,) = (re.findall(r"`([^`]+)`", cell) for cell in (along, use))
     nodes = {getattr(n, "name", None): n for n in ast.parse((ROOT / script).read_text()).body}
@@ -296,7 +291,7 @@ def shapes(tensors):
 
 
 def sizes(cell):
-    """The shapes that a cell names, for the input that the README makes."""
+    """The shapes in a cell of the table, as numbers, for the README's example input."""
     letters = {"B": 2, "T": 4, "C": 256, "H": 16, "W": 8}
     cell = cell.replace("`x`", "(B, T, C, H, W)")
     return [tuple(int(eval(part.replace("·", "*"), letters)) for part in shape.split(","))
