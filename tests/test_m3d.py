@@ -534,7 +534,8 @@ def test_in_the_test_the_2d_stream_sees_every_frame(small_root):
     long = next(t for t in dataset.query if len(t.frames) % 4 and 4 < len(t.frames) < 8)
     short = Tracklet(long.frames[1:4], long.pid, long.cam)
     dataset = dataset._replace(query=[long], gallery=[short])
-    found = torch.cat(features_of(model, dataset, split_whole, 4, (64, 32)))
+    clips = {"split_clips": split_whole, "clip_length": 4, "size": (64, 32)}
+    found = torch.cat(features_of(model, dataset, **clips))
     for tracklet, clip, feature in (
         (long, [0, 1, 2, 3], found[0]),
         (short, [0, 1, 2, 0], found[1]),
