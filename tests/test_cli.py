@@ -405,7 +405,7 @@ def test_all_splits_one_after_another(tmp_path, monkeypatch, capsys, refuses):
     torch.save({"script": "sinet.py"}, folder / "split-2/last.pt")
     refuses(command, "split-2/last.pt: not a checkpoint of sinet.py")
     shutil.rmtree(tmp_path / "ilids/i-LIDS-VID/sequences/cam1/person003")
-    refuses((*command, "--output", "new"), "row 0 of ls_set is no order of the 7 persons")
+    refuses((*command, "--output", "new"), "row 0 of ls_set is not a permutation of the 7 persons")
     assert not (tmp_path / "new").exists()
 
 
@@ -897,7 +897,7 @@ def test_what_only_a_training_takes_is_what_no_network_takes():
     """The other settings of a recipe reach the network or the clips of the test."""
     for script in SCRIPTS:
         module = importlib.import_module(Path(script).stem)
-        training = module.RECIPE.keys() & {*TRAINING, *LOSSES, "stages"} - {"ids", "clips"}
+        training = module.RECIPE.keys() & {*TRAINING, *LOSSES, "in_stages"} - {"ids", "clips"}
         assert module.RECIPE.keys() & common.TRAINING_ONLY == training, script
     assert common.HAS_EFFECT_IF.keys() <= {*common.FLAGS, *common.TRAINING_ONLY, "weights"}
 
