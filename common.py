@@ -2446,7 +2446,7 @@ def print_complexity_table(rows, recipe, build):
         table.append([name, f"{args.frames}x{args.height}x{args.width}", f"{parameters:,}",
                       f"{macs / 1e9:.3f}", f"{macs / 1e9 / args.frames:.3f}", ", ".join(reported)])
     widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
+    table.insert(1, ["".ljust(width, "-") for width in widths])
     for row in table:
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
         print("| " + " | ".join(cells) + " |")

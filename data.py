@@ -686,7 +686,7 @@ def _walk(folder, depth, layout, parents=()):
 
 # from names to numbers
 
-def _numbered(field, first, *parts):
+def _numbered(*parts, field, first):
     """Lists of tracklets whose `field`, "pid" or "cam", is a number in the place of a name. The
     names of all parts are numbered together, from `first` on and in natural order."""
     names = sorted({getattr(t, field) for part in parts for t in part}, key=natural)
@@ -697,8 +697,8 @@ def _numbered(field, first, *parts):
 def _with_numbers(name, train, query, gallery):
     """The data set with numbers for the names of identities: from 0 in `train`, as the labels of
     the classifier, and from 1 in `query` and `gallery`, where 0 would be a distractor."""
-    (train,) = _numbered("pid", 0, train)
-    query, gallery = _numbered("pid", 1, query, gallery)
+    (train,) = _numbered(train, field="pid", first=0)
+    query, gallery = _numbered(query, gallery, field="pid", first=1)
     return Dataset(name, train, query, gallery)
 
 
@@ -762,7 +762,7 @@ def load_mars(folder: Path, name: str = "mars", *, images: bool = True) -> Datas
     _check_layout(folder, wanted, "bbox_train/0001/*.jpg, bbox_test/0000/*.jpg and info/*, which "
                   "is the folder info of MARS-evaluation,")
     persons = [t for t in _mars_part(folder, "train") if t.pid > 0]
-    (train,) = _numbered("pid", 0, persons)
+    (train,) = _numbered(persons, field="pid", first=0)
     test = _mars_part(folder, "test")
     person_of = {number: t for number, t in enumerate(test, 1) if t.pid > 0}
     query = _query_tracklets(folder / "info/query_IDX.mat", "query_IDX", person_of)
@@ -1117,7 +1117,8 @@ def load_folder(folder: Path, name: str = "folder", *, training: bool = True) ->
     shared = {t.pid for t in found["train"]} & tested
     _warn("this identity is in both the training and the test set",
           *[f"{folder}/train/{pid}" for pid in sorted(shared)])
-    train, query, gallery = _numbered("cam", 1, found["train"], found["query"], found["gallery"])
+    train, query, gallery = _numbered(found["train"], found["query"], found["gallery"],
+                                      field="cam", first=1)
     return _with_numbers(name, train, query, gallery)
 
 
@@ -1644,167 +1645,217 @@ class TrackletSampler(PKSampler):
 
 # ------------------------------------------------------------------------------- synthetic people
 # Small pedestrians in groups of people who wear the same upper clothes, which are most of what one
-# sees of a person. The people of a group differ in their lower clothes, hair, skin, build and gait.
+# sees of a person. The people of a group differ in all else.
 
-_UPPER = ("#c4242a", "#2a54ba", "#248442", "gold", "#ececdf", "#26262a", "#e87624", "hotpink")
-_LOWER = ("#2c3e70", "#222226", "#84848a", "#ccb892", "#68462e", "#e4e4de", "#5c6238", "#86222c")
-_HAIR = ("#1c1816", "#54361e", "#cea85c", "sienna", "#9c9c9e")
-_SKIN = ("#f0ccb2", "#d8a882", "#a87450", "#62402c")
+_UPPER = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
+_LOWER = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
+# The people of a group take these in turn, so that no two of them have the same.
+_IN_TURN = dict(lower=_LOWER, cut="trousers shorts skirt coat".split(),
+                head="short long bun cap bald".split(), bag="none backpack shoulder hand".split())
+# These, and the ranges of body and gait, are random for each person.
+_TINTS = dict(bag_colour=_UPPER, cap=_UPPER, hair="#1c1816 #54361e #cea85c sienna #9c9c9e".split(),
+              skin="#f0ccb2 #d8a882 #a87450 #62402c".split(), shoes=_LOWER)
+_BODY = dict(build=(0.82, 1.25), height=(0.9, 1.04), leg=(0.47, 0.53))
+_GAIT = dict(frequency=(0.55, 1.0), stride=(0.3, 0.6), arms=(0.15, 0.7))
+_GAITS = dict(frequency=(0.3, 1.6), stride=(0.2, 0.7), arms=(0.0, 0.8))  # with --gait
 _SUPERSAMPLING = 3  # frames are drawn three times as large and averaged down
+
+
+def _shade(colour, factor):
+    """A colour, a name or (red, green, blue), made lighter or darker."""
+    colour = ImageColor.getrgb(colour) if isinstance(colour, str) else colour
+    return tuple(int(min(255, c * factor)) for c in colour)
 
 
 def _random_people(count, rng, group=4, gait=False):
     """People in groups of `group` who look alike; with `gait` they differ in their gait only."""
     people = []
+    walks = _GAITS if gait else _GAIT
     while len(people) < count:
-        shirt, hem = rng.choice(_UPPER, 2, replace=False)
-        lower = rng.permutation(_LOWER)  # the people of a group take these in turn
-        hair = rng.permutation(_HAIR)
+        upper, second = rng.choice(_UPPER, 2, replace=False)
+        shared = dict(upper=upper, second=second, sleeves=rng.random() < 0.65,
+                      pattern=rng.choice(("plain", "plain", "hoops", "stripes", "halves")))
+        orders = {what: rng.permutation(looks) for what, looks in _IN_TURN.items()}
         for i in range(min(group, count - len(people))):
             if i == 0 or not gait:
-                looks = dict(shirt=shirt, hem=hem, lower=lower[i % len(lower)],
-                             hair=hair[i % len(hair)], skin=rng.choice(_SKIN),
-                             shoes=rng.choice(_LOWER), shorts=rng.random() < 0.4,
-                             build=rng.uniform(0.82, 1.25), height=rng.uniform(0.9, 1.04))
-            walk = dict(frequency=rng.uniform(0.55, 1.0), stride=rng.uniform(0.3, 0.6),
-                        arms=rng.uniform(0.15, 0.7))
-            if gait:
-                walk = dict(frequency=rng.uniform(0.3, 1.6), stride=rng.uniform(0.2, 0.7),
-                            arms=rng.uniform(0.0, 0.8))
-            people.append(SimpleNamespace(**looks, **walk))
+                own = {what: order[i % len(order)] for what, order in orders.items()}
+                own |= {what: rng.choice(colours) for what, colours in _TINTS.items()}
+                own |= {what: rng.uniform(*limits) for what, limits in _BODY.items()}
+            walk = {what: rng.uniform(*limits) for what, limits in walks.items()}
+            people.append(SimpleNamespace(**shared, **own, **walk))
     return people
-
-
-def _shade(colour, factor):
-    """A colour, a name or (red, green, blue), made lighter or darker."""
-    if isinstance(colour, str):
-        colour = ImageColor.getrgb(colour)
-    return tuple(int(min(255, channel * factor)) for channel in colour)
-
-
-def _draw_person(image, person, *, phase, yaw, x, y, height):
-    """Draws a person of `height` pixels whose feet are at the pixel (x, y).
-
-    `phase` is that of the gait and `yaw` the direction of the walk, in radians: 0 is towards the
-    camera, pi / 2 to the right. Lengths below are shares of the height, from the feet.
-    """
-    draw = ImageDraw.Draw(image)
-    sine, cosine = math.sin(yaw), math.cos(yaw)
-    near = math.copysign(1, sine)  # the side of the body that is nearer to the camera
-    hip, shoulder, head = (level + 0.008 * math.cos(2 * phase) for level in (0.5, 0.82, 0.905))
-    chest = 0.14 * person.build * (0.6 * abs(sine) + abs(cosine))  # flatter from the side
-
-    def pixels(points):
-        return [(x + right * height, y - up * height) for right, up in points]
-
-    def bar(start, end, thickness, colour):
-        """Draws a straight bar with round ends."""
-        r = thickness * height / 2
-        draw.line(pixels([start, end]), colour, round(2 * r))
-        for px, py in pixels([start, end]):
-            draw.ellipse([px - r, py - r, px + r, py + r], colour)
-
-    def torso(top, low, colour):
-        corners = [(-chest, top), (chest, top), (0.8 * chest, low), (-0.8 * chest, low)]
-        draw.polygon(pixels(corners), colour)
-
-    def limb(top, length, *, swing, bend, thickness, colours):
-        """Draws an arm or a leg of two equal parts; returns its end."""
-        points = [top]
-        for angle in (swing, swing + bend):
-            right = points[-1][0] + 0.6 * length * math.sin(angle) * sine
-            points.append((right, points[-1][1] - 0.5 * length * math.cos(angle)))
-        bar(points[1], points[2], thickness, colours[1])
-        bar(points[0], points[1], 1.3 * thickness, colours[0])
-        return points[2]
-
-    def leg(side):
-        light = 1.0 if side == near else 0.82
-        cloth = _shade(person.lower, light)
-        shin = _shade(person.skin, light) if person.shorts else cloth
-        ankle = limb((side * 0.055 * person.build * cosine, hip), 0.96 * hip,
-                     swing=person.stride * math.sin(phase) * side,
-                     bend=-0.9 * person.stride * max(0.0, math.cos(phase) * side) - 0.05,
-                     thickness=0.065 * person.build,
-                     colours=(cloth, shin))
-        bar(ankle, (ankle[0] + 0.07 * sine, ankle[1] - 0.015), 0.045, _shade(person.shoes, light))
-
-    def arm(side):
-        light = 0.95 if side == near else 0.78
-        sleeve = _shade(person.shirt, light)
-        hand = limb((side * chest * cosine, shoulder - 0.03), 0.3,
-                    swing=-person.arms * math.sin(phase) * side,
-                    bend=0.3,
-                    thickness=0.05 * person.build,
-                    colours=(sleeve, sleeve))
-        bar(hand, hand, 0.045, person.skin)
-
-    arm(-near)  # from back to front
-    leg(-near)
-    leg(near)
-    bar((-0.8 * chest, shoulder - 0.01), (0.8 * chest, shoulder - 0.01), 0.05, person.shirt)
-    torso(shoulder, hip + 0.12, person.shirt)
-    torso(hip + 0.12, hip - 0.02, person.hem)
-    bar((0, head), (0, head - 0.06), 0.06, _shade(person.skin, 0.85))
-    bar((0, head), (0, head), 0.125, person.hair)
-    if cosine > -0.3:  # the face is in sight
-        bar((0.03 * sine, head - 0.02), (0.03 * sine, head - 0.02), 0.09, person.skin)
-    arm(near)
 
 
 def _random_camera(index, rng, zoom):
     """A camera with its own view and colours. Its scene, along which people walk, has 420 x 150
     units of `zoom` pixels; a frame is 128 units high."""
-    wall = rng.uniform(120, 200) + rng.uniform(-15, 15, 3)
-    floor = rng.uniform(100, 170) + rng.uniform(-15, 15, 3)
-    horizon = rng.integers(52, 90)
-    scene = Image.new("RGB", (420, 150), _shade(wall, 1))
-    draw = ImageDraw.Draw(scene)
-    for x, y, width, height in rng.integers((-40, -40, 8, 8), (420, 80, 40, 40), (80, 4)):
-        draw.rectangle([x, y, x + width, y + height], _shade(wall, rng.uniform(0.75, 1.1)))
-    draw.rectangle([0, horizon, 420, 150], _shade(floor, 1))
-    for x in rng.integers(0, 420, 5):
-        draw.rectangle([x, horizon, x + 30, 150], _shade(floor, rng.uniform(0.8, 1.1)))
+    def colour(low, high):
+        return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), 0.12, rng.uniform(low, high)))
+    wall, floor, edge = colour(0.5, 0.8), colour(0.4, 0.7), int(rng.integers(52, 90))
+    image = Image.new("RGB", (420, 150), _shade(wall, 1))
+    draw = ImageDraw.Draw(image)
+    step, wide, high = ((16, 14, 6), (60, 40, 46))[index % 2]  # bricks or windows
+    for y in range(edge - high - 2, -high, -high - 2):
+        for x in range(y % 2 * step // 2, 420, step):
+            draw.rectangle([x, y, x + wide, y + high], _shade(wall, rng.uniform(0.8, 1.05)))
+    draw.rectangle([0, edge, 420, 150], _shade(floor, 1))
+    for x in rng.integers(0, 420, 5).tolist():
+        draw.rectangle([x, edge, x + 30, 150], _shade(floor, rng.uniform(0.8, 1.1)))
+        if index % 3 == 0:  # a tree
+            draw.rectangle([x - 3, edge - 40, x + 3, edge], (84, 62, 44))
+            draw.ellipse([x - 18, edge - 58, x + 18, edge - 22], (50, 85, 45))
+    pixels = (np.asarray(image) + rng.normal(0, 6, (150, 420, 1))).clip(0, 255).astype(np.uint8)
+    hue = np.array(colorsys.hsv_to_rgb(rng.random(), 1, 1))
     return SimpleNamespace(
-        scene=scene.resize((round(420 * zoom), round(150 * zoom))),
-        yaw=(0.25, 1.35, 2.75, -1.1, 0.9, -2.2)[index % 6] + rng.uniform(-0.15, 0.15),
-        light=rng.uniform(0.9, 1.1) * rng.uniform(0.93, 1.07, 3),
-        scale=rng.uniform(0.85, 0.97),  # height of a person, as a share of the frame's
-        blur=rng.uniform(0.0, 0.7),
-        noise=rng.uniform(1, 3),
-    )
+        cast=(1 + 0.16 * (hue - 0.5)) * rng.uniform(0.9, 1.1), gamma=rng.uniform(0.9, 1.1),
+        light=0.15 * rng.choice([-1, 1]), scale=rng.uniform(0.85, 0.97),
+        yaw=[0.25, 1.35, 2.75, -1.1, 0.9, -2.2][index % 6] + rng.uniform(-0.15, 0.15),
+        blur=rng.uniform(0.0, 0.7), noise=rng.uniform(1, 3),
+        scene=Image.fromarray(pixels).resize((round(420 * zoom), round(150 * zoom))))
 
 
-def _draw_tracklet(person, camera, *, frames, size, occlusion, rng):
+def _draw_person(image, who, *, phase, yaw, x, y, height):
+    """Draws a person of `height` pixels whose feet are at the pixel (x, y).
+
+    `phase` is that of the gait and `yaw` the direction of the walk, in radians: 0 is towards the
+    camera, pi / 2 to the right. Lengths below are shares of the height, from the feet.
+    """
+    h = height
+    draw = ImageDraw.Draw(image)
+    s, c = math.sin(yaw), math.cos(yaw)
+    ahead = math.copysign(1, s)  # where the person walks, and the side nearer to the camera
+    across = who.build * (0.6 * abs(s) + abs(c))  # a body is flatter from the side
+    hip, shoulder, head = (high + 0.008 * math.cos(2 * phase) for high in (who.leg, 0.82, 0.905))
+    chest, waist = 0.145 * across, 0.11 * across
+
+    def at(dx, dy):
+        return x + dx * h, y - dy * h
+
+    def limb(a, b, width, colour):  # a bar with round ends
+        r = width * h / 2
+        draw.line([at(*a), at(*b)], colour, round(2 * r))
+        for px, py in (at(*a), at(*b)):
+            draw.ellipse([px - r, py - r, px + r, py + r], colour)
+
+    def oval(dx, dy, r, colour, half=False):
+        px, py = at(dx, dy)
+        shape = [px - 0.9 * r * h, py - r * h, px + 0.9 * r * h, py + r * h]
+        draw.pieslice(shape, 180, 360 if half else 540, colour)
+
+    def joint(start, length, swing):  # a limb's other end
+        return start[0] + 1.25 * length * math.sin(swing) * s, start[1] - length * math.cos(swing)
+
+    def leg(side):
+        swing = who.stride * math.sin(phase) * side
+        bend = 0.9 * who.stride * max(0.0, math.cos(phase) * side) + 0.05
+        top = side * 0.055 * who.build * c, hip
+        knee = joint(top, 0.5 * hip, swing)
+        ankle = joint(knee, 0.46 * hip, swing - bend)
+        dark = 1.0 if side == ahead else 0.82
+        cloth, bare = _shade(who.lower, dark), _shade(who.skin, dark)
+        limb(knee, ankle, 0.06 * who.build, bare if who.cut in ("shorts", "skirt") else cloth)
+        limb(top, knee, 0.09 * who.build, bare if who.cut == "skirt" else cloth)
+        toe = ankle[0] + 0.07 * s, ankle[1] - 0.012 - 0.018 * max(c, 0)
+        limb(ankle, toe, 0.045, _shade(who.shoes, dark))
+
+    def arm(side):
+        swing = -who.arms * math.sin(phase) * side
+        dark = 0.95 if side == ahead else 0.78
+        sleeve, bare = _shade(who.upper, dark), _shade(who.skin, dark)
+        top = side * (chest - 0.01) * c, shoulder - 0.025
+        elbow = joint(top, 0.16, swing)
+        hand = joint(elbow, 0.14, swing + 0.3)
+        limb(elbow, hand, 0.05 * who.build, sleeve if who.sleeves else bare)
+        limb(top, elbow, 0.06 * who.build, sleeve)
+        limb(hand, hand, 0.045, bare)
+        if who.bag == "hand" and side == 1:
+            limb((hand[0], hand[1] - 0.06), (hand[0], hand[1] - 0.11), 0.12, who.bag_colour)
+
+    def band(top, low, colour):  # of the body between two heights
+        wide = [chest + (waist - chest) * (shoulder - v) / (shoulder - hip) for v in (top, low)]
+        draw.polygon([at(-wide[0], top), at(wide[0], top), at(wide[1], low), at(-wide[1], low)],
+                     colour)
+
+    def backpack(seen):
+        if who.bag == "backpack" and seen:
+            limb((-0.16 * s, shoulder - 0.06), (-0.16 * s, hip + 0.12), 0.15, who.bag_colour)
+
+    limb((-0.12, 0), (0.12, 0), 0.025, (60, 60, 64))  # the shadow
+    arm(-ahead)  # from the far side to the near one
+    leg(-ahead)
+    leg(ahead)
+    backpack(c > 0)
+    if who.cut == "coat":
+        limb((0, hip), (0, hip - 0.12), 2 * waist, _shade(who.upper, 0.9))
+    limb((-0.8 * chest, shoulder - 0.015), (0.8 * chest, shoulder - 0.015), 0.05, who.upper)
+    band(shoulder, hip - 0.02, who.upper)
+    if who.pattern == "hoops":
+        for i in range(4):
+            band(shoulder - 0.03 - 0.08 * i, shoulder - 0.065 - 0.08 * i, who.second)
+    elif who.pattern == "stripes":
+        for u in (-0.6, 0, 0.6):
+            limb((u * chest, shoulder - 0.02), (u * waist, hip), 0.025, who.second)
+    elif who.pattern == "halves":
+        band((shoulder + hip) / 2, hip - 0.02, who.second)
+    if who.cut == "skirt":
+        draw.polygon([at(-waist, hip + 0.03), at(waist, hip + 0.03), at(1.4 * waist, hip / 2),
+                      at(-1.4 * waist, hip / 2)], who.lower)
+    backpack(c <= 0)
+    limb((0, shoulder), (0, head), 0.06, _shade(who.skin, 0.85))
+    if who.head == "long":
+        limb((-0.02 * s, head), (-0.03 * s, shoulder - 0.03), 0.13, who.hair)
+    elif who.head == "bun":
+        oval(-0.06 * s, head + 0.07, 0.035, who.hair)
+    oval(0.015 * s, head, 0.06, who.skin)
+    if who.head == "cap":
+        oval(0, head + 0.01, 0.066, who.cap, half=True)
+        limb((0, head + 0.015), (0.09 * s, head + 0.015), 0.02, _shade(who.cap, 0.75))
+    elif who.head != "bald":
+        oval(-0.012 * s, head + 0.008, 0.064, who.hair, half=c > -0.3)
+    arm(ahead)
+    if who.bag == "shoulder":
+        side = math.copysign(waist, c)
+        limb((-side, shoulder), (side, hip), 0.02, _shade(who.bag_colour, 0.7))
+        limb((side, hip), (side, hip - 0.04), 0.12, who.bag_colour)
+
+
+def _draw_tracklet(who, passer, camera, *, frames, size, occlusion, rng):
     """Yields the frames of a person, or of nobody (None), who walks past a camera. `size` is
-    (height, width). With probability `occlusion` a pole or a box passes in front."""
-    h, w = _SUPERSAMPLING * size[0], _SUPERSAMPLING * size[1]
-    unit = h / 128
+    (height, width). With probability `occlusion` a pole, a box on a cart or the person `passer`
+    gets in the way."""
+    height, width = size
+    unit = _SUPERSAMPLING * height / 128
+    h, w = _SUPERSAMPLING * height, _SUPERSAMPLING * width
     yaw = camera.yaw + rng.choice([0, 0.5], p=[0.8, 0.2]) + rng.uniform(-0.2, 0.2)
-    phase = rng.uniform(0, 2 * math.pi)
-    start = rng.uniform(40, 280)
-    occluded = rng.random() < occlusion
-    when = rng.uniform(0, frames)  # it is in the middle of the frame
-    pole, box = (0.06 * w, 0), (0.3 * w, 0.6 * h)  # (half of its width, its upper edge)
-    half_width, top = (pole, box)[rng.integers(2)]
-    light = (camera.light * rng.uniform(0.9, 1.1)).astype(np.float32)
-    jitter = rng.normal(0, 1, 2)  # of the detector's box
+    phase, start = rng.uniform(0, 2 * math.pi), rng.uniform(40, 280)
+    kind = rng.choice(["pole", "box", "passer"]) if rng.random() < occlusion else "none"
+    when = rng.uniform(0, frames)
+    tint = _shade((1, 1, 1), rng.uniform(50, 150))
+    light = 1 + camera.light * np.linspace(-1, 1, width)[:, None]
+    colour = (camera.cast * rng.uniform(0.9, 1.1) * light / 255).astype(np.float32)
+    drift = rng.normal(0, 1, 2)
     for i in range(frames):
-        jitter = 0.7 * jitter + rng.normal(0, 1, 2)
-        left = (start + 2.5 * i * math.sin(yaw) + jitter[0]) * unit
+        drift = 0.7 * drift + rng.normal(0, 1, 2)  # the detector's box trembles
+        left = (start + 2.5 * i * math.sin(yaw) + drift[0]) * unit
         left = int(np.clip(left, 0, camera.scene.width - w))
         image = camera.scene.crop((left, 5, left + w, 5 + h))
-        if person:
-            _draw_person(image, person, phase=phase + 2 * math.pi * person.frequency * i / 8,
-                         yaw=yaw, x=w / 2 + 1.2 * jitter[0] * unit, y=0.965 * h + jitter[1] * unit,
-                         height=h * camera.scale * person.height * rng.uniform(0.96, 1.04))
-        if occluded:
-            x = w * (0.5 + (i - when) / 6)
-            ImageDraw.Draw(image).rectangle([x - half_width, top, x + half_width, h], (90, 95, 90))
+        middle, feet = w / 2 + 1.2 * drift[0] * unit, 0.965 * h + drift[1] * unit
+        if who:
+            step = phase + 2 * math.pi * who.frequency * i / 8
+            tall = h * camera.scale * who.height * rng.uniform(0.96, 1.04)
+            _draw_person(image, who, phase=step, yaw=yaw, x=middle, y=feet, height=tall)
+        x = w * (0.5 + (i - when) / 6)
+        if kind == "pole":
+            ImageDraw.Draw(image).rectangle([x - 0.06 * w, 0, x + 0.06 * w, h], tint)
+        elif kind == "box":
+            ImageDraw.Draw(image).rectangle([x - 0.3 * w, 0.7 * h, x + 0.3 * w, h], tint)
+        elif kind == "passer":
+            _draw_person(image, passer, phase=i, yaw=math.pi / 2, x=x, y=1.02 * h, height=0.95 * h)
         image = image.reduce(_SUPERSAMPLING)
-        image = image.filter(ImageFilter.GaussianBlur(camera.blur * size[0] / 128))
-        noise = camera.noise * rng.standard_normal((*size, 1), np.float32)
-        pixels = np.asarray(image) * light + noise
+        blur = camera.blur + (rng.uniform(0.4, 1.0) if rng.random() < 0.12 else 0)
+        image = image.filter(ImageFilter.GaussianBlur(blur * height / 128))
+        pixels = 255 * (np.asarray(image) * colour).clip(0, 1) ** np.float32(camera.gamma)
+        pixels += camera.noise * rng.standard_normal((height, width, 1), np.float32)
         yield Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -1866,9 +1917,11 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
                 # distractors share the pid 0, and their tracklets have numbers of their own
                 start = f"{pid:0>4}C{cam + 1}T{number if pid == 0 else tracklet:04}"
                 first = len(names[part]) + 1
-                for i, image in enumerate(_draw_tracklet(
-                        person, views[cam], frames=rng.integers(*frames, endpoint=True), size=size,
-                        occlusion=occlusion, rng=rng), 1):
+                length = rng.integers(*frames, endpoint=True)
+                passer = strangers[rng.integers(2 * cameras)]
+                drawn = _draw_tracklet(person, passer, views[cam], frames=length, size=size,
+                                       occlusion=occlusion, rng=rng)
+                for i, image in enumerate(drawn, 1):
                     names[part].append(f"{start}F{i:03}.jpg")
                     image.save(images / names[part][-1], quality=90)
                 rows[part].append((first, len(names[part]), pid, cam + 1))

@@ -1009,9 +1009,9 @@ def test_synthetic_is_reproducible_and_in_mars_layout(tmp_path):
 def test_synthetic_identities_look_alike_in_groups():
     people = data._random_people(12, np.random.default_rng(0))
     for group in (people[:4], people[4:8], people[8:]):
-        looks = {(p.shirt, p.hem) for p in group}
+        looks = {(p.upper, p.second, p.pattern, p.sleeves) for p in group}
         assert len(looks) == 1
-        for what in ("lower", "hair", "build", "height", "frequency", "stride", "arms"):
+        for what in ("lower", "cut", "head", "bag", "frequency", "stride", "arms", "build"):
             assert len({getattr(p, what) for p in group}) == 4, what
 
 
