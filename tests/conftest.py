@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,7 @@ torch.set_num_threads(1)  # two take longer for networks and clips as small as h
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that the tests start
 
 import common  # noqa: E402
+import sinet  # noqa: E402
 from data import UserError, draw_synthetic  # noqa: E402
 
 TINY = ("--height", 48, "--width", 40, "--ids", 2, "--clips", 2)
@@ -78,7 +81,7 @@ def multiply_adds(model, T, height, width):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="SIGKILLs in test_runs.py")
+    parser.addoption("--kills", type=int, default=3, help="SIGKILLs in test_signals.py")
     parser.addoption("--all-rows", action="store_true", help="not the first of a script alone")
 
 
@@ -310,3 +313,63 @@ def refuses(tmp_path, monkeypatch):
             assert text in str(error.value)
 
     return call
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """For a test that signals itself."""
+    monkeypatch.setattr(common, "_stop_signal", 0)
+
+
+@pytest.fixture
+def start(tmp_path, small_root):
+    """start(*flags) -> the running command of `trained`, with other flags, its output in the file
+    tmp_path/out."""
+
+    def popen(*flags, launcher=None, before=int):
+        command = ["sinet.py", "--root", small_root, "--variant", "base", "--epochs", 2, *TINY]
+        command += ["--epoch", "tracklets", *flags]
+        out = tmp_path / "out"
+        out.write_text("")
+        if launcher:
+            command = [*launcher, ROOT / command[0], *command[1:]]
+        return Forked(command, tmp_path, out, out, {"PYTHONUNBUFFERED": "1"}, before)
+
+    yield popen
+    drop_weights(tmp_path)
+
+
+def wait_for(process, file, text, seconds=120):
+    end = time.time() + seconds
+    while text not in file.read_text():
+        assert process.poll() is None and time.time() < end, file.read_text()
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, small_root, capsys):
+    """small(*flags) -> what sinet.py's main(), or another's, prints with a small network."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags, script=sinet):
+        flags = ("--root", small_root, "--gpu", "cpu", *TINY, *flags)
+        monkeypatch.setattr(script, "build", lambda args, num_classes: Colours(num_classes))
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        script.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def cross_entropy(outputs, pids, args):
+    """M3D's losses for the small network."""
+    return {"xent": F.cross_entropy(outputs[1].float(), pids)}
+
+
+def ended_by(main, capsys):
+    """(exit code, line) of a script whose main() is this one."""
+    with pytest.raises(SystemExit) as end:
+        common.command_line(main)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return end.value.code, err

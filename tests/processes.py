@@ -1,4 +1,4 @@
-"""What each of several processes does for test_runs.py; by hand:
+"""What each of several processes does for test_processes.py; by hand:
 
     torchrun --nproc_per_node N tests/processes.py DATA OUT
 

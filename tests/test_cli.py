@@ -122,7 +122,7 @@ LOSSES = dict.fromkeys("loss margin lambda1 temperature divergence".split())
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_setting_reaches_the_network_or_the_optimizer(script, monkeypatch):
-    """Those of the losses are in the papers' tests, those of the batches in test_runs.py."""
+    """Those of the losses are in the papers' tests, those of the batches in test_resume.py."""
     module, (name, others) = importlib.import_module(Path(script).stem), NETWORKS[script]
     others = {**TRAINING, **LOSSES, **others}
     signature = inspect.signature(getattr(module, name))
