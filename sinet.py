@@ -33,66 +33,72 @@ Every class can be copied into another project. The docstring says what to copy 
 
 Deviations from the paper (what the paper says; what we do and why; the flag for the paper's form):
   Eq. 3         The paper has softmax(Q * K). We divide the response by k^2, which makes it a mean
-                over the window, as in the authors' release, from which the paper's results come. On
-                the plain sum the softmax is one-hot: S suppresses a single position, and hardly any
-                gradient reaches KGM. --scale none restores the plain sum. The small run divides by
-                sqrt(c), too, because it starts from random weights.
+                over the window, as in the authors' release, from which the paper's results come.
+                With the plain sum, the softmax is almost one-hot, so that S suppresses a single
+                position and hardly any gradient reaches KGM. --scale none restores the plain sum.
+                The small run divides by sqrt(c), too, because it starts from random weights.
   Fig. 1, 6     The paper shows class activation maps. --figure shows the root mean square of the
                 last feature maps over their channels, which needs no class; there is no flag.
 
 Unspecified in the paper; our choice, which follows the authors' release where (release) is added:
   KGM           The attention is a 1x1 convolution to k^2 maps, BatchNorm and ReLU. The L1 norms
-                have an eps: attention of zero everywhere gives a kernel of zeros, and then S = 1.
+                are clamped to a small eps. If the attention is zero everywhere, the kernel is
+                therefore zero and nothing is suppressed (S = 1).
   Eq. 1         w_ctr is computed for each clip, and no gradient flows through it.
   SE            w_se is computed for each clip, by two linear layers without biases. Its reduction
-                is 4 (release). The block that the paper cites has 16, and the paper's 0.014 GFLOPs
-                of SBM fit 16 or no SE block: --se-reduction 16.
+                is 4 (release). The SE paper uses 16, and the 0.014 GFLOPs that Sec. 4.5 gives for
+                SBM also suggest 16, or no SE block at all; --se-reduction 16 selects 16.
   Eq. 3         The convolution has replicate padding.
   IDM           It has neither biases nor BatchNorm, as in Eq. 7, and G^D starts at zero. One IDM
                 follows block 4 of layer2; three IDMs follow blocks 2, 3 and 4.
-  SBM           "Plugged evenly into the third layer" is after blocks 2, 4 and 6. In "Same Pos." of
-                Table 3 all three SBMs follow block 6.
+  SBM           We take "plugged evenly into the third layer" to mean after blocks 2, 4 and 6. In
+                "Same Pos." of Table 3 all three SBMs follow block 6.
   pooling       Max pooling over the last feature map of each frame, then the mean over the frames
                 (release).
   L_mi          The paper defines it in a supplement that we do not have; mutual_information_loss is
                 our reading. It takes the frames' vectors after the BN neck (release) and a linear
                 layer, which the paper does not mention. Variants without SBM are trained without it
-                (release, --lambda2 0), because it keeps up the differences that SBM makes.
+                (release, --lambda2 0), because its purpose is to maintain the differences between
+                frames that SBM creates.
   triplet       The loss takes the embedding after the BN neck, the cosine distance and a margin
                 of 0.3.
   backbone      The stride of ResNet-50's layer4 is 1.
-  epoch         One epoch visits all tracklets, in groups of K of one identity (release), which are
-                235 steps on MARS. --epoch identities visits every identity once, in 79 steps.
+  epoch         One epoch goes through the training tracklets in groups of K tracklets of one
+                identity (release); on MARS this takes 235 steps. --epoch identities visits every
+                identity once, in 79 steps.
   resizing      Frames are resized by bicubic interpolation (release).
-  test clips    A tracklet is cut into T equal parts, as in training, and each clip takes one frame
-                of each part, in their order. All frames are used, and some twice where T does not
-                divide the length: 10 frames give 3 clips of 4.
-  pieces        LS-VID's training tracklets are cut into pieces of 48 frames (release); --chunk 0
-                keeps them whole.
-  Table 3       Non-local blocks with half the channels inside, or GC blocks with a reduction of 16,
-                replace both IDMs. "Non-local (1)" is the mean over all positions, and "Non-local
-                (inverse)" the softmax of the negated affinity.
-  GFLOPs        We count 1.074 for two IDMs; no count of matrix products gives the 1.081 of Sec.
-                4.5. No place and width of two Non-local blocks that we tried gives their 2.216.
+  test clips    A tracklet is cut into T equal parts, as in training. Clip i consists of the i-th
+                frame of every part. All frames are used, and some twice where T does not divide the
+                length: 10 frames give 3 clips of 4.
+  pieces        LS-VID's training tracklets are cut into pieces of 48 frames (release), with and
+                without --release; --chunk 0 keeps them whole.
+  Table 3       Non-local blocks whose inner width is half the channels, or GC blocks with a
+                reduction of 16, replace both IDMs. "Non-local (1)" is the mean over all positions,
+                and "Non-local (inverse)" the softmax of the negated affinity.
+  GFLOPs        We count 1.074 for two IDMs. We could reproduce neither the 1.081 that Sec. 4.5
+                gives for them, nor its 2.216 for two Non-local blocks, with any position and width
+                that we tried.
   Fig. 5        The text gives only the best values, k = 3 and reduction 4. The other values are our
                 guess, and so are (a) a network without IDMs and (b) a network without SBMs.
 
-The authors' release departs from the paper's equations. --release builds the network with these
-differences, which their trained networks need, and sets --reduction 16 --lambda2 0.001
---scale window --pool max:
+The authors' release departs from the paper's equations. Their trained networks need the following
+differences: loading one with --resume or --init sets --release by itself. To train such a network,
+give --release, which also sets --reduction 16 --lambda2 0.001 --scale window --pool max:
   IDM           BatchNorms after G^I and L^I, a ReLU at the end, and biases. Its reduction is 16,
                 although Fig. 5b finds 4 best.
-  CPM           Means instead of the sums of Eq. 5-6. That of the later frames is weighted by 1 - S.
+  CPM           It takes means where Eq. 5-6 take sums. The mean over the later frames is weighted
+                by 1 - S.
   SE            Its linear layers have biases, and so has the classifier.
   stem          The max pooling has no padding: frames of 256x128 give maps of 63x31, not of 64x32.
   L_mi          It is summed over the identities of a batch and weighted by 0.001, in place of a
                 mean that is weighted by 0.01.
 The authors' release also departs in these points, which --release does not follow:
-  batches       A batch has 8 groups of K clips, and some batches hold one identity twice. Two GPUs
-                have half a batch each, of which BatchNorm takes the statistics.
+  batches       A batch has 8 groups of K clips, and some batches hold one identity twice. They
+                train on two GPUs, and BatchNorm computes its statistics on each GPU's half of the
+                batch.
   train clips   Each of the T parts has floor(n / T) frames; the last one has the remainder, too.
   test clips    A tracklet is filled up to a multiple of T with copies of its last frames.
-  erasing       Each frame has another box, and the probability is 1 - p.
+  erasing       Every frame has its own box. A setting of p erases with probability 1 - p.
   results       They are those of the best epoch on the test set; ours are those of the last epoch.
 """
 import math
@@ -118,8 +124,8 @@ def gap(x, dims: tuple[int, ...]):
 
 
 class ChannelAttentionLayer(nn.Module):
-    """CAL, Eq. 1-2: keeps the channels that are stronger in the centre of the maps than on the
-    whole, and weights them by squeeze-and-excitation.
+    """CAL, Eq. 1-2: keeps the channels whose mean over the interior of the maps exceeds their mean
+    over the whole maps, and weights them by squeeze-and-excitation.
 
     Input: X (B, T, C, H, W), H and W at least 3. Output: w_ctr w_se X (B, T, C, H, W), whose first
     s frames are P and whose others are Q in Eq. 2. Copy with: gap.
@@ -146,7 +152,8 @@ class ChannelAttentionLayer(nn.Module):
             raise ValueError(f"CAL needs maps of at least 3x3, not {H}x{W}")
         all_but_channels = (1, 3, 4)
         # The value in the corner is subtracted, so that a map that is constant is exactly 0.
-        # Otherwise, the rounding of its two means could make Eq. 1 true.
+        # Otherwise, the rounding of its two means could make the inequality of Eq. 1 hold by
+        # accident.
         maps = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         maps = maps - maps[..., :1, :1]
         no_pad = maps[..., 1:-1, 1:-1]
@@ -202,7 +209,7 @@ def conv_by_matmul(q, kernel):
     responses = q.movedim(2, 4).reshape(B, L * H * W, C) @ kernel.transpose(1, 2)
     responses = responses.to(torch.promote_types(responses.dtype, torch.float32))
     responses = responses.view(B * L, H, W, k * k)
-    # replicate padding by indices, because torch.compile cannot take F.pad's (torch 2.15)
+    # torch.compile fails on F.pad(mode="replicate") in torch 2.15, so we pad by indexing
     rows = torch.arange(-(k // 2), H + k // 2, device=q.device).clamp(0, H - 1)
     columns = torch.arange(-(k // 2), W + k // 2, device=q.device).clamp(0, W - 1)
     responses = responses.index_select(1, rows).index_select(2, columns)
@@ -227,7 +234,8 @@ class SuppressOperation(nn.Module):
         beta: strength of the suppression, above 0.
         scale: what the response Q * K is divided by before the softmax. "none": by nothing, as in
             the paper. "window": by k^2, which makes it a mean over the window, as in the authors'
-            release. "window+channels": by k^2 sqrt(C), which a training from random weights needs.
+            release. "window+channels": by k^2 sqrt(C), which is needed when training starts from
+            random weights.
 
     Raises ValueError for another beta or scale.
     """
@@ -244,8 +252,9 @@ class SuppressOperation(nn.Module):
     def forward(self, q, kernel):
         B, L, C, H, W = q.shape
         window = kernel.shape[1]                                          # k^2
-        # The kernel is divided before the product, so that float16 can hold the product's sums.
-        # The response is float32 and takes back the factors that the scale does not ask for.
+        # The kernel is divided by k^2 sqrt(C) first, so that the sums of the product fit into
+        # float16. Then the float32 response is multiplied by whichever of these two factors `scale`
+        # does not include.
         response = conv_by_matmul(q, kernel / (window * math.sqrt(C)))            # Q * K
         if self.scale == "window":
             response = response * math.sqrt(C)
@@ -262,8 +271,8 @@ class SuppressOperation(nn.Module):
 
 
 class CrossPropagationModule(nn.Module):
-    """CPM, Eq. 5-6: gives the former frames the mean that suppression removed, and the later frames
-    the former ones' mean.
+    """CPM, Eq. 5-6: adds to the former frames the pooled features that were suppressed in the later
+    frames, and to the later frames the pooled features of the former frames.
 
     Input: the former X (B, s, C, H, W), the later X (B, L, C, H, W) and their suppression S
     (B, L, 1, H, W). Output: Z (B, s + L, C, H, W). Copy with: gap.
@@ -295,11 +304,11 @@ class CrossPropagationModule(nn.Module):
 
 
 def channels_last(x):
-    """Maps (B, T, C, H, W), unchanged, but in the memory order of the ResNet blocks around a module
-    (channels_last on frames), and their gradient, too.
+    """Returns maps (B, T, C, H, W) with the same values, but stored so that the frames
+    (B*T, C, H, W) are in torch.channels_last memory format. The gradient gets this format, too.
 
-    Slices and torch.cat leave another order, which every block on the way would copy back. Going
-    through one dimension in the order (B, T, H, W, C) fixes it, forwards and backwards.
+    Without it, slices and torch.cat leave a format that the ResNet blocks would have to convert.
+    Flattening to one dimension in the order (B, T, H, W, C) forces the format in both directions.
     """
     _, T, C, H, W = x.shape
     return x.movedim(2, 4).flatten().view(-1, T, H, W, C).movedim(4, 2)
@@ -350,7 +359,7 @@ class SalientToBroadModule(nn.Module):
             raise ValueError(f"SBM with split {s} needs more than {s} frames, not {x.shape[1]}")
         if x.shape[2] != self.channels:
             raise ValueError(f"SBM was built for {self.channels} channels, not {x.shape[2]}")
-        x = channels_last(x)                                    # for the gradients of the slices
+        x = channels_last(x)            # the slices below give gradients in another format
         weighted = x
         if self.cal is not None:
             weighted = self.cal(x)                                                # Eq. 1-2
@@ -359,7 +368,7 @@ class SalientToBroadModule(nn.Module):
         kernel = self.kgm(p)
         suppression = self.so(q, kernel)                                          # Eq. 3-4
         z = self.cpm(x[:, :s], x[:, s:], suppression)                             # Eq. 5-6
-        return channels_last(z)                                 # for torch.cat in CPM
+        return channels_last(z)         # torch.cat in CPM has lost the format
 
 
 # ---------------------------------------------------- Sec. 3.2: Integration-and-Distribution Module
@@ -368,16 +377,16 @@ class IntegrationDistributionModule(nn.Module):
     """IDM, Eq. 7: F' = G^D G^I F (L^I L^D + I), plus F, which mixes the channels (G) and all
     m = T*H*W positions of a clip (L).
 
-    Input: X (B, T, C, H, W), T*H*W being the m that it was built for. Output: of the same shape. It
-    starts as the identity. With release it starts as a ReLU, which does not change the maps of a
-    ResNet stage.
+    Input: X (B, T, C, H, W) with the T, H and W given below. Output: of the same shape. It starts
+    as the identity. With release it starts as a ReLU, which changes nothing, as the maps of a
+    ResNet stage are not negative anyway.
 
     Args:
         channels: C.
         frames, height, width: T, H and W of the maps.
         reduction: c / c' and m / m', 1 to the smaller one of C and m.
         release: True takes the form of the authors' release, y = BN(G^I F),
-            F' = ReLU(G^D (L^D BN(L^I y) + y) + F), with biases where no BatchNorm follows.
+            F_output = ReLU(G^D (L^D BN(L^I y) + y) + F), with biases where no BatchNorm follows.
 
     Raises ValueError for a reduction out of range, and for maps of other sizes.
     """
@@ -528,7 +537,8 @@ def resnet50(weights="none", last_stride=1):  # same in every script
     return net
 
 
-IDM_BLOCKS = {0: (), 1: (4,), 2: (2, 4), 3: (2, 3, 4)}  # number of IDMs: the blocks before them
+# number of IDMs: the blocks of layer2 that they follow
+IDM_BLOCKS = {0: (), 1: (4,), 2: (2, 4), 3: (2, 3, 4)}
 
 
 class SINet(nn.Module):
@@ -552,8 +562,8 @@ class SINet(nn.Module):
     Args:
         num_classes: number of training identities.
         frames: T, the number of frames in a clip.
-        height, width: size of the frames in pixels. With an IDM, the network takes only clips of
-            these frames, height and width.
+        height, width: size of the frames in pixels. A network with IDMs takes only clips of
+            this length and size, because the shapes of L^I and L^D depend on m.
         sbm: False leaves the SBMs out.
         idms: number of IDMs, 0 to 3.
         sbm_blocks: the blocks of layer3, 1 to 6, that an SBM follows; a block may be repeated.
@@ -578,8 +588,8 @@ class SINet(nn.Module):
             its IDM, CAL and CPM, max pooling without padding in the stem, and a classifier with
             biases.
 
-    Raises ValueError for settings out of range or that do not go together, and for frames that are
-    too few or too small for them.
+    Raises ValueError if a setting is out of range, if settings contradict each other, or if the
+    clips are too short or too small for the SBMs.
     """
 
     def __init__(self, num_classes: int, frames: int = 4, height: int = 256, width: int = 128, *,
@@ -601,7 +611,8 @@ class SINet(nn.Module):
             if frames <= max(sbm_splits, default=0):
                 raise ValueError(f"SBMs with s = {sbm_splits} need at least {max(sbm_splits) + 1} "
                                  f"frames, not {frames}")
-            if cal and min(height, width) < 33:         # 32 pixels are 2 in layer3, and CAL needs 3
+            # layer3 has a stride of 16: 32 pixels give maps of 2, and CAL needs at least 3
+            if cal and min(height, width) < 33:
                 raise ValueError("CAL needs frames of at least 33x33 pixels, not "
                                  f"{height}x{width}")
         net = resnet50(weights)
@@ -684,7 +695,8 @@ class SINet(nn.Module):
             return embedding
         outputs = [embedding, self.classifier(embedding)]
         if self.projection is not None:
-            # the neck also normalises the vectors of all frames, and counts them in its statistics
+            # As in the release, the neck is applied to the frames' vectors, too, which updates its
+            # running statistics a second time.
             normed = self.neck(vectors.transpose(1, 2)).transpose(1, 2)
             outputs.append(self.projection(normed))
         return outputs
@@ -693,8 +705,8 @@ class SINet(nn.Module):
 # ---------------------------------------------------------------------- Sec. 3.3, Eq. 8: the losses
 
 def mutual_information_loss(frame_embeddings, pids, *, temperature: float = 0.07):
-    """L_mi of Eq. 8: draws together the frames of the same index in clips of one identity, and
-    drives apart its frames of different indices, so that the frames of a clip differ.
+    """L_mi of Eq. 8: pulls together frames with the same index in the clips of one identity, and
+    pushes apart its frames with different indices, so that the frames of a clip differ.
 
     This is our reading. For frame i of a clip, the positives are the frames i of its identity's
     other clips, and the negatives are the frames of other indices in all clips of its identity.
@@ -804,11 +816,14 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
 SAMPLE = sample_segments       # a training clip: one random frame of each of T equal parts
-SPLIT = split_segments         # the test clips: all frames, one of each of T equal parts in a clip
-METRIC = "cosine"              # the test's distance between the tracklets' means of their clips
+# test clips: a tracklet is cut into T equal parts, and each clip has one frame from each; together
+# the clips use all frames
+SPLIT = split_segments
+# how tracklets are compared in the test; a tracklet's vector is the mean of its clips' embeddings
+METRIC = "cosine"
 
 # name: Row(place in the paper, the settings of RECIPE that it changes or the name of an equal row,
-# the paper's (mAP, rank-1) on each data set)
+# the paper's (mAP, rank-1) on each data set, and the paper's GFLOPs above base.)
 ROWS = {
     # Tables 1 and 2: SINet, and its two modules alone
     "sinet": Row("Tables 1-3: SINet, base. + SBM + IDM", sbm=True, idms=2, mars=(86.2, 91.0),
@@ -817,7 +832,7 @@ ROWS = {
                 lsvid=(73.3, 82.8)),
     "base+sbm": Row("Tables 2, 3: base. + SBM", sbm=True, idms=0, mars=(85.7, 90.2),
                     lsvid=(77.1, 85.1), more_gflops=0.014),
-    # Table 3 has the same network as "base. + 2 IDM", there with 85.8 mAP
+    # Table 3 lists this network as "base. + 2 IDM", with an mAP of 85.8 instead of 85.9
     "base+idm": Row("Table 2: base. + IDM", sbm=False, idms=2, lambda2=0.0, mars=(85.9, 90.5),
                     lsvid=(78.0, 86.2), more_gflops=1.081),
     # Table 3: other blocks in the places of the IDMs
@@ -884,8 +899,9 @@ def read_release(state):
     Args:
         state: the state_dict of a file.
 
-    Returns (name of the variant in ROWS, {setting: value} as the shapes tell them, state_dict with
-    our names), or None if the state_dict is not one of the authors' release.
+    Returns (name of the variant in ROWS, {setting: value} inferred from the names and shapes of the
+    weights, state_dict with our names), or None if the state_dict is not one of the authors'
+    release.
     """
     if not {"conv1.bias", "bn.weight", "classifier.weight"} <= state.keys():
         return None
@@ -943,8 +959,8 @@ def renamed_weights(state, names):
 
 
 def fold_biases(state, names, model):
-    """Takes the biases out of `model` that our convolutions do not have. A bias before a BatchNorm
-    is subtracted from the running mean of the BatchNorm, which gives the same results."""
+    """Removes from `model`, in place, the biases of layers that have none here. They stand before a
+    BatchNorm and are subtracted from its running mean, which gives the same results."""
     for layer in names:
         if layer.endswith(".0"):
             norm = layer[:-1] + "1"                     # downsample.0: downsample.1
@@ -983,7 +999,8 @@ RELEASE = Release(read_release, chunk={"lsvid": 48}, reduction=16, lambda2=0.001
 
 def build(args, num_classes: int):
     """The network with the settings of a run. The backbone starts from random weights where a
-    checkpoint is resumed, because that has the weights of the whole network."""
+    checkpoint is resumed, because that holds the weights of the whole network, the backbone
+    included."""
     return SINet(
         num_classes,
         frames=args.frames,
@@ -1075,7 +1092,7 @@ def main():  # same in every script
 
 def picture(model, clips, images):
     """The drawing of --figure, in the manner of Figures 1 and 6: the root mean square of the last
-    feature maps over their channels, and 1 - S of each SBM, which the former frames do not have.
+    feature maps over their channels and, for the later frames of each SBM, the suppression 1 - S.
 
     Args:
         model: the network.
