@@ -52,7 +52,7 @@ class UserError(Exception):
     def __init__(self, message):
         text = str(message).strip()
         if re.match(r"Caught \w+ in .*\nOriginal Traceback", text):
-            # A DataLoader's worker wraps the message in a traceback, which ends with it.
+            # An error in a DataLoader worker arrives as a traceback whose last line is the message.
             text = text.rsplit("\n", 1)[-1].removeprefix("data.UserError: ")
         super().__init__(printable(text))
 
@@ -85,8 +85,8 @@ def first_line(error: Exception) -> str:
 
 def progress(items=None, what: str = "", total: int = None, *, unit: str, hidden: bool = False,
              **tqdm_options):
-    """Shows how far long work is: by a tqdm bar on a terminal, otherwise, as in the log of a
-    cluster or of nohup, by a line about once a minute.
+    """Shows the progress of long work: a tqdm bar on a terminal, and elsewhere (a cluster's log,
+    nohup) a line about once a minute.
 
     It is used like tqdm: iterate over it, or call `update` inside a `with` block.
 
@@ -145,12 +145,12 @@ class ProgressLines:
                   f"about {tqdm.format_interval(left)} left", flush=True)
 
     def set_postfix(self, **_):
-        """Does nothing: what a tqdm bar shows here, the loss, is in the line of each epoch."""
+        """Ignores the loss that a tqdm bar would show; the line printed after each epoch has it."""
 
 
 def last_line(error):
-    """The last line of what an exception says, where torch tells the reason behind pages of advice,
-    without the codes that colour a terminal."""
+    """The last line of an exception's message, without terminal colours. Torch puts the reason
+    there, after pages of advice."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and lines[-1].startswith("Check the documentation"):
@@ -176,7 +176,8 @@ def replacing(path):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         cause = error
-        if isinstance(error, RuntimeError):  # torch.save raises it while it handles a full disk
+        # on a full disk, torch.save raises a RuntimeError while handling the OSError
+        if isinstance(error, RuntimeError):
             cause = error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -207,8 +208,8 @@ def locked(path: Path, text: str = "", wait: bool = False):
 
 
 def _lock(file, wait):
-    """Locks an open file; returns whether no other process has it. Windows and some file systems
-    have no such locks, and nothing is locked there."""
+    """Tries to lock an open file. Returns False if another process holds the lock, and True
+    otherwise, also on Windows and on file systems without such locks, where nothing is locked."""
     try:
         import fcntl
     except ImportError:
@@ -239,8 +240,9 @@ def save_rows(rows: list, path):
 
 
 def _numpy_scalar(module):
-    """A function in the place of NumPy's `scalar`, which a file calls for a NumPy number. It reads
-    numbers, never objects. `module` is the name by which the file calls it."""
+    """Returns a safe substitute for NumPy's `scalar`, the function that a pickle calls to rebuild a
+    NumPy number. The substitute builds only numbers, never objects. `module` is the module under
+    which the pickle looks it up."""
     def scalar(dtype, content):
         return np.frombuffer(content, dtype)[0]
     scalar.__module__ = module
@@ -248,7 +250,8 @@ def _numpy_scalar(module):
     return scalar
 
 
-# what a checkpoint may name beside tensors: NumPy's numbers, of the kinds float, int, uint and bool
+# the globals that a checkpoint may use besides tensors: those of NumPy's numbers, of the kinds
+# float, int, uint and bool
 SAFE_NUMPY_GLOBALS = [
     np.dtype,
     _numpy_scalar("numpy.core.multiarray"),   # before NumPy 2
@@ -368,7 +371,7 @@ class Dataset(NamedTuple):
 
 
 SPLIT_SETS = ("ilids", "prid")  # the data sets with ten splits into training and test
-CHUNK = {"duke": 32, "lsvid": 64}  # default of --chunk; for every other data set it is 0
+CHUNK = {"duke": 32, "lsvid": 64}  # default of --chunk, else 0; a script's RELEASE may replace it
 PRID_PERSONS = 178  # the number of persons that the published splits of PRID-2011 divide
 NO_MATCH = ("no query has a match, that is, a gallery tracklet of its identity under another "
             "camera (to rank within one camera, give each query tracklet a camera name of its own)")
@@ -378,8 +381,8 @@ def load_dataset(name: str, root, split: int = 0, chunk: int = 0, *, training: b
                  images: bool = True) -> Dataset:
     """Reads the index of a data set in `root`/`name`, or in `root` itself.
 
-    Prints a warning for what is unusual but usable. It is not for several threads at once, which
-    would mix their warnings.
+    Prints a warning for what is unusual but usable. It is not thread-safe: the warnings of
+    concurrent calls would be mixed.
 
     Args:
         name: one of DATA_SETS, the table after the loaders.
@@ -496,7 +499,8 @@ def _check_first_frames(folder, parts):
 
 
 def _exists(path):
-    """Like os.path.exists, but raises PermissionError where that would return False."""
+    """Like os.path.exists, but a missing permission raises PermissionError instead of counting as a
+    missing file."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -524,7 +528,8 @@ def _missing_frame_hint(folder, frame):
 
 
 def _archive_hint(*folders):
-    """Names an archive in these folders that may not have been unpacked; empty if there is none."""
+    """Returns a hint that names an archive in these folders that may not have been unpacked; it is
+    empty if there is none."""
     endings = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
     for folder in filter(os.path.isdir, folders):
         for name in sorted(os.listdir(folder)):
@@ -534,7 +539,8 @@ def _archive_hint(*folders):
 
 
 def _similar_names_hint(folder, start=""):
-    """Names in a folder that begin with `start`, for the message that others are missing there."""
+    """Returns a hint about the files in a folder that begin with `start`, to append to the message
+    that others are missing there."""
     names = sorted(name for name in os.listdir(folder) if name.startswith(start))
     if not names:
         return ""
@@ -570,7 +576,7 @@ _NUMBER = re.compile(_DECIMAL.pattern + r"|(\d+)")
 
 
 def _listing(folder):
-    """(the names in a folder, the set of those that are symbolic links)."""
+    """Returns the names in a folder and the set of those that are symbolic links."""
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.is_symlink()) for entry in entries]
     names = [name for name, _ in found]
@@ -612,10 +618,10 @@ def _images(folder):
 
 def _frames(folder, names):
     """The paths of a tracklet's frames in temporal order, which is that of the numbers in their
-    names. Decimal numbers, such as 12.25, are taken for times. Warns if the form of the names, that
-    is, the name without its numbers, changes within the tracklet.
+    names. Decimal numbers, such as 12.25, are taken for times. Warns if the names differ in more
+    than their numbers within the tracklet.
     """
-    # Names are compared after what all have in common, which must not cut a number in two.
+    # Only what follows the common prefix is compared; the prefix must not end inside a number.
     start = len(os.path.commonprefix(names).rstrip("0123456789.,"))
     ordered = sorted(names, key=lambda name: natural(name[start:]))
     if re.search(r"\d[.,]\d", "\n".join(names)):
@@ -638,8 +644,8 @@ def _frames(folder, names):
 
 
 def _decimal_key(name):
-    """A sort key that reads 12.25 as a decimal number, so that it comes before 12.5, but does not
-    read 1.2.25 so."""
+    """A sort key that reads 12.25 as a decimal number, so that it comes before 12.5. A chain, such
+    as 1.2.25, is not a decimal number."""
     parts = _NUMBER.split(name)
     key = [parts[0]]
     for i in range(1, len(parts), 4):
@@ -654,11 +660,12 @@ def _decimal_key(name):
 
 def _are_decimals(names):
     """Whether the digits after the dots in these names are decimals, and not a counter, as in a.1
-    to a.10. Returns (decimal, sure); where it is not sure, they are taken for decimals."""
+    to a.10. Returns (decimal, sure). When the names do not settle it, this is (True, False)."""
     endings = {found[2] for name in names for found in _DECIMAL.finditer(name)}
     shortest = min(map(len, endings), default=0)
-    # Decimals of unequal lengths, such as 0.05 and 0.5, have lost their trailing zeros. A counter
-    # reaches 10, and it writes 05 only if all its numbers have at least two digits.
+    # Digits of unequal lengths are either decimals without trailing zeros (.05, .5) or a counter
+    # without padding (.5, .10). A leading zero in one of the longer ones speaks for decimals, a
+    # trailing zero for a counter.
     looks_decimal = any(len(digits) > shortest and digits[0] == "0" for digits in endings)
     looks_counted = any(len(digits) > 1 and digits[-1] == "0" for digits in endings)
     if looks_decimal == looks_counted:
@@ -687,8 +694,8 @@ def _walk(folder, depth, layout, parents=()):
 # from names to numbers
 
 def _numbered(*parts, field, first):
-    """Lists of tracklets whose `field`, "pid" or "cam", is a number in the place of a name. The
-    names of all parts are numbered together, from `first` on and in natural order."""
+    """Returns the parts, lists of tracklets, with the names in `field` ("pid" or "cam") replaced by
+    numbers. The names of all parts are numbered together, from `first` on and in natural order."""
     names = sorted({getattr(t, field) for part in parts for t in part}, key=natural)
     numbers = {name: number for number, name in enumerate(names, first)}
     return [[t._replace(**{field: numbers[getattr(t, field)]}) for t in part] for part in parts]
@@ -703,8 +710,8 @@ def _with_numbers(name, train, query, gallery):
 
 
 def _query_tracklets(table, variable, person_of):
-    """The tracklets of the queries: `table` holds their numbers, and `person_of` has the tracklet
-    of each number that belongs to a person."""
+    """Returns the query tracklets. `table` is the file with their numbers; `person_of` maps the
+    numbers that belong to persons to their tracklets."""
     numbers = _read_table(table, variable).ravel().tolist()
     for number, count in collections.Counter(numbers).items():
         if number not in person_of or count > 1:
@@ -717,8 +724,8 @@ def _read_table(path, variable, columns=None):
     """Reads a matrix of whole numbers, int64, from a .mat file of MATLAB 7.3 (HDF5) or earlier.
 
     `columns` is the number of columns that the matrix should have. MATLAB stores matrices
-    transposed in HDF5. A file without MATLAB's attribute may have been written by something
-    else: it is not transposed if it has this number of columns as it is.
+    transposed in HDF5, and other programs may not. Without MATLAB's attribute MATLAB_class, the
+    matrix is transposed only if it does not have `columns` columns already.
     """
     import h5py
     from scipy.io import loadmat
@@ -746,9 +753,9 @@ def load_mars(folder: Path, name: str = "mars", *, images: bool = True) -> Datas
     """MARS (Zheng et al., ECCV 2016), from its official lists; no image is opened.
 
     Of the 12,180 test tracklets the 870 junk ones (pid -1, false detections) are dropped and the
-    3,248 distractors (pid 0) are kept. Only in MARS and in the synthetic set do these two numbers
-    mean that. The gallery consists of 9,330 tracklets and the 1,980 queries: without the queries in
-    it 140 of them would have no match. 6 cameras, 625 training identities.
+    3,248 distractors (pid 0) are kept. The pids -1 and 0 have these meanings only in MARS and in
+    the synthetic set. The gallery consists of 9,330 tracklets and the 1,980 queries: without the
+    queries in it 140 of them would have no match. 6 cameras, 625 training identities.
 
     Args:
         folder: holds bbox_train, bbox_test and info.
@@ -796,7 +803,8 @@ def _mars_part(folder, part):
         person = f"{pid:0>4}"  # 0001, 0000 for distractors, 00-1 for junk
         in_name = frames[0].partition("C")[0]
         if in_name and in_name.lstrip("0") == person.lstrip("0"):
-            person = in_name  # its zero padding may differ, as in a set of five-digit identities
+            # the list may pad the pid with another number of zeros, as sets of five-digit pids do
+            person = in_name
         prefix = f"{person}C{cam}T"
         for line, frame in enumerate(frames, first):
             if not (frame.startswith(prefix) and well_formed(frame)):
@@ -912,8 +920,9 @@ def _lsvid_part(folder, list_file, images, used_frames):
 
 
 def _names_with_prefix(names, start):
-    """The names, of a sorted list, that begin with `start`, which does not end within a number: the
-    prefix ..._1 does not match ..._10. The search is by bisection, as a folder can hold 5,000."""
+    """Returns the names in a sorted list that begin with `start`. A number at its end must be
+    complete: ..._1 does not match ..._10. The search is by bisection, as a folder can hold 5,000
+    names."""
     first = bisect.bisect_left(names, start)
     end = bisect.bisect_left(names, start + "\U0010ffff")
     found = names[first:end]
@@ -1035,10 +1044,10 @@ def _draw_splits(path, persons):
 
 
 def _split_of_table(table, split, persons, description):
-    """(persons of the training, persons of the test) by row `split` of the matrix `ls_set`.
+    """Returns the training persons and the test persons by row `split` of the matrix `ls_set`.
 
     The row is a permutation of the numbers of the sorted persons, from 1, and its first half is the
-    test. `description` says in an error message who the persons are.
+    test set. `description` says in an error message who the persons are.
     """
     rows = _read_table(table, "ls_set", columns=len(persons))
     numbers = rows[split:split + 1].ravel().tolist()
@@ -1080,10 +1089,9 @@ def _of_two_cameras(name, tracks, train, test):
 def load_folder(folder: Path, name: str = "folder", *, training: bool = True) -> Dataset:
     """Your own tracklets: {train,query,gallery}/<pid>/<cam>/<tracklet>/*.{jpg,png}, any names.
 
-    No name has a special meaning: every identity is a person, also one called 0000 or -1, as the
-    distractors and the junk of MARS are. An identity of the gallery without a query is a
-    distractor. Without the folder `query`, the first gallery tracklet of each identity and camera
-    is also a query.
+    Names have no special meaning. An identity called 0000 or -1, which MARS uses for distractors
+    and junk, is an ordinary person. Gallery identities without a query act as distractors. Without
+    the folder `query`, the first gallery tracklet of each identity and camera is also a query.
 
     Args:
         folder: holds train, gallery and, if there is one, query.
@@ -1127,7 +1135,8 @@ class Source(NamedTuple):
 
     Args:
         load: its loader, a function of (folder, name).
-        folders: the folders in it, by any of which it is recognised.
+        folders: names of its top-level folders; a folder with any of them is taken for the data
+            set.
         counts: the published numbers of training, query and gallery tracklets, None where there
             are none.
     """
@@ -1152,7 +1161,7 @@ DATA_SETS = {
 
 
 # ------------------------------------------------------------------------------------ clip sampling
-# From n, the number of frames of a tracklet, to indices of frames. A sample_* function draws one
+# These functions choose frame indices for a tracklet of n frames. A sample_* function draws one
 # training clip of T frames, (T,). A split_* function gives all test clips, (clips, T).
 
 def sample_strided(n: int, T: int, rng, stride: int = 4):
@@ -1212,8 +1221,8 @@ def _check_image_size(width, height):
 
 
 def _orientation(image):
-    """The orientation, 1 to 8, in the Exif or XMP data of an image; 1, which is upright, if there
-    is none or if it cannot be read, which does not mean that the picture is damaged."""
+    """The orientation, 1 to 8, in the Exif or XMP data of an image. Returns 1 (upright) if there is
+    none. Unreadable data count as none, because the picture itself may be sound."""
     try:
         return image.getexif().get(0x0112, 1)
     except Exception:  # the readers of Exif raise many kinds
@@ -1232,15 +1241,16 @@ def _upright(frame, orientation):
 
 
 def _decode(path):
-    """Reads a frame, uint8 (H, W, 3), upright. A warning of the decoder is an error here: a damaged
-    frame is not used. JPEGs go to simplejpeg, because Pillow hides the warnings of libjpeg."""
+    """Reads a frame, uint8 (H, W, 3), upright. Warnings of the decoder are raised as errors, so
+    that no damaged frame is used. JPEGs go to simplejpeg, because Pillow hides libjpeg's warnings.
+    """
     with open(path, "rb") as file:
         content = file.read()
     if content.startswith(b"\xff\xd8"):  # a JPEG, whatever its name
         frame = _decode_jpeg(content)
         if frame is not None:
             return frame
-    if content.startswith(b"\x89PNG"):  # checked here, before Pillow warns of its size
+    if content.startswith(b"\x89PNG"):  # check the size before Image.open, which would warn of it
         width = int.from_bytes(content[16:20], "big")
         height = int.from_bytes(content[20:24], "big")
         _check_image_size(width, height)
@@ -1256,9 +1266,9 @@ def _decode(path):
 
 
 def _decode_jpeg(content):
-    """The frame (H, W, 3) in the bytes of a JPEG. None leaves to Pillow what simplejpeg does not
-    convert to RGB: CMYK colours, which it only checks for damage, and unusual chroma subsampling.
-    """
+    """The frame (H, W, 3) in the bytes of a JPEG. Returns None for JPEGs that simplejpeg cannot
+    convert to RGB, which the caller then reads with Pillow: those with unusual chroma subsampling,
+    and CMYK ones, after simplejpeg has checked them for damage."""
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(content)
         _check_image_size(width, height)
@@ -1319,8 +1329,8 @@ def read_clip(frames, size: tuple):
 
 
 def _is_dark_16_bit(path):
-    """Whether a file is a PNG of 16 bits that becomes nearly black in 8 bits, such as that of a
-    sensor of 12 bits, whose white is 4095."""
+    """Whether a file is a PNG of 16 bits that becomes nearly black in 8 bits, for example because
+    it holds 12-bit values, whose white is 4095."""
     with open(path, "rb") as file:
         header = file.read(25)
     bit_depth = header[24:]
@@ -1361,8 +1371,8 @@ def check_images(dataset: Dataset) -> int:
 
 
 def _check_frame(path):
-    """(kind, text) for a frame: "missing" or "damaged" and the message, "dark" and the path, or
-    None and the path of a frame in order."""
+    """Checks a frame. Returns ("missing" or "damaged", message), ("dark", path), or (None, path) if
+    it is fine."""
     try:
         read_clip([path], (1, 1))
     except UserError as error:
@@ -1423,9 +1433,9 @@ def normalize(clips):
 class TrainClips(torch.utils.data.Dataset):
     """Augmented training clips. An item is (clip uint8 (T, 3, H, W), pid).
 
-    An item is asked for by what a sampler yields: (tracklet, seed, epoch, position in the epoch).
-    Its frames and its augmentation depend on these numbers alone. Nothing is kept between items, so
-    that any number of workers may read them, in any order.
+    The index of an item is what the samplers below yield: (tracklet, seed, epoch, position in the
+    epoch). Its frames and its augmentation depend on these numbers alone. Nothing is kept between
+    items, so that any number of workers may read them, in any order.
 
     Args:
         tracklets: list of Tracklet.
@@ -1482,8 +1492,8 @@ class AllClips(torch.utils.data.Dataset):
         return read_clip([frames[i] for i in clip], self.size), index
 
 
-# The first number of a generator's seed separates batches from clips, because NumPy makes the same
-# generator of [seed, epoch] and of [seed, epoch, 0].
+# The first number of a seed keeps the generators of batches and of clips apart; without it,
+# [seed, epoch] and [seed, epoch, 0] would give the same generator.
 _BATCHES_SEED = 1
 _CLIP_SEED = 2
 
@@ -1497,9 +1507,12 @@ class PKSampler(torch.utils.data.Sampler):
     With shows="tracklets", an epoch goes through the tracklets, as in the authors' releases. The
     tracklets of each identity are shuffled and cut into groups of K. An identity with fewer than K
     tracklets has one group, in which they repeat. A batch has one group of each of P identities.
-    Left out of the epoch are the tracklets that do not fill a group, the groups that do not fill a
-    last batch, and the groups of an identity beyond the number of batches, as it is at most once in
-    a batch. The next epoch shuffles again, so that all tracklets are shown in the long run.
+    An epoch leaves out:
+      - tracklets that do not fill a group;
+      - groups that do not fill the last batch;
+      - groups of an identity in excess of the number of batches, since an identity occurs at most
+        once in a batch.
+    The next epoch shuffles again, so that all tracklets are shown in the long run.
 
     With shows="identities", an epoch has every identity at least once, in ceil(identities / P)
     batches. The last batch is completed with the epoch's first identities.
@@ -1515,8 +1528,8 @@ class PKSampler(torch.utils.data.Sampler):
 
     Raises UserError if P or K do not fit the identities or the number of processes.
     """
-    unit = "identities"  # what P counts in a message
-    flags = "--ids"      # what makes P smaller
+    unit = "identities"  # the noun for P in error messages
+    flags = "--ids"      # the flags that set P
 
     def __init__(self, pids, P: int, K: int, *, shows: str = "tracklets", seed: int = 0,
                  rank: int = 0, world: int = 1):
@@ -1548,15 +1561,15 @@ class PKSampler(torch.utils.data.Sampler):
         self.set_epoch(0)
 
     def _most_batches(self, groups):
-        """How many batches these numbers of groups fill: b batches need P * b groups, to which an
-        identity contributes at most b."""
+        """Returns the largest number b of batches that can be filled. They need P * b groups, of
+        which each identity can give at most b. `groups` has the number of groups of each."""
         batches = groups.sum() // self.P
         while np.minimum(groups, batches).sum() < self.P * batches:
             batches -= 1
         return int(batches)
 
     def set_epoch(self, epoch: int, start: int = 0):
-        """Chooses the epoch, whose first `start` batches are skipped, as a resumed run does."""
+        """Selects the epoch. A resumed run skips its first `start` batches."""
         self.epoch = epoch
         self.start = start
 
@@ -1580,13 +1593,15 @@ class PKSampler(torch.utils.data.Sampler):
         """Yields batches of P pairs (pid, its K tracklets), in which each identity occurs once for
         each of its groups."""
         shuffled = [rng.permutation(self.tracklets_of[pid]) for pid in self.pids]
-        left = self.groups.copy()  # groups that are still to be shown, of each identity
+        left = self.groups.copy()  # for each identity, the number of groups still to be shown
         surplus = left.sum() - self.P * self.batches  # groups that do not fill a last batch
-        each_group = np.repeat(np.arange(len(left)), left)  # its identity
+        # for each group, the position of its identity
+        each_group = np.repeat(np.arange(len(left)), left)
         dropped = rng.choice(each_group, surplus, replace=False)
         np.subtract.at(left, dropped, 1)
         for batches_after in reversed(range(self.batches)):
-            # An identity with more groups left than there are batches after this one is in it.
+            # An identity that has more groups left than there are batches after this one must be in
+            # this batch.
             batch = np.flatnonzero(left > batches_after)
             if len(batch) < self.P:
                 others = np.flatnonzero((left > 0) & (left <= batches_after))
@@ -1644,8 +1659,8 @@ class TrackletSampler(PKSampler):
 
 
 # ------------------------------------------------------------------------------- synthetic people
-# Small pedestrians in groups of people who wear the same upper clothes, which are most of what one
-# sees of a person. The people of a group differ in all else.
+# Small pedestrians in groups of people who wear the same upper clothes. These dominate a person's
+# look; the people of a group differ in everything else.
 
 _UPPER = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
 _LOWER = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
@@ -1723,7 +1738,9 @@ def _draw_person(image, who, *, phase, yaw, x, y, height):
     h = height
     draw = ImageDraw.Draw(image)
     s, c = math.sin(yaw), math.cos(yaw)
-    ahead = math.copysign(1, s)  # where the person walks, and the side nearer to the camera
+    # +1 if the person walks to the right, -1 to the left; also the sign of the side of the body
+    # that is drawn as the nearer one
+    ahead = math.copysign(1, s)
     across = who.build * (0.6 * abs(s) + abs(c))  # a body is flatter from the side
     hip, shoulder, head = (high + 0.008 * math.cos(2 * phase) for high in (who.leg, 0.82, 0.905))
     chest, waist = 0.145 * across, 0.11 * across
@@ -1771,7 +1788,7 @@ def _draw_person(image, who, *, phase, yaw, x, y, height):
         if who.bag == "hand" and side == 1:
             limb((hand[0], hand[1] - 0.06), (hand[0], hand[1] - 0.11), 0.12, who.bag_colour)
 
-    def band(top, low, colour):  # of the body between two heights
+    def band(top, low, colour):  # the part of the torso between two heights
         wide = [chest + (waist - chest) * (shoulder - v) / (shoulder - hip) for v in (top, low)]
         draw.polygon([at(-wide[0], top), at(wide[0], top), at(wide[1], low), at(-wide[1], low)],
                      colour)
@@ -1892,18 +1909,18 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
         lock_file = locked(folder.with_name(f".{folder.name}.lock"), wait=True)
         if folder.exists():  # another process has made it while this one waited
             return
-        shutil.rmtree(temporary, ignore_errors=True)  # left over from one that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a process killed while drawing
         strangers = _random_people(2 * cameras, np.random.default_rng([seed, 1]), group=1)
         trained = _random_people(identities, np.random.default_rng([seed, 2]), group, gait)
         tested = _random_people(test_identities, np.random.default_rng([seed, 3]), group, gait)
-        people = [(-1, None)]  # (pid, person): junk, which is nobody
+        people = [(-1, None)]  # (pid, person); junk tracklets show no person
         people += [(0, person) for person in strangers]  # distractors, each under one camera
         people += enumerate(trained + tested, 1)
         views = [_random_camera(cam, np.random.default_rng([seed, 4, cam]),
                                 zoom=_SUPERSAMPLING * size[0] / 128) for cam in range(cameras)]
         names = {"train": [], "test": []}
-        rows = {"train": [], "test": []}  # of MARS' tables, and the rows that are queries
-        queries = []
+        rows = {"train": [], "test": []}  # rows of MARS's tables
+        queries = []  # the numbers of the test rows that are queries
         for number, (pid, person) in enumerate(progress(people, "drawing", unit=" people")):
             part = "train" if 0 < pid <= identities else "test"
             images = temporary / f"bbox_{part}/{pid:0>4}"
@@ -1980,7 +1997,8 @@ def _main():
     parser.add_argument("--root", metavar="DIR", default="datasets", type=os.path.expanduser,
                         help="folder that holds the data sets, or the data set itself")
     parser.add_argument("--frames", type=_whole_number(1, 999), nargs=2, default=(5, 12),
-                        metavar=("MIN", "MAX"), help="number of frames in a tracklet, 1 to 999")
+                        metavar=("MIN", "MAX"), help="least and largest number of frames in a "
+                                                     "tracklet, 1 to 999")
     for name, default, low, high, meaning in (
         ("--identities", 64, 1, 4999, "number of training identities"),
         ("--test-identities", 20, 1, 4999, "number of test identities, who are other people"),
@@ -1998,7 +2016,7 @@ def _main():
                         help="let the people of a group differ in their gait only")
     args = parser.parse_args()
     if args.check:
-        # check_images counts the images that are missing
+        # images=False, because check_images reports missing images itself
         dataset = load_dataset(args.data, args.root, training=False, images=False)
         print(dataset.summary())
         return check_images(dataset) > 0
