@@ -24,7 +24,7 @@ Where the parts of the paper are:
   Sec. 3.2, Eq. 6-8, Fig. 4   TemporalKernelSelection (TKS), after stage 2
   Sec. 3.3, Fig. 3a           BiCnet
   Sec. 4.3.1                  losses
-  Sec. 4.1                    RECIPE, then SAMPLER, SAMPLE, SPLIT and METRIC
+  Sec. 4.1                    RECIPE, SAMPLER, SAMPLE, SPLIT, METRIC and make_optimizer
   Tables 1 to 6               ROWS
 
 Shapes of the maps for a clip of 8 frames of 256 x 128 pixels and alpha = 3, as frames x channels x
@@ -44,25 +44,26 @@ CSP comes before TKS and DAO of the same stage.
 Deviations from the paper. Each entry quotes the paper and says what we do instead, why, and which
 flag restores the paper's form; all three flags together give the network of the paper's text:
   CSP stages      "after each stage". We add CSPs after stages 1 to 3, because a CSP after stage 4
-                  has 12.6 million parameters, which the paper's 27.6 million for TB+CSP exclude.
-                  --csp-stages 1 2 3 4
-  W_i of Eq. 7    "W_i" is C x C. We use a linear layer from C to C/16 channels, which all kernels
-                  share, BatchNorm, ReLU, and a linear layer from C/16 to C channels for each
-                  kernel. C x C matrices would give 61.2 million parameters with TKS after stage 4,
-                  where the paper has 53.5 million. --no-bottleneck
-  Excite          "E_t = U(Z_t) + F_t". We apply a BatchNorm to Z before this sum. Its weight starts
-                  at zero, so that TKS is the identity at the start of training. --no-excite-bn
+                  would add 12.6 million parameters, and the paper's 27.6 million for TB+CSP leave
+                  no room for them. --csp-stages 1 2 3 4
+  W_i of Eq. 7    "W_i" is C x C. Ours has a bottleneck: all kernels share a linear layer from C to
+                  C/16 channels, a BatchNorm and a ReLU. Each kernel then has its own linear layer
+                  from C/16 to C channels. C x C matrices would give 61.2 million parameters with
+                  TKS after stage 4, where the paper has 53.5 million. --no-bottleneck
+  Excite          "E_t = U(Z_t) + F_t". We apply a BatchNorm to Z before it is added to F. The
+                  weight of this BatchNorm starts at zero, so that TKS is the identity at the start
+                  of training. --no-excite-bn
 
 Two choices rest on the parameter counts in the paper's tables. CSPs after stages 1 to 3 give the
-27.6 million of TB+CSP (Table 2). The bottleneck of W_i with a reduction of 16 gives the 53.5
-million of TKS after stage 4 (Table 6): ours has 53.59 million without DAO and the BatchNorms of
-TKS, and the paper cuts its values instead of rounding them. The counts do not tell whether CSP has
-a bias (5,376 parameters), nor how DAO is built (27,648 weights).
+27.6 million of TB+CSP (Table 2). With TKS after stage 4 the paper has 53.5 million (Table 6). With
+a reduction of 16 in the bottleneck of W_i ours has 53.59 million, not counting DAO and the
+BatchNorms of TKS. The paper truncates its values, so that the two agree. The counts are too coarse
+to show whether CSP has a bias (5,376 parameters) or how DAO is built (27,648 weights).
 
 Unspecified in the paper; our choice. "(release)" marks what we took from the authors' code:
   small frames    They are resized at the input, as the text says, by bilinear interpolation with
-                  antialiasing. (The paper's GFLOPs of two branches would fit maps that are resized
-                  after the first convolution.)
+                  antialiasing. (The GFLOPs that the paper gives for two branches suggest that the
+                  maps were resized after the first convolution instead.)
   CSP             Big frame m, counted from 0, is added to the small frames alpha * m to
                   alpha * m + alpha - 1. The convolution has no bias.
   CSP order       A CSP comes before TKS and DAO of the same stage.
@@ -70,25 +71,28 @@ Unspecified in the paper; our choice. "(release)" marks what we took from the au
                   layer over the H * W positions, both without bias. Each branch has modules of its
                   own.
   DAO, residual   D_k + BN(sum over positions of A_k * D_k), and the weight of BN starts at zero
-                  (release). The plain D_k + A_k * D_k would change D_k only by about 1 / (H * W).
+                  (release). The plain D_k + A_k * D_k would change D_k only by a factor of about
+                  1 + 1 / (H * W), because A_k sums to 1.
   Eq. 5           The loss is the mean over both branches, 0 for a branch of one frame, and has a
-                  weight of 0.01. Its gradient flows into the backbone, too; that of A_1, which has
-                  no parameters, flows only there.
-  TKS, time       TKS convolves all N frames of a clip together, in their order and so the big ones
-                  first, with zero padding at both ends.
+                  weight of 0.01. Its gradient reaches the attention modules and the backbone.
+                  Through A_1, which has no module, it reaches only the backbone.
+  TKS, time       TKS convolves all N frames of a clip together, in temporal order, which puts the
+                  big frames first, with zero padding at both ends.
   TKS, grid       Each map, big or small, is divided into 4 x 2 regions, as the text says. The
-                  paper's GFLOPs would fit regions of 4 x 2 pixels of the big maps, which --grid 8 8
-                  gives for TKS after stage 2.
+                  paper's GFLOPs suggest regions of 4 x 2 positions in the maps of the big frames.
+                  For TKS after stage 2, --grid 8 8 gives these.
   single kernel   With one kernel Eq. 7 always gives g = 1; TKS then has no W_i.
-  BatchNorm       The branches share its weights and its running statistics; the batch of each
-                  branch updates the statistics in turn. With --own-statistics each branch has
-                  running statistics of its own.
+  BatchNorm       The branches share its weights and its running statistics. In training the batch
+                  of the big frames updates the running statistics first, then that of the small
+                  ones. With --own-statistics each branch has running statistics of its own.
   Tables 3, 4     Clips have 9 frames for alpha = 2 and for three branches, and 10 for alpha = 4,
                   because 8 frames cannot be split in these ratios.
-  pooling         Maximum over the last map of each frame, then the mean over frames (release).
-  triplet loss    It takes the embedding after the BN neck and the cosine distance, margin 0.5.
-  short tracklets A tracklet of fewer than 32 frames gives 8 different frames, drawn at random, in
-                  their order. One of fewer than 8 frames gives some of them repeatedly (release).
+  pooling         We take the maximum over the last map of each frame, then the mean over the frames
+                  of a branch (release).
+  triplet loss    It uses the embedding after the BN neck, the cosine distance and a margin of 0.5.
+  short tracklets A tracklet of fewer than 32 frames gives 8 different frames, which are drawn at
+                  random and kept in temporal order. A tracklet of fewer than 8 frames gives some of
+                  them repeatedly. (Both: release)
   augmentation    Flip and random erasing are applied with a probability of 0.5 each; all frames of
                   a clip share the flip and the erased box.
   resizing        The frames are resized to 256 x 128 by bicubic interpolation (release).
@@ -96,25 +100,30 @@ Unspecified in the paper; our choice. "(release)" marks what we took from the au
                   (release). --chunk 0 keeps them whole.
   test clips      The last clip of a tracklet is filled by starting over: 10 frames give a clip of
                   frames 1 to 8 and one of frames 9, 10 and 1 to 6.
-  epoch           An epoch visits every tracklet, in groups of K of one identity (release): 117
-                  steps on MARS. With --epoch identities it visits every identity once: 40 steps.
+  epoch           An epoch visits every tracklet, in groups of K tracklets of the same identity
+                  (release): 117 steps on MARS. With --epoch identities it visits every identity
+                  once: 40 steps.
 
 Where the authors' release differs from the paper's text, we follow the text:
   big frames      The release takes frames 1 and 5 of eight, each of which leads a group of four.
                   The text takes the first N / (1 + alpha).
   small frames    The release halves their maps after the stem by max pooling. The text resizes the
                   input frames.
-  DAO             The release works on 8 stripes, the means of the maps over their width. A_1 is the
-                  softmax of the channels' mean. The other maps come from a 1x1 convolution to one
-                  channel, an 8 x 8 matrix with a bias, BatchNorm and softmax.
-  Eq. 4-5         The release takes |P P^T - I| / 4 for each of the three pairs among the small
-                  frames of a group. The rows of P are the square roots of the two attention maps.
-                  The big frames have no such loss, and A_1 gets no gradient.
-  LS-VID          The release replaces the triplet loss by a contrastive loss of the cosines s: the
-                  mean over the positives of -log(exp(16 s+) / (exp(16 s+) + sum over the clips of
-                  other identities of exp(16 s-))). The paper's 75.1 / 84.6 thus come from another
-                  loss than its text names.
-  batches         The release forms batches of 16 groups; some hold one identity twice.
+  DAO             The release averages the maps over their width, which leaves 8 horizontal stripes.
+                  A_1 is the softmax of the channels' mean. The attention maps A_k, k > 1, come from
+                  a 1x1 convolution to one channel, a linear layer with a bias over the 8 stripes,
+                  BatchNorm and softmax.
+  Eq. 4-5         In the release, a group has three pairs of small frames. For each pair, the rows
+                  of P are the square roots of the two attention maps, and the loss is
+                  |P P^T - I| / 4. The big frames have no such loss, and A_1 gets no gradient.
+  LS-VID          The release replaces the triplet loss by a contrastive loss, the mean over the
+                  positives of
+                      -log(exp(16 s+) / (exp(16 s+) + sum of exp(16 s-)))
+                  where s+ is the cosine to a clip of the same identity, and s- that to a clip of
+                  another. The sum is over all clips of other identities. The paper's 75.1 / 84.6
+                  thus come from another loss than its text names.
+  batches         A batch of the release has 16 groups. In some batches two groups have the same
+                  identity; ours have none.
 """
 import copy
 import math
@@ -141,7 +150,7 @@ class CrossScalePath(nn.Module):
         channels: number of channels C of the maps.
         alpha: number of small frames for each big one, at least 1.
 
-    Raises ValueError on maps of other shapes. The class can be copied alone.
+    Raises ValueError on maps of other shapes. Uses nothing else from this file.
     """
 
     def __init__(self, channels: int, *, alpha: int):
@@ -160,15 +169,17 @@ class CrossScalePath(nn.Module):
                              f"{tuple(small.shape[1:])}")
         # F_D' = R(W_c * P(F_D)), then F_C + F_D'                                 # Eq. 2
         x = self.conv(F.max_pool2d(big.flatten(0, 1), 2))            # (B M, alpha C, H / 2, W / 2)
-        # R gives each small frame C of the channels. Both maps are added as (B, M, alpha, C, H / 2,
-        # W / 2), because a reshape of x would copy it out of the channels_last memory format.
+        # R splits the alpha * C channels into alpha maps of C channels, one for each small frame.
+        # We add in the shape (B, M, alpha, C, H / 2, W / 2): merging M and alpha in x would force
+        # a copy, because x is in channels_last.
         x = x.view(B, M, self.alpha, C, H // 2, W // 2)
         return (small.unflatten(1, (M, self.alpha)) + x).flatten(1, 2)
 
 
 class DiverseAttentionsOperation(nn.Module):
-    """DAO, Fig. 3b, Eq. 3: makes each frame of a branch attend to a region by an attention module
-    of its own. `divergence_loss` drives the regions apart. At the start it is the identity.
+    """DAO, Fig. 3b, Eq. 3: gives each frame of a branch its own attention module, and
+    `divergence_loss` makes these attend to different regions. At initialisation the operation is
+    the identity, because the weight of its BatchNorm is zero.
 
     Input: maps D (B, M, C, H, W) of a branch. Output: the new maps, of the same shape, and the
     attention maps A (B, M, H, W), each of which sums to 1.
@@ -179,7 +190,7 @@ class DiverseAttentionsOperation(nn.Module):
         height: height H of the maps.
         width: width W of the maps.
 
-    Raises ValueError on maps of other shapes. The class can be copied alone.
+    Raises ValueError on maps of other shapes. Uses nothing else from this file.
     """
 
     def __init__(self, channels: int, frames: int, height: int, width: int):
@@ -227,7 +238,7 @@ def divergence_loss(attention):
     l_div = 1 - attention @ attention.transpose(1, 2)                             # Eq. 4
     # L = -1 / (M - 1) sum_{k >= 2} (1 / (k - 1) sum_{l < k} L_div(A_k | A_l))    # Eq. 5
     mean_divergence = []
-    for k in range(1, M):  # from 0 here, from 1 in the paper, whose k - 1 is our k
+    for k in range(1, M):  # from 0 here, from 1 in the paper: the divisor k - 1 of Eq. 5 is k here
         mean_divergence.append(l_div[:, k, :k].mean(1))
     return -torch.stack(mean_divergence).mean()
 
@@ -238,25 +249,26 @@ class TemporalKernelSelection(nn.Module):
     """TKS, Fig. 4, Eq. 6-8: adds temporal convolutions of several lengths to the maps, weighted for
     each clip and channel.
 
-    Input: maps F (B, T_i, C, H_i, W_i) of one or more branches i, whose frames follow each other in
-    time; each branch is an argument. Output: a list of the maps E, of the same shapes.
+    Input: maps F (B, T_i, C, H_i, W_i) of one or more branches i, one argument for each branch.
+    The frames of the branches are concatenated in this order to one sequence. Output: a list of the
+    maps E, of the same shapes.
 
     Args:
         channels: number of channels C of the maps.
-        kernels: lengths of the temporal convolutions in frames, odd and at least 3. Each has three
-            taps; a longer one is dilated.
-        grid: numbers h and w of the regions into which the height and width of a map are divided,
-            at least 1. They must divide every H_i and W_i.
+        kernels: lengths of the temporal convolutions in frames, odd and at least 3. Each is a
+            convolution with three taps; those longer than 3 are dilated.
+        grid: number of rows h and columns w of regions into which a map is divided, at least 1.
+            They must divide every H_i and W_i.
         select: whether the paths are weighted by Eq. 7. If False, their mean is taken ("TK" in
             Table 2). A single path has a weight of 1 in either case.
         bottleneck: whether W_i has a bottleneck of C / reduction channels. If False, it is a C x C
             matrix as in the paper.
-        reduction: factor by which the bottleneck has fewer channels, from 1 to C.
+        reduction: reduction factor of the bottleneck, which has C / reduction channels; 1 to C.
         excite_bn: whether Z passes through a BatchNorm whose weight starts at zero, so that TKS
             starts as the identity. If False, there is none, as in the paper.
 
-    Raises ValueError on invalid arguments, and on maps that have other channels or that the grid
-    does not divide. The class can be copied alone.
+    Raises ValueError on invalid arguments, and on maps with another number of channels or that the
+    grid does not divide. Uses nothing else from this file.
     """
 
     def __init__(self, channels: int, *, kernels: tuple[int, ...] = (3, 5),
@@ -279,7 +291,7 @@ class TemporalKernelSelection(nn.Module):
             self.paths.append(
                 nn.Conv1d(channels, channels, 3, dilation=i, padding=i, bias=False))
         self.squeeze = nn.Identity()
-        self.w = None  # W_1 ... W_K in one layer; None takes the mean of the paths
+        self.w = None  # W_1 ... W_K in one layer; if None, the mean of the paths is used
         if select and len(kernels) > 1:
             inner_channels = channels
             if bottleneck:
@@ -306,7 +318,8 @@ class TemporalKernelSelection(nn.Module):
         return F.avg_pool2d(maps.flatten(0, 1), (H // h, W // w)).unflatten(0, (B, T))
 
     def softmax_over_paths(self, logits):
-        """Eq. 7: g (B, K, C), which sums to 1 over the K paths, from all W_i u, (B, K C)."""
+        """Eq. 7: takes the logits W_i u of all paths, (B, K * C). Returns the weights g,
+        (B, K, C), which sum to 1 over the paths."""
         logits = logits.unflatten(1, (len(self.kernels), self.channels))
         float_type = torch.promote_types(logits.dtype, torch.float32)  # at least float32
         # g_i = exp(W_i u) / sum_j exp(W_j u)                                     # Eq. 7
@@ -382,7 +395,7 @@ class BranchBatchNorm(nn.Module):
         bn: the BatchNorm2d that this layer replaces; weight, bias and statistics are taken from it.
         num_branches: number of branches, at least 1.
 
-    The class can be copied alone.
+    Uses nothing else from this file.
     """
 
     def __init__(self, bn: nn.BatchNorm2d, num_branches: int):
@@ -409,7 +422,7 @@ def separate_statistics(net, num_branches):
 
 
 def check_sizes(frames, height, width, *, shares, csp_stages, tks, grid):
-    """Raises ValueError if the arguments of BiCnet with these names do not fit together."""
+    """Raises ValueError if these arguments of BiCnet are invalid or do not fit together."""
     for flag, stages in (("tks", tks), ("csp_stages", csp_stages)):
         if len(set(stages)) < len(stages) or any(stage not in (1, 2, 3, 4) for stage in stages):
             raise ValueError(f"{flag} must be different stages from 1 to 4, not {stages}")
@@ -456,8 +469,8 @@ class BiCnet(nn.Module):
     Args:
         num_classes: number of identities in the training set.
         frames: number of frames N of a clip, a multiple of the sum of `shares`.
-        height: height H of the big frames in pixels. The multiples that fit depend on the branches,
-            CSPs and TKSs; the ValueError names them.
+        height: height H of the big frames in pixels. It must be a multiple of a number that depends
+            on the branches, CSPs and TKSs; a ValueError states that number.
         width: width W of the big frames in pixels, with the same restrictions.
         shares: ratio in which the frames are divided among branches of full, half, quarter ...
             resolution; (1, alpha) in the paper. A branch may have a share of 0.
@@ -466,18 +479,18 @@ class BiCnet(nn.Module):
         dao: whether there is a DAO in each branch after stage 3.
         tks: stages, from 1 to 4, after which a TKS comes; may be empty.
         kernels: lengths of the kernels of TKS in frames, odd and at least 3.
-        grid: numbers (h, w) of the regions into which TKS divides the height and width of a map.
+        grid: number of rows h and columns w of regions into which TKS divides a map.
         select: whether TKS weights its kernels by Eq. 7. If False, it takes their mean.
         bottleneck: whether W_i of Eq. 7 has a bottleneck. If False, it is C x C as in the paper.
-        reduction: factor by which this bottleneck has fewer channels, from 1 to the channels of the
-            maps that TKS takes.
+        reduction: reduction factor of this bottleneck, which has C / reduction channels; from 1 to
+            the number C of channels of the maps that TKS takes.
         excite_bn: whether TKS has a BatchNorm before its residual sum (the paper has none).
         pool: "max" or "avg", the pooling over the last map of each frame.
-        weights: "imagenet", "none" or a file, the weights that `resnet50` starts from.
+        weights: initial weights, as for `resnet50`: "imagenet", "none" or the path of a file.
         own_statistics: whether each branch has its own running statistics of BatchNorm.
 
-    Raises ValueError on arguments that do not fit together. To copy along: everything from
-    CrossScalePath to this class, apart from divergence_loss.
+    Raises ValueError on arguments that do not fit together. This class needs everything above it in
+    this file except divergence_loss.
     """
 
     def __init__(self, num_classes: int, frames: int = 8, height: int = 256, width: int = 128, *,
@@ -525,8 +538,9 @@ class BiCnet(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.001)
 
     def split_frames(self, clips):
-        """I_B and I_S of Eq. 1: a list of the frames (B * M, 3, h, w) of each branch, in its size.
+        """Splits clips into I_B and I_S of Eq. 1.
 
+        Returns a list with the frames (B * M, 3, h, w) of each branch, resized to its resolution.
         Branch i has 1 / 2^i of the height and width. A branch without frames is not in the list.
         """
         H, W = clips.shape[3:]
@@ -590,7 +604,8 @@ class BiCnet(nn.Module):
 # --------------------------------------------------------------- Sec. 3.1 and 4.3.1: the losses
 
 def loss_weights(args):
-    """Returns {name of a loss: weight}. The sum is L_xent + L_triplet + args.divergence * L."""
+    """Returns {name of a loss: weight}. The objective is
+    L_xent + L_triplet + args.divergence * L, where L is that of Eq. 5."""
     divergence_weight = 0.0
     if args.dao:
         divergence_weight = args.divergence
@@ -608,7 +623,7 @@ def losses(outputs, pids, args):
         "xent": F.cross_entropy(at_least_float32(logits), pids),
         "triplet": batch_hard_triplet(embedding, pids, args.margin),
     }
-    if weights["div"] > 0:  # not without DAO, nor for AO of Table 2
+    if weights["div"] > 0:  # it is 0 without DAO, and for TB+CSP+AO of Table 2
         branch_losses = [divergence_loss(at_least_float32(maps)) for maps in attention]   # Eq. 5
         loss_terms["div"] = sum(branch_losses) / len(branch_losses)
     return {name: weights[name] * loss for name, loss in loss_terms.items()}
@@ -634,10 +649,11 @@ RECIPE = {  # flag: (the full recipe's value, the small run's, meaning and sourc
     "pool": ("max", "max", "pooling over the last map of each frame (authors' release)",
              ("max", "avg")),
     "shares": ((1, 3), (1, 3),
-               "ratio of the numbers of frames of full, 1/2, 1/4 ... size: 1 and alpha (Sec. 4.1, "
-               "Tables 3, 4)"),
+               "how many frames are processed at full, 1/2, 1/4 ... resolution, as a ratio; the "
+               "paper's 1 : alpha (Sec. 4.1, Tables 3, 4)"),
     "own_statistics": (False, False,
-                       "running statistics of BatchNorm for each branch (our choice)"),
+                       "keep separate running statistics of BatchNorm for each branch (our "
+                       "choice)"),
     "csp": (True, True, "use cross-scale paths (CSP), which need two branches (Table 2)"),
     "csp_stages": ((1, 2, 3), (1, 2, 3),
                    "stages followed by a CSP (a deviation; 1 2 3 4 is the paper's form)"),
@@ -651,12 +667,14 @@ RECIPE = {  # flag: (the full recipe's value, the small run's, meaning and sourc
                    "compute W_i of Eq. 7 through a bottleneck (a deviation; --no-bottleneck has "
                    "the C x C matrix of the paper)"),
     "reduction": (16, 16,
-                  "factor by which the bottleneck of W_i has fewer channels (fits Table 6)"),
+                  "reduction factor of the bottleneck of W_i, which has C / reduction channels "
+                  "(fits Table 6)"),
     "excite_bn": (True, True,
                   "apply BatchNorm to Z before the residual sum of TKS (a deviation; "
                   "--no-excite-bn is the paper's form)"),
     "divergence": (0.01, 0.01,
-                   "weight of the divergence loss (our choice); 0 gives AO of Table 2"),
+                   "weight of the divergence loss (our choice); 0 leaves the attention modules "
+                   "without this loss, the variant TB+CSP+AO of Table 2"),
     "margin": (0.5, 0.5,
                "margin of the triplet loss, which takes the cosine distance (our choice)"),
 }
@@ -674,9 +692,9 @@ METRIC = "cosine"
 # the settings of plain branches, without CSP, DAO and TKS
 NO_MODULES = dict(csp=False, dao=False, tks=())
 ROWS = {
-    # Each entry of a variant has its table and name in the paper, the settings of RECIPE that it
-    # changes or names, and the paper's (mAP, rank-1) and costs. same="NAME" says that the variant
-    # is the same as the variant NAME.
+    # Each entry of a variant has its table and name in the paper, the settings of RECIPE that
+    # define it (those equal to RECIPE's may be repeated for clarity), and the paper's (mAP, rank-1)
+    # and costs. same="NAME" says that the variant is the same as the variant NAME.
 
     # Tables 1 and 2: the whole network and its components, alpha = 3
     "bicnet-tks": Row(
@@ -721,8 +739,9 @@ ROWS = {
         mars=(85.5, 89.6), gflops_a_frame=1.91, million_parameters=29.1,
     ),
 
-    # Table 3: the heights of the frames in each branch. Height 128 alone is a half-size branch for
-    # all frames, and 64 a quarter-size one: the loader still resizes to --height and --width.
+    # Table 3: the heights of the frames in each branch. For a single height of 128 or 64 all
+    # frames go to the half- or quarter-size branch. The loader still resizes them to --height x
+    # --width first.
     "height-256": Row("Table 3: height 256", same="base-b"),
     "height-128": Row("Table 3: height 128", same="base-s"),
     "height-64": Row(
@@ -914,8 +933,9 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """What --figure draws, modelled on Figures 1, 3 and 4: the attention maps A_k and the last maps
-    over the frames, and the weights of the kernels of TKS. Returns a title and {label: row}."""
+    """What --figure draws, modelled on Figures 1, 3 and 4: the attention maps A_k and the last
+    maps, drawn over the frames, and the weights of the kernels of TKS. Returns a title and
+    {label: row}."""
     selecting = {name: tks for name, tks in model.tks.items() if tks.w is not None}
     selectors = [tks.w for tks in selecting.values()]
     calls = watch(model, clips, model.layer4, *model.dao, *selectors)

@@ -7,13 +7,14 @@ The frames of a clip are much alike, and a network finds the same salient part i
 Temporal saliency erasing (TSE) has one learner for each frame of a short segment. It erases from a
 frame the regions that the learners of the previous frames attended to, so that the frame's own
 learner finds another part. Temporal saliency boosting (TSB) comes before TSE and adds to each frame
-what the other frames show of its salient part, to make up for what erasing removes.
+the features of its salient part as the other frames show it. This makes up for the information that
+erasing removes.
 
     python tclnet.py                          # a small run on synthetic data, on any machine
     python tclnet.py --data mars --gpu 0      # the paper's recipe on MARS
     python tclnet.py --data mars --plan       # print what that command would train and test
-    python tclnet.py --data mars --gpu 0 --variant base+tse --h-e 6     # a variant and one change
-    python tclnet.py --data ilids --gpu 0 --split all      # the ten splits of iLIDS-VID, their mean
+    python tclnet.py --data mars --gpu 0 --variant base+tse --h-e 6    # a variant with another h_e
+    python tclnet.py --data ilids --gpu 0 --split all   # run all ten splits and average the results
 
 Where the paper's parts are:
   Eq. 1-2   Sec. 3.1, Fig. 2 (a)  TemporalSaliencyErasing (TSE): learners and their vectors f_n
@@ -22,16 +23,19 @@ Where the paper's parts are:
   Eq. 4-5   Sec. 3.1, Fig. 2 (b)  SaliencyErasingOperation (SEO): B_n, G_n and the erased map
   Eq. 6     Sec. 3.2, Fig. 3      probability_map: A; TemporalSaliencyBoosting (TSB): o and E
   Eq. 7     Sec. 3.3, Fig. 4      TemporalSaliencyErasing: the segments C_k and their c_k
-            Sec. 3.3, Fig. 4      TCLNet: backbone and v_1 ... v_N; TCLNet.finish: v of the test
+            Sec. 3.3, Fig. 4      TCLNet builds the backbone and computes v_1 ... v_N;
+                                  TCLNet.finish computes the v that the test compares
             Sec. 3.3              loss_weights, losses: the objective function
             Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE, SPLIT, METRIC
-            Tables 1-4            ROWS: the variants; --complexity prints their cost in our count
+            Tables 1-4            ROWS: the variants; --complexity prints parameters and GFLOPs as
+                                  we count them, beside the paper's
             Sec. 4.3              single-shot re-ID: --variant base+tse --frames 1 gives one image
                                   to all learners. The paper has 85.3 mAP (baseline: 80.3) on
                                   Market-1501, for which there is no loader here.
             Sec. 4.4, Table 4     NonLocalBlock, TemporalConv (3D); DropBlock is in TCLNet; random
                                   erasing (RE) of input frames is --erase
-            Fig. 2, 3 (b), 5, 6   --figure FOLDER: picture; a PCA in the place of Fig. 6's t-SNE
+            Fig. 2, 3 (b), 5, 6   --figure FOLDER draws them (function picture), with a PCA instead
+                                  of the t-SNE of Fig. 6
 
 The shapes of one clip through the network, for T = 4 frames of 256x128 and N = 2 learners:
   clip              4 x    3 x 256 x 128
@@ -49,24 +53,27 @@ The shapes of one clip through the network, for T = 4 frames of 256x128 and N = 
     GAP             4 x 2048               f_1 ... f_4
   mean over C_k     2 x 2048               v_1, the mean of f_1 and f_3, and v_2, of f_2 and f_4
   training          Each v_i has its own BatchNorm, classifier and losses.
-  test              1 x 4096               Both BatchNorms' outputs one after the other. They are
+  test              1 x 4096               The outputs of both BatchNorms are concatenated and
                                            averaged over all clips of a tracklet. Then `finish`
                                            L2-normalises each half of 2048 by itself, which gives
                                            v = [v_1 / |v_1|, v_2 / |v_2|]. Tracklets are compared
                                            by the cosine of their v.
 
-To copy a class into another project, copy with it what its docstring lists under "Copied with".
+To reuse a class elsewhere, also copy the classes and functions that its docstring names at its end.
 
 Deviations from the paper (what the paper has, what we do, and the flag for the paper's form):
   Eq. 3         The paper has F^T (w^T f). We divide it by sqrt(D), as the release does, because
-                otherwise the softmax of Eq. 5 saturates. --no-scaled
+                otherwise the softmax of Eq. 5 saturates. --no-scaled restores the paper's form.
   f_k           In the paper's Eq. 3 a learner's loss also reaches the previous learners, through
-                their f_k. We stop this gradient, as the release does. --no-stop-gradient
-  TSB's BN      The paper duplicates o over all positions "before entering the BN layer", we do so
-                after it. Only the running variance differs, by its factor n / (n - 1). No flag.
+                their f_k. We stop this gradient, as the release does. --no-stop-gradient restores
+                the paper's form.
+  TSB's BN      The paper duplicates o over all positions "before entering the BN layer". We do it
+                afterwards, which changes only the running variance: its unbiased estimate has a
+                factor n / (n - 1), and n counts frames here and positions there. There is no flag
+                for this.
   test          The paper takes "an input of entire video". We cut it into clips of T frames, so
-                that TSB's memory is that of a clip, as in training. A larger --frames makes the
-                clips longer, in the test and in training.
+                that the memory of TSB holds the other frames of one clip, as in training. A larger
+                --frames makes the clips longer, in the test and in training.
   Table 3a      "Four frames" cannot be cut into segments of N = 3 frames: the variant base+tse-n3
                 takes clips of 3. (The paper's GFLOPs are those of 3 frames times 4/3.) With
                 --frames 6 a clip has two segments.
@@ -76,13 +83,13 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
   erased map    F * B + BN(sum over all positions of G * F), where the second term is added at every
                 position. It lets gradients reach w, and costs only the 2,048 parameters of the BN,
                 whose weight starts at zero.
-  first frame   Nothing is erased: B = 1. G is uniform, because it is the softmax of a product of
-                no correlation maps, which is 1. The second term of the erased map is added, too.
+  first frame   Nothing is erased: B = 1. An empty product of correlation maps is 1 everywhere, so
+                that G is uniform. The BN term of the erased map is added to the first frame, too.
   SEO           All frames of a segment, also the first, share one BN. The BN and the shared blocks
-                take frame n of all segments as one batch (release). f_k is an average with
-                --pool max, too (release).
-  block         Of blocks with equal sums the first is erased. h_e and w_e are those of a 16x8 map
-                and are scaled to the size of the map; the strides are not.
+                take frame n of all segments as one batch (release). f_k is always an average over
+                positions, even with --pool max (release).
+  block         If several blocks have the highest sum, the first is erased. h_e and w_e refer to a
+                16x8 map and are scaled to the size of the actual map. The strides are not scaled.
   TSB           tau = 5; the weight of the BN starts at zero.
   backbone      The last stride of ResNet-50 is removed, which the paper's GFLOPs confirm.
   neck          Each v_i goes through its own BatchNorm (neck). Classifier, triplet loss and test
@@ -90,35 +97,40 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
   losses        They are summed over the learners. The triplet loss has the cosine distance and a
                 margin of 0.4.
   batch         32 clips are 8 identities with 4 clips each.
-  weight decay  5e-4
-  epoch         An epoch shows all tracklets, in groups of K of one identity (release): 235 steps on
-                MARS. With --epoch identities it shows every identity once instead: 79 steps.
+  weight decay  We use 5e-4.
+  epoch         An epoch shows all tracklets, in groups of K tracklets of the same identity
+                (release): 235 steps on MARS. With --epoch identities it shows every identity once
+                instead: 79 steps.
   frames        In training the frames of a clip are 8 apart. A tracklet of fewer than 32 frames
                 gives 4 different frames at random, in order; a tracklet of fewer than 4 frames
                 gives some of them twice or more (release). In the test the frames of a clip are
                 consecutive, and the last clip is filled by starting the tracklet again: 10 frames
                 are 3 clips of 4.
-  resizing      bicubic (release)
-  pieces        Long training tracklets of Duke and LS-VID are cut into pieces (release). With
-                --chunk 0 they are not.
-  parameters    For N = 2 learners with SEO and without Non-local the paper has 29.9 million. The
-                modules have 30.07 million, which the paper's values for N = 3 and 4 confirm.
-  Table 4, NL   One Non-local block comes after stage 3. It has half the channels inside and the
-                same biases as SINet's. (The paper's parameters fit with and without biases; its
-                GFLOPs are four times the cost of the block.)
+  resizing      Frames are resized by bicubic interpolation (release).
+  pieces        Training tracklets are cut into pieces of 32 frames on Duke and of 64 on LS-VID
+                (release). --chunk 0 keeps them whole.
+  parameters    For N = 2 learners with SEO and without Non-local the paper has 29.9 million, but
+                the modules that it describes have 30.07 million. The paper's values for N = 3 and 4
+                agree with our count.
+  Table 4, NL   One Non-local block comes after stage 3. Its inner layers have half the channels,
+                and its convolutions have biases, as in sinet.py. (The paper's parameter count fits
+                both with and without biases. The GFLOPs that the paper gives for the block are four
+                times ours.)
   Table 4, RE   Random erasing has the probability 0.5.
-  Table 4,      DropBlock comes after stages 3 and 4, with probability 0.1 and blocks of 7x7, or
-  DropBlock     the largest odd size that fits into the map.
+  DropBlock     (Table 4) It comes after stages 3 and 4, with probability 0.1 and blocks of 7x7, or
+                of the largest odd size that fits into the map.
   Table 4, 3D   The first convolution of every residual block becomes 3x1x1. This gives the paper's
                 GFLOPs, but 32.2 million parameters, not 33.7.
 
 The authors' release departs from the paper's equations in these points; we follow the equations:
   TSB           The release averages the memory over 2x2 positions before it is compared with q,
                 and has a 1x1 convolution with a bias before the BatchNorm. The paper has neither.
-  SEO           The release has a 1x1 convolution with a bias before the BatchNorm. Its softmax is
-                over the kept positions alone; Eq. 5 multiplies the softmax over all by B.
-  block         The release averages the correlation map over its width, and searches the block of
-                three rows with its middle on every row. At the border it erases only two rows.
+  SEO           The release has a 1x1 convolution with a bias before the BatchNorm. Its softmax runs
+                over the positions that are not erased. In Eq. 5 it runs over all positions, and its
+                result is multiplied by B.
+  block         The release averages the correlation map over its width, and tries a block of three
+                rows centred on each row, so that at the top and bottom border only two rows are
+                erased.
   pooling       The release takes the maximum over the last map for the vectors, and the average
                 for f_k. The paper has GAP. --pool max gives the release's form.
   batches       The release's batches are 8 groups, each of one identity. Some of its batches have
@@ -153,7 +165,7 @@ class CorrelationLayer(nn.Module):
         scaled: whether to divide by sqrt(D). False is the paper's form.
         stop_gradient: whether the vectors get no gradient from Eq. 3. False is the paper's form.
 
-    Raises ValueError on maps and vectors of other sizes.
+    Raises ValueError on maps without D channels and on vectors of another length than D1.
     """
 
     def __init__(self, channels: int, feature_size: int, *, scaled: bool = True,
@@ -171,7 +183,8 @@ class CorrelationLayer(nn.Module):
                              f"{previous.shape[2]}")
         if self.stop_gradient:
             previous = previous.detach()
-        # R = F^T (w^T f). The vectors are divided first, because float16 cannot hold larger sums.
+        # R = F^T (w^T f). We divide by sqrt(D) before the product with F, because without it the
+        # sums could overflow float16.
         projected = self.w(previous) / math.sqrt(D)
         r = projected @ x.flatten(2)                                      # Eq. 3, over sqrt(D)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
@@ -191,7 +204,8 @@ class BlockBinarization(nn.Module):
             map; at least 1x1, at most the map.
         block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
 
-    Raises ValueError on other blocks and strides, and on maps that are smaller than the block.
+    Raises ValueError if a side of the block or a stride is smaller than 1, and on maps that are
+    smaller than the block.
     """
 
     def __init__(self, erased_block: tuple[int, int], *, block_stride: tuple[int, int] = (1, 1)):
@@ -210,8 +224,8 @@ class BlockBinarization(nn.Module):
         s_h, s_w = self.block_stride
         if h_e > H or w_e > W:
             raise ValueError(f"a block of {h_e}x{w_e} does not fit into maps of {H}x{W}")
-        # All blocks have the same size, so that the highest mean belongs to the highest sum. The
-        # means are a map of the N_pos positions of the sliding block.
+        # All blocks have the same size, so the block with the highest mean also has the highest
+        # sum. `means` has one value for each of the N_pos positions of the sliding block.
         means = F.avg_pool2d(r.reshape(-1, 1, H, W), self.erased_block, self.block_stride)
         best = means.flatten(1).argmax(1).view(-1, 1, 1)
         positions_in_a_row = means.shape[-1]
@@ -241,8 +255,9 @@ class SaliencyErasingOperation(nn.Module):
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
         stop_gradient: whether the vectors get no gradient from Eq. 3. False is the paper's form.
 
-    Raises ValueError on invalid blocks and strides, and on maps and vectors of other sizes. Copied
-    with CorrelationLayer and BlockBinarization.
+    Raises ValueError on invalid blocks and strides, on maps without D channels or smaller than the
+    block, and on vectors of another length than D1. To reuse this class, also copy CorrelationLayer
+    and BlockBinarization.
     """
 
     def __init__(self, channels: int, feature_size: int, *,
@@ -258,7 +273,8 @@ class SaliencyErasingOperation(nn.Module):
     def forward(self, x, previous):
         B, D, H, W = x.shape
         if previous.shape[1] == 0:
-            # The first frame: a product of no maps is 1. ONNX cannot export it from empty maps.
+            # For the first frame both products are empty and thus 1. They are written out because
+            # ONNX cannot export a product over an empty dimension.
             dtype = torch.promote_types(x.dtype, torch.float32)
             r = x.new_ones(B, H, W, dtype=dtype)
             b = x.new_ones(B, H, W, dtype=dtype)                          # B_1 = 1
@@ -276,9 +292,10 @@ class SaliencyErasingOperation(nn.Module):
 def unbind_frames(x):
     """Takes maps (B, T, C, H, W) and returns a list of T maps (B, C, H, W), in channels_last.
 
-    The channels are moved to the end before `unbind`, because the gradient of `unbind` is a new
-    tensor in the order of the dimensions: in this order it is in channels_last, too. In any other
-    layout it would cost the layers before a copy of every map.
+    The channels are moved to the end before `unbind`, because the backward of `unbind` allocates
+    its gradient contiguously in the order of the dimensions. With the channels at the end the
+    gradient is in channels_last, too. Otherwise the preceding layers would have to copy every map
+    in the backward pass.
     """
     frames = [frame.movedim(3, 1) for frame in x.movedim(2, 4).unbind(1)]
     return [frame.contiguous(memory_format=torch.channels_last) for frame in frames]
@@ -304,11 +321,12 @@ class TemporalSaliencyErasing(nn.Module):
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
         stop_gradient: whether the vectors of the previous frames get no gradient from Eq. 3. False
             is the paper's form.
-        pool: "avg" (GAP, as in the paper) or "max", how an output becomes the returned vector. The
-            vectors f_k that SEO takes are averages in both cases.
+        pool: pooling of a learner's output into the returned vector: "avg" (GAP, as in the paper)
+            or "max". The vectors f_k that SEO takes are averages in both cases.
 
-    Raises ValueError on invalid blocks and strides, on other numbers of frames or channels, and on
-    learners whose outputs do not have D1 channels. Copied with CorrelationLayer, BlockBinarization,
+    Raises ValueError on invalid blocks and strides, if T is neither 1 nor a multiple of N, on maps
+    without D channels or smaller than the block, and on learners whose outputs do not have D1
+    channels. To reuse this class, also copy CorrelationLayer, BlockBinarization,
     SaliencyErasingOperation and unbind_frames.
     """
 
@@ -371,9 +389,9 @@ def query_and_memory(x):
 def probability_map(query, memory, *, tau: float = 5.0):
     """Eq. 6: for each frame as the query, how well every position of the other frames matches it.
 
-    Returns A, (B, T, T*H*W), in float32 (in float64 for a float64 memory). The T*H*W numbers of a
-    query sum up to 1, and are 0 at the positions of the query itself, because its memory is the
-    other frames.
+    Returns A, (B, T, T*H*W), in float32 (in float64 for a float64 memory). For each query the
+    T*H*W probabilities sum to 1. They are 0 at the query's own positions, because its memory holds
+    only the other frames.
 
     Args:
         query: q, (B, T, D), the average of every frame over its positions.
@@ -402,8 +420,8 @@ class TemporalSaliencyBoosting(nn.Module):
         channels: number of channels D of the maps.
         tau: temperature of Eq. 6: the larger it is, the more the best matches count.
 
-    Raises ValueError on a single frame and on maps with other channels. Copied with
-    query_and_memory and probability_map.
+    Raises ValueError on a single frame and on maps without D channels. To reuse this class, also
+    copy query_and_memory and probability_map.
     """
 
     def __init__(self, channels: int, *, tau: float = 5.0):
@@ -470,10 +488,10 @@ class TemporalConv(nn.Module):
     can replace the 1x1 convolution of a residual block.
 
     Args:
-        conv: the 1x1 convolution to start from, without bias, groups, stride and padding.
+        conv: the convolution to start from: 1x1 with stride 1, no padding, one group and no bias.
         frames: number of frames T of a clip.
 
-    Raises ValueError on other convolutions.
+    Raises ValueError if `conv` is any other convolution.
     """
 
     def __init__(self, conv: nn.Conv2d, frames: int):
@@ -525,15 +543,16 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 def scale_block(erased_block: tuple[int, int], height: int, width: int):
-    """The size (h_e, w_e) of the erased block on a map of height x width positions, from its size
-    `erased_block` on the paper's map of 16x8: rounded (halves up), and at least 1x1."""
+    """Scales `erased_block`, a size on the paper's 16x8 map, to a map of height x width positions.
+    Returns (h_e, w_e), rounded (halves up), and at least 1x1."""
     h_e = math.floor(erased_block[0] * height / 16 + 0.5)
     w_e = math.floor(erased_block[1] * width / 8 + 0.5)
     return max(1, h_e), max(1, w_e)
 
 
 class TCLNet(nn.Module):
-    """TCLNet, Sec. 3.3, Fig. 4: ResNet-50 with a TSB after stage 2, and with TSE made of stage 4.
+    """TCLNet, Sec. 3.3, Fig. 4: ResNet-50 with a TSB after stage 2, and with stage 4 turned
+    into the learners of TSE.
 
     Takes clips (B, T, 3, H, W), normalised as for ImageNet. In train mode it returns the embeddings
     of the N learners, (B, N, 2048), and their logits, (B, N, num_classes). In eval mode it returns
@@ -547,23 +566,23 @@ class TCLNet(nn.Module):
         width: width W of the frames in pixels.
         learners: number N of learners of TSE; 1 is a network without erasing.
         seo: whether TSE erases. False is the paper's "TSE-wo-SEO".
-        erased_block: height and width (h_e, w_e) of the block that is erased from a map of 16x8, at
-            most 16x8. It is scaled to the map of the given frames, which N - 1 blocks must not
-            cover.
+        erased_block: height and width (h_e, w_e) of the erased block on a 16x8 map, at most 16x8.
+            It is scaled to the actual map size. N - 1 blocks must be too small to cover the whole
+            map.
         block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
         stop_gradient: whether the vectors of the previous frames get no gradient from Eq. 3. False
             is the paper's form.
-        tsb: the stages of ResNet-50, out of 1, 2 and 3, that a TSB follows; () for none.
+        tsb: stages of ResNet-50 (from 1, 2 and 3) after which a TSB is inserted; () for no TSB.
         tau: temperature of TSB, Eq. 6: the larger it is, the more the best matches count.
-        extra: what Table 4 compares with: "nl" (a Non-local block after stage 3), "dropblock",
-            "3d" (temporal convolutions, with one learner only) or "none".
+        extra: the alternative of Table 4 to TSE and TSB: "nl" (a Non-local block after stage 3),
+            "dropblock", "3d" (temporal convolutions, with one learner only) or "none".
         pool: "avg" (GAP, as in the paper) or "max", over the last map of a frame.
         weights: initial weights of the backbone: "imagenet" (torchvision's), "none", or the name of
             a file with a state_dict of torchvision's resnet50.
 
     Raises ValueError on invalid arguments, and what resnet50 raises on weights that it cannot load.
-    Copied with all classes and functions above.
+    To reuse this class, also copy all classes and functions above it.
     """
 
     def __init__(self, num_classes: int, frames: int = 4, height: int = 256, width: int = 128, *,
@@ -602,7 +621,7 @@ class TCLNet(nn.Module):
         self.layer1 = net.layer1                        # the paper's stage 1
         self.layer2 = net.layer2
         self.layer3 = net.layer3
-        self.after = nn.ModuleDict()                    # stage: the TSB or Non-local block after it
+        self.after = nn.ModuleDict()  # {stage: the TSB or Non-local block that comes after it}
         channels = {1: 256, 2: 512, 3: 1024}
         for stage in tsb:
             self.after[f"layer{stage}"] = TemporalSaliencyBoosting(channels[stage], tau=tau)
@@ -651,8 +670,9 @@ class TCLNet(nn.Module):
         v = v.to(self.neck[0].weight.dtype)             # from autocast's bfloat16 to float32
         embeddings = [neck(v[:, n]) for n, neck in enumerate(self.neck)]
         if not self.training:
-            # In eval mode a BatchNorm is affine: the mean of its outputs over the clips of a
-            # tracklet is its output for the mean, the v_n of the tracklet. `finish` does the rest.
+            # In eval mode a BatchNorm is affine, so that averaging its outputs over the clips
+            # equals applying it to the v_n of the whole tracklet, the mean of the clips' v_n. The
+            # caller averages; `finish` then normalises.
             return torch.cat(embeddings, 1)
         logits = [layer(e) for layer, e in zip(self.classifier, embeddings)]
         return torch.stack(embeddings, 1), torch.stack(logits, 1)
@@ -682,8 +702,8 @@ def losses(outputs, pids, args):
     """Sec. 3.3: the losses of the learners' video vectors, summed over the learners.
 
     Takes the network's outputs in train mode, embeddings (B, N, 2048) and logits
-    (B, N, num_classes), and the identities of the clips, (B,). Returns {name: weighted scalar},
-    without losses of the weight 0; training minimises their sum.
+    (B, N, num_classes), and the identities of the clips, (B,). Returns {name: weighted scalar}.
+    Losses whose weight is 0 are left out. Training minimises the sum.
     """
     embeddings, logits = outputs
     weights = loss_weights(args)
@@ -713,8 +733,8 @@ RECIPE = {  # flag: (the paper's value, or ours; the small run's; meaning and so
     "lr_step": (40, 7, "number of epochs after which the learning rate is divided by 10 "
                 "(Sec. 4.1)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of Adam (our choice)"),
-    "weights": ("imagenet", "none", "initial weights of ResNet-50: imagenet, none, or a file with "
-                "torchvision's resnet50 (Sec. 3.3)"),
+    "weights": ("imagenet", "none", "initial weights of ResNet-50: imagenet, none, or the path "
+                "of a state_dict of torchvision's resnet50 (Sec. 3.3)"),
     "pool": ("avg", "max", "pooling of a frame's last map: average (GAP, Eq. 1-2) or maximum",
              ("avg", "max")),
     "learners": (2, 2, "number of learners of temporal saliency erasing (TSE), and of frames in a "
@@ -725,23 +745,23 @@ RECIPE = {  # flag: (the paper's value, or ours; the small run's; meaning and so
             "with 16 rows; it is scaled to maps of other heights (Sec. 4.1, Table 3b)"),
     "w_e": (8, 8, "width of the block that is erased from a frame's feature map, in columns of a "
             "map with 8 columns; it is scaled to maps of other widths (Sec. 4.1)"),
-    "s_h": (1, 1, "vertical stride of the search for the block to erase: it is tried at every "
-            "s_h-th row (Sec. 4.1)"),
-    "s_w": (1, 1, "horizontal stride of the search for the block to erase: it is tried at every "
-            "s_w-th column (Sec. 4.1)"),
-    "scaled": (True, True, "divide the correlation maps of Eq. 3 by sqrt(D), D the channels of a "
-               "frame's map, so that the softmax of Eq. 5 does not saturate; --no-scaled is the "
-               "paper's form (our choice, as in the authors' release)"),
-    "stop_gradient": (True, True, "let no gradient go from Eq. 3 into the vectors of the previous "
-                      "frames, f_k, and so into their learners; --no-stop-gradient is the paper's "
+    "s_h": (1, 1, "vertical stride of the sliding block: it is placed at every s_h-th row "
+            "(Sec. 4.1)"),
+    "s_w": (1, 1, "horizontal stride of the sliding block: it is placed at every s_w-th column "
+            "(Sec. 4.1)"),
+    "scaled": (True, True, "divide the correlation maps of Eq. 3 by sqrt(D), where D is the number "
+               "of channels of a frame's map, so that the softmax of Eq. 5 does not saturate; "
+               "--no-scaled is the paper's form (our choice, as in the authors' release)"),
+    "stop_gradient": (True, True, "stop the gradient of Eq. 3 at the previous frames' vectors f_k, "
+                      "so that it does not reach their learners; --no-stop-gradient is the paper's "
                       "form (our choice, as in the authors' release)"),
-    "tsb": ((2,), (2,), "stages of ResNet-50, out of 1, 2 and 3, that a module for temporal "
-            "saliency boosting (TSB) follows (Sec. 4.1, Table 2)"),
+    "tsb": ((2,), (2,), "stages of ResNet-50 (from 1, 2 and 3) after which a module for "
+            "temporal saliency boosting (TSB) is inserted (Sec. 4.1, Table 2)"),
     "tau": (5.0, 5.0, "temperature of TSB's softmax: the larger it is, the more the best matches "
             "count (Eq. 6; the value is our choice)"),
-    "extra": ("none", "none", "what Table 4 compares with TSE and TSB: nl (a Non-local block after "
-              "stage 3), dropblock (after stages 3 and 4), 3d (3x1x1 convolutions in all residual "
-              "blocks) or none", ("none", "nl", "dropblock", "3d")),
+    "extra": ("none", "none", "the alternative of Table 4 to TSE and TSB: nl (a Non-local block "
+              "after stage 3), dropblock (after stages 3 and 4), 3d (3x1x1 convolutions in all "
+              "residual blocks) or none", ("none", "nl", "dropblock", "3d")),
     "loss": ("xent+tri", "xent+tri", "objective: cross entropy, alone (xent) or with the triplet "
              "loss (xent+tri) (Sec. 3.3)", ("xent", "xent+tri")),
     "margin": (0.4, 0.4, "margin of the triplet loss, whose distance is the cosine distance (our "
@@ -752,8 +772,10 @@ SAMPLE = functools.partial(sample_strided, stride=8)  # a training clip: T frame
 SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive frames
 METRIC = "cosine"              # the test: distance between the vectors v that TCLNet.finish gives
 
-ROWS = {  # name: Row(place in the paper, the settings that it changes, (mAP, rank-1) in the paper,
-    # cost in the paper), or Row(place, name of the variant with the same settings)
+ROWS = {
+    # Each entry of a variant has its place and name in the paper, the settings of RECIPE that
+    # define it (those equal to RECIPE's may be repeated for clarity), and the paper's (mAP, rank-1)
+    # and costs. A second text names the variant that it is the same as.
     "tclnet": Row("Table 1: TCLNet-tri, with triplet loss", learners=2, seo=True, tsb=(2,),
                   loss="xent+tri", mars=(85.1, 89.8), duke=(96.2, 96.9), ilids=(None, 86.6),
                   gflops_of_4_frames=16.259, million_parameters=29.9),
@@ -810,7 +832,10 @@ RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
-    """The network for these settings; one that resumes takes its weights from the checkpoint."""
+    """Builds the network for the settings `args`.
+
+    With --resume the weights come from the checkpoint, so that none are loaded here.
+    """
     weights = args.weights
     if args.resume:
         weights = "none"
@@ -911,7 +936,8 @@ def picture(model, clips, frames):
     N = len(learners)
 
     def in_order_of_frames(maps):
-        """N tensors (segments, h, w), one for each learner -> a list with the map of each frame."""
+        """Takes a tensor (segments, h, w) for each learner, and returns a list of the frames'
+        maps in temporal order."""
         return [maps[n][segment] for segment in range(len(maps[0])) for n in range(N)]
 
     learner_maps = []
@@ -925,7 +951,7 @@ def picture(model, clips, frames):
     label = "map of the frame's learner, divided by its mean"
     rows = {label: overlays(frames, energy(maps), captions)}
     if model.tse.seo is not None:
-        no_maps = [None] * (len(maps) // N)             # of the first learner, in all segments
+        no_maps = [None] * (len(maps) // N)             # the first learner's frames have none
         correlations = [no_maps]
         erased = [no_maps]
         seo = model.tse.seo
