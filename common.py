@@ -1,10 +1,10 @@
-"""What the five scripts share, except for the data sets and clips, which are in data.py.
+"""Code that the five scripts share. Data sets and clips are in data.py.
 
 The sections, in the order in which a reader of a script needs them:
 
     losses and metrics          triplet loss, distances, CMC and mAP, re-ranking
     evaluation                  features of tracklets, the result of a test, --export
-    rows and flags              variants and settings, the command line, what a command does
+    rows and flags              the variants in the papers' tables, settings, flags, --plan
     a training run              `Run`, whose methods `train` calls, and what these call
     checkpoints                 reading last.pt, other weights, and the authors' release
     processes, signals, exit    torchrun, Ctrl-C, the one line for an error
@@ -140,7 +140,8 @@ def in_ranking(pid, cam, g_pids, g_cams):
 
 def match_ranks(distances, q_pids, q_cams, g_pids, g_cams):
     """Returns the ranks of the true matches of each query, a list of ascending integer arrays. The
-    best rank is 0. Equal distances rank in the order of the gallery, see also `in_ranking`.
+    best rank is 0. Ties rank in gallery order. The entries that `in_ranking` leaves out are not
+    ranked.
 
     Args:
         distances: (Q, G), from the queries to the gallery entries.
@@ -160,7 +161,7 @@ def match_ranks(distances, q_pids, q_cams, g_pids, g_cams):
         kept = in_ranking(pid, cam, g_pids, g_cams)
         row = row[kept]
         is_match = g_pids[kept] == pid
-        # to sort the values is faster than a stable argsort, which only equal distances need
+        # np.sort and searchsorted are faster than a stable argsort, which only ties need
         ranking = np.sort(row)
         matches = np.sort(row[is_match])
         ranks = np.searchsorted(ranking, matches)
@@ -172,8 +173,8 @@ def match_ranks(distances, q_pids, q_cams, g_pids, g_cams):
 
 
 def average_precision(ranks):
-    """Returns the mean, over the matches of a query, of the precision at the match, which is not
-    interpolated. ranks: one array of `match_ranks`, not empty."""
+    """Returns the average precision of a query, without interpolation: the mean of the precision at
+    each of its matches. ranks: one array of `match_ranks`, not empty."""
     return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
 
 
@@ -186,7 +187,8 @@ def distances_and_ranks(distances, q_pids, q_cams, g_pids, g_cams):
     q_pids, q_cams, g_pids, g_cams = map(to_numpy, (q_pids, q_cams, g_pids, g_cams))
     blocks = distances
     is_matrix = hasattr(distances, "shape")
-    if isinstance(distances, (list, tuple)):  # of rows, or of blocks, which are pairs
+    # A list holds either the rows of the matrix, or blocks, which are pairs (slice, distances).
+    if isinstance(distances, (list, tuple)):
         is_matrix = not isinstance(distances[0], tuple)
     if is_matrix:
         blocks = [(slice(None), distances)]
@@ -225,8 +227,9 @@ def smallest_indices(distances, k):
     take any order."""
     values, indices = distances.topk(min(k + 1, distances.shape[1]), largest=False)
     tied = (values[:, 1:] == values[:, :-1]).any(1)
-    # The bit patterns of floats sort like the floats unless both are negative. Shifted by 32 bits,
-    # with the index in the lower bits, they make keys that are never equal.
+    # Read as integers, the bits of two floats compare like the floats, unless both floats are
+    # negative; here at most one entry of a row is. Shifted by 32 bits, with the index in the lower
+    # bits, they make keys that are never equal.
     bits = distances[tied].view(torch.int32).long()
     keys = bits * 2 ** 32 + torch.arange(distances.shape[1], device=distances.device)
     indices[tied] = keys.topk(indices.shape[1], largest=False).indices
@@ -290,7 +293,8 @@ def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, or
     overlap = (full @ half.T).multiply(full).tocoo()
     is_large = overlap.data >= 2 / 3 * half.sum(1)[overlap.col]
     expansion = sparse(overlap.data[is_large], overlap.row[is_large], overlap.col[is_large])
-    # R*(p, k1): R(p, k1) and every R(q, k1/2) of which at least 2/3 are in it
+    # R*(p, k1) is R(p, k1) together with every R(q, k1/2), q in R(p, k1), that has at least 2/3 of
+    # its members in R(p, k1)
     p, members = (full + expansion @ half).nonzero()
     weights = np.empty(len(p), np.float32)
     for chunk in np.array_split(np.arange(len(p)), 1 + len(p) // 1000):
@@ -321,8 +325,7 @@ def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, or
 
 
 def sums_of_minima(values, columns):
-    """Returns the sum over the columns of min(the value of the column, entry), for each row of a
-    sparse matrix.
+    """Returns sum_j min(values[j], columns[i, j]) for each row i of a sparse matrix.
 
     values: one number for each column, at least 0; columns: a csc_array (rows, columns), which is
     overwritten.
@@ -335,7 +338,7 @@ def sums_of_minima(values, columns):
 # --------------------------------------------------------------------------------------- evaluation
 # A network that is evaluated takes clips (B, T, 3, H, W) and returns embeddings (B, D), in eval
 # mode. It may have two methods: finish(features) is applied to the tracklets' mean embeddings, and
-# test_parts() returns [(network, frames in a clip)], whose features a test concatenates.
+# test_parts() returns the networks that a test runs, see `networks_of_test`.
 
 def as_tracklets(tracklets):
     """Returns a list of `Tracklet`. A bare list of frames becomes a Tracklet of identity 0 and
@@ -388,7 +391,8 @@ def extract(model, tracklets, *, split_clips, clip_length, size, batch_size=32, 
     clips = AllClips(tracklets, split_clips, clip_length, size)
     starts = range(0, len(clips), batch_size)
     batches = [range(i, min(i + batch_size, len(clips))) for i in starts]
-    # The processes take the batches in turn. Each gets equally many: some repeat one at the end.
+    # The processes take the batches in turn. All get the same number of batches; if they do not
+    # divide evenly, the sampler repeats some of the first batches at the end.
     own_batches = torch.utils.data.DistributedSampler(
         batches, num_replicas=world_size(), rank=process_rank(), shuffle=False)
     loader = torch.utils.data.DataLoader(
@@ -396,14 +400,15 @@ def extract(model, tracklets, *, split_clips, clip_length, size, batch_size=32, 
         worker_init_fn=ignore_terminal_signals, pin_memory=device.type == "cuda",
         generator=torch.Generator())
     tracklet_of_clip = torch.tensor([number for number, _ in clips.clips], device=device)
-    if world_size() > 1:  # the BatchNorm statistics of the processes may differ: take the first's
+    # BatchNorm's running statistics may differ between the processes: use those of rank 0
+    if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     model.eval()
     sums = None
     with progress(what="features", total=len(clips), unit=" clips", leave=False,
                   hidden=process_rank() > 0) as bar:
-        # the n-th batches of all processes together are the n-th of these slices of clips
+        # in step n the processes together compute the clips of slices[n], in the order of ranks
         slices = tracklet_of_clip.split(batch_size * world_size())
         for (images, _), owners in zip(loader, slices):
             raise_if_stopped()
@@ -423,7 +428,8 @@ def extract(model, tracklets, *, split_clips, clip_length, size, batch_size=32, 
 
 
 def networks_of_test(model, clip_length):
-    """Returns [(network, frames in a clip)] whose features a test concatenates."""
+    """Returns the networks that a test runs, as [(network, clip length)]. The test concatenates
+    their features."""
     if hasattr(model, "test_parts"):
         return model.test_parts()
     return [(model, clip_length)]
@@ -432,10 +438,10 @@ def networks_of_test(model, clip_length):
 def tracklet_features(model, dataset, *, split_clips, clip_length, size, **extraction):
     """Returns the features of the query tracklets (Q, D) and of the gallery tracklets (G, D).
 
-    dataset: a `Dataset`; extraction: further arguments of `extract`, which explains the others.
-    Raises UserError for features that are not finite.
+    dataset: a `Dataset`. The other arguments are those of `extract`. Raises UserError for features
+    that are not finite.
     """
-    # by their first frame: a query that is also in the gallery is computed once
+    # keyed by the first frame, so that a query that is also in the gallery is computed once
     tracklets = {t.frames[0]: t for t in as_tracklets(dataset.query + dataset.gallery)}
     parts = []
     for network, length in networks_of_test(model, clip_length):
@@ -464,9 +470,9 @@ def evaluate(model, dataset, *, split_clips, clip_length, size, metric="cosine",
         metric: "cosine" or "euclidean".
         use_rerank: True ranks by the distances of `rerank`.
         label: what the printed line begins with.
-        export_folder: where `write_export` writes features and rankings; None for nowhere. With a
-            folder, a test part without any match is no error: the features are written, and an
-            empty dict is returned.
+        export_folder: where `write_export` writes features and rankings; None for nowhere. If it
+            is given and no query has a match, these are still written and {} is returned, instead
+            of a UserError.
 
     Raises UserError when nothing can be ranked.
     """
@@ -520,7 +526,7 @@ def write_export(folder, dataset, *, query_features, gallery_features, distances
         query_features: tensor (Q, D).
         gallery_features: tensor (G, D).
         distances: a (Q, G) matrix or its blocks, as `distances_and_ranks` takes them.
-        is_reranked: whether the distances are those of `rerank`, which the printed line then says.
+        is_reranked: True if the distances come from `rerank`; only changes the printed message.
     """
     q_pids, q_cams, g_pids, g_cams = dataset.ids()
     queries = [str(t.frames[0]) for t in dataset.query]
@@ -554,10 +560,11 @@ def write_export(folder, dataset, *, query_features, gallery_features, distances
 # ----------------------------------------------------------------------------------- rows and flags
 # A script has a RECIPE, {setting: (the paper's value, the small run's value, help[, choices])}, and
 # ROWS, {variant: Row}. Every setting of the recipe is a flag of the same name, beside those in
-# FLAGS. `parse_flags` reads the flags that the user has given, and `resolve_settings` finds out
-# what holds for all others.
+# FLAGS. `parse_flags` reads the flags that the user has given, and `resolve_settings` determines
+# the values of all other settings.
 
-COSTS = {  # what a table of a paper reports besides the accuracy, and its unit
+# costs that the papers' tables report besides the accuracy, {name: unit, as printed}
+COSTS = {
     "million_parameters": "million parameters",
     "more_megabytes": "MB of parameters more than the 2D network",
     "gflops_a_frame": "GFLOPs per frame",
@@ -572,9 +579,9 @@ class Row:
     Args:
         about: the table and the name of the row there, such as "Table 2: base. + SBM".
         same: name of another row that is the same variant; nothing else is given then.
-        given: settings of the recipe that the variant changes; the results in the paper by data
-            set, such as mars=(mAP, rank-1), None for a number that the paper does not report; and
-            costs, by the names in COSTS.
+        given: keyword arguments of three kinds. A name in DATA_SETS is a result of the paper,
+            (mAP, rank-1), with None for a number that it does not report; a name in COSTS is a
+            cost; any other name is a setting of the recipe that the variant changes.
     """
 
     def __init__(self, about: str, same: str | None = None, **given):
@@ -602,24 +609,24 @@ class Setting(NamedTuple):
 
 class Flag(NamedTuple):
     """A flag that is not in a recipe."""
-    default: object           # what holds if nothing else says it; None: see the help
+    default: object           # if neither user nor checkpoint gives a value; None: see the help
     help: str
     kind: type                # int, str or bool
     choices: tuple | None = None
 
 
 def row_of(rows, name):
-    """Returns the row of this name, or the row that it says it is the same as."""
+    """Returns the row of this name; if its `same` names another row, that row."""
     return rows[rows[name].same or name]
 
 
-# Settings whose values in the small run hold even if a row sets them, too: the rows' are for MARS.
+# In the small run, a row does not override these settings: the rows' values are meant for MARS.
 SCHEDULE_AND_BATCH = ("epochs", "ids", "clips", "lr", "lr_step")
 
 
 def row_settings(rows, name, small):
-    """Returns the settings of the recipe that the row of this name changes; in the small run
-    without its schedule and batch."""
+    """Returns the settings of the recipe that the row of this name changes. In the small run,
+    SCHEDULE_AND_BATCH are left out."""
     kept = {}
     for key, value in row_of(rows, name).settings.items():
         if not (small and key in SCHEDULE_AND_BATCH):
@@ -634,7 +641,7 @@ def settings(recipe, rows, name, small=False, **others):
         recipe, rows: RECIPE and ROWS of a script.
         name: the variant, a name in rows.
         small: True takes the values of the small run.
-        others: settings that hold in the place of those of the recipe and the row.
+        others: settings that override the recipe and the row.
     """
     values = {"variant": name, "resume": None}
     for key, entry in recipe.items():
@@ -660,48 +667,53 @@ FLAGS = {
     "gpu": Flag(None, "number of the GPU, or cpu (default: the first GPU, or the CPU if there is "
                 "none)", str),
     "amp": Flag(False, "train and test with bfloat16 autocast", bool),
-    "compile": Flag(False, "compile the network with torch.compile, if a compiler is there", bool),
+    "compile": Flag(False, "compile the network with torch.compile, if a compiler is available",
+                    bool),
     "seed": Flag(0, "random seed of the initial weights, the batches and the augmentation", int),
     "output": Flag(None, "folder for log.csv, args.json and last.pt (default: "
                    "runs/SCRIPT-DATA[-VARIANT])", str),
     "init": Flag(None, "start from the weights in this file, last.pt of another run; implies "
                  "--weights none", str),
-    "resume": Flag(None, "continue with this last.pt, or with that of this folder; auto, or no "
-                   "RESUME: with that of the --output folder, if there is one", str),
+    "resume": Flag(None, "continue from this last.pt (a file, or the folder that holds it); "
+                   "without a value, or with auto: from last.pt in the --output folder if it "
+                   "exists", str),
     "checkpoint_every": Flag(1, "write last.pt and log.csv after every N epochs", int),
     "eval_every": Flag(0, "also evaluate after every N epochs; 0: only after the last one", int),
     "eval_first": Flag(None, "also evaluate before the training (default: only with --data "
                        "synthetic)", bool),
     "tensorboard": Flag(False, "also write the log for TensorBoard, into the output folder", bool),
     "rerank": Flag(False, "evaluate with k-reciprocal re-ranking", bool),
-    "evaluate": Flag(False, "only evaluate, the network of --resume or an untrained one", bool),
-    "export": Flag(None, "folder for features.npz and queries.csv; implies --evaluate, and with "
-                   "--no-evaluate they are written after the training", str),
-    "figure": Flag(None, "only draw what the network does, into this folder", str),
+    "evaluate": Flag(False, "only evaluate: the network of --resume or --init, or an untrained "
+                     "one without them", bool),
+    "export": Flag(None, "write features.npz and queries.csv into this folder; implies --evaluate "
+                   "(add --no-evaluate to train first)", str),
+    "figure": Flag(None, "draw figures of the network into this folder, and do nothing else", str),
     "figure_tracklets": Flag(3, "number of query tracklets to draw", int),
     "figure_format": Flag("png", "file format of the pictures; pdf and svg are for papers", str,
                           ("png", "pdf", "svg")),
-    "beside": Flag(None, "last.pt of another variant of the script, drawn above this one (with "
-                   "--figure)", str),
+    "beside": Flag(None, "with --figure: last.pt of another variant of this script, whose pictures "
+                   "are drawn above those of this one", str),
     "complexity": Flag(False, "only print the parameters and FLOPs of all variants", bool),
     "plan": Flag(False, "only print what would be trained and tested: recipe, data set, number of "
                  "steps", bool),
 }
+# the smallest values of settings; 0 for all other settings
 MINIMUM = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
-           "checkpoint_every": 1, "figure_tracklets": 1}  # of other numbers it is 0
+           "checkpoint_every": 1, "figure_tracklets": 1}
+# the largest values of settings; 2 ** 31 for all other settings
 MAXIMUM = {"erase": 1, "frames": 1024, "ids": 4096, "clips": 4096, "height": 8192, "width": 8192,
            "epochs": 10 ** 5, "k": 99, "kernels": 999, "resolutions": 999, "learners": 64,
-           "s_h": 999, "s_w": 999}  # of other numbers it is 2 ** 31
+           "s_h": 999, "s_w": 999}
 ABOVE_ZERO = {"beta", "temperature"}  # numbers that must be greater than their minimum, 0
-# flags in which ~ is the home folder, also after a =, where the shell does not replace it
+# Flags that may hold a path: ~ is expanded here, because the shell does not do so in --root=~/x.
 PATH_FLAGS = {"root", "output", "resume", "init", "export", "figure", "beside", "weights",
               "init_2d", "join"}
 
-# Settings that a run does not take from a checkpoint, ...
+# Settings that are never restored from a checkpoint.
 NOT_RESTORED = {"eval_first", "evaluate", "export", "figure", "figure_tracklets", "figure_format",
                 "beside", "complexity", "plan", "gpu", "workers", "resume", "compile", "output",
                 "chosen", "tensorboard"}
-# ... and those that flags may change when a run is resumed or its network is evaluated.
+# Settings that the user may change when a run is resumed, or when its network is evaluated.
 MAY_CHANGE_ON_RESUME = {*NOT_RESTORED, "root", "epochs", "checkpoint_every", "eval_every"}
 MAY_CHANGE_ON_EVALUATE = {*FLAGS, *SCHEDULE_AND_BATCH, "erase", "weights"}
 
@@ -711,8 +723,8 @@ TRAINING_ONLY = {"epoch", "erase", "epochs", "lr", "lr_step", "momentum", "weigh
 
 
 def as_flag(name, value=()):
-    """Returns a setting as it is typed on a command line, such as "--beta 3.0" or "--no-sbm"; the
-    flag alone without a value."""
+    """Returns a setting as it is typed on a command line, such as "--beta 3.0" or "--no-sbm".
+    Without a value, returns only the name of the flag."""
     flag = "--" + name.replace("_", "-")
     if value is True:
         return flag
@@ -724,8 +736,8 @@ def as_flag(name, value=()):
 
 
 def number_within(name, kind):
-    """Returns the function that reads the number of a flag: an argparse type, which allows what is
-    within MINIMUM and MAXIMUM. kind: int or float."""
+    """Returns an argparse type for this setting: a function that converts text to a number and
+    checks it against MINIMUM and MAXIMUM. kind: int or float."""
     least = MINIMUM.get(name, 0)
     most = MAXIMUM.get(name, 2 ** 31)
     wanted = f"a number from {least} to {most}"
@@ -751,11 +763,11 @@ def add_flag(group, name, default, help_text, *, kind=None, choices=None):
 
     Args:
         group: the parser or its group.
-        name: of the setting.
-        default: value whose kind the flag takes: a number, a string, a bool, a tuple of one kind of
-            these, or None for a string.
+        name: the setting's name.
+        default: an example of the flag's value. Its type determines what the flag accepts; a tuple
+            accepts several values, and None accepts a string.
         help_text: for --help.
-        kind: int, float, str or bool, in the place of the default's kind.
+        kind: int, float, str or bool; None takes the type of the default.
         choices: the values that the flag takes, if these are few.
     """
     if kind is None:
@@ -795,7 +807,8 @@ def flag_actions(recipe, rows):
 
 
 def can_be_given(action, value):
-    """Whether a value is one that the flag of this argparse action gives for some text."""
+    """Returns whether the user could have got this value by typing the flag of this argparse
+    action: only such a value may be in a checkpoint."""
     if isinstance(action, argparse.BooleanOptionalAction):
         return isinstance(value, bool)
     values = [value]
@@ -808,8 +821,8 @@ def can_be_given(action, value):
         try:
             same = read(str(one))
             os.fsencode(str(one))
-        except (argparse.ArgumentTypeError, ValueError):  # not within the limits, or no file's name
-            return False
+        except (argparse.ArgumentTypeError, ValueError):
+            return False  # out of range, or not encodable as a file name
         if type(one) is not type(same) or one != same:
             return False
         if one == "" or "\0" in str(one):
@@ -850,7 +863,8 @@ def make_parser(recipe, rows, title):
     def shown(value):
         return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    group = parser.add_argument_group("recipe", "(the paper's value; that of the small run)")
+    group = parser.add_argument_group(
+        "recipe", "The paper's value, and that of the small run where it is another one.")
     for name, entry in recipe.items():
         setting = Setting(*entry)
         values = shown(setting.paper)
@@ -898,10 +912,10 @@ def parse_args(recipe, rows, text, script, *, release=None):
 
 
 def resolve_settings(chosen, *, recipe, rows, script, release):
-    """Returns what holds for a run, a Namespace of all settings.
+    """Returns all settings of a run, a Namespace.
 
-    A flag that the user has given comes first, then the checkpoint of --resume, then the authors'
-    network of --init, then the variant, then the recipe.
+    In order of precedence, they come from the user's flags, the checkpoint of --resume, the
+    authors' network of --init, the variant, and the recipe.
 
     Args:
         chosen: the flags that the user has given, {name: value}.
@@ -911,7 +925,7 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     defaults = {name: flag.default for name, flag in FLAGS.items()}
     flags = {**defaults, **chosen}
     evaluate = only_evaluates(chosen)
-    required = {}  # by the authors' network of --init
+    required = {}  # settings that the authors' weights given to --init require
     # a run that is resumed does not read the file of --init again: it may be gone
     is_new = flags["resume"] is None or (flags["init"] and os.path.exists(flags["init"]))
     if flags["init"] and release and is_new:
@@ -947,7 +961,8 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
         data = chosen.get("data", saved["data"])
         variant = saved["variant"]
         if data == "synthetic" and "root" not in chosen and saved["root"] != defaults["root"]:
-            # a folder that only a file names must exist: it is not made
+            # The checkpoint names this folder, the user does not: raise an error if it is missing,
+            # rather than create it.
             load_dataset(data, saved["root"], training=False, images=False)
 
     refuse_flags_without_effect(chosen, evaluate=evaluate, saved=saved,
@@ -974,7 +989,7 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     values.update(chosen)
     values.update(resume=resume, evaluate=evaluate, output=output, chosen=[*chosen],
                   script=script.name)
-    # what a Run takes out again: it is no setting
+    # these are not settings; `Run` removes them from the Namespace
     values.update(checkpoint=checkpoint, authors_release=release, recipe=recipe,
                   paper_result=row_of(rows, variant).results.get(data))
     return argparse.Namespace(**values)
@@ -988,8 +1003,8 @@ def only_evaluates(chosen):
 
 
 def settings_of_release(path, release, chosen):
-    """Returns the settings that a file of --init needs, {name: value}: none unless it is of the
-    authors' release. Raises UserError when the user has chosen others."""
+    """Returns the settings that the authors' released weights in a file of --init require, {name:
+    value}; {} for any other file. Raises UserError if a flag contradicts one."""
     file = read_checkpoint(path, script="", release=release)
     if not file.get("release"):
         return {}
@@ -1014,9 +1029,9 @@ HAS_EFFECT_IF = {
 
 
 def refuse_flags_without_effect(chosen, *, evaluate, saved, is_resumed):
-    """Raises UserError for a flag that has no effect in what the command does. A flag that repeats
-    a setting of the checkpoint is allowed, and so is one that a checkpoint of an earlier version
-    lacks.
+    """Raises UserError for a flag that has no effect in what the command does. Allowed are flags
+    that repeat the checkpoint's value, and flags for training settings that an older checkpoint
+    does not have.
 
     Args:
         chosen: the flags that the user has given, {name: value}.
@@ -1025,7 +1040,8 @@ def refuse_flags_without_effect(chosen, *, evaluate, saved, is_resumed):
         is_resumed: whether there is a checkpoint.
     """
     draws = chosen.get("figure") is not None
-    names_a_file = chosen.get("resume") not in (None, "auto")  # not what this command has begun
+    # --resume FILE, rather than auto, which continues a run that this command may have started
+    names_a_file = chosen.get("resume") not in (None, "auto")
     if draws:
         mode = "--figure"
     elif "evaluate" in chosen:
@@ -1239,8 +1255,8 @@ def in_the_paper(result):
 # ----------------------------------------------------------------------------------- a training run
 
 class Run:
-    """What a training loop needs besides the paper: the device, the checkpoint and the log, and the
-    end of an epoch, of a test and of the run. `train` in a script shows the order of the calls.
+    """The parts of a training loop that are the same for all papers: device, checkpoints, log,
+    evaluation and resuming. `train` in a script shows the order of the calls.
 
     Args:
         args: the settings, of `parse_args` or `part_of`.
@@ -1372,8 +1388,9 @@ class Run:
         return model
 
     def epochs(self):
-        """Returns the epochs to train. A resumed run revisits its last epoch without its batches,
-        for its test, which may be missing, and its scheduler step."""
+        """Returns the epochs to train. A run that is resumed after a finished epoch starts again at
+        this epoch: `batches` then yields nothing, but the epoch's test (if missing) and its
+        scheduler step are made up for."""
         first = self.current_epoch()
         return range(max(1, first), self.args.epochs + 1)
 
@@ -1401,8 +1418,8 @@ class Run:
             for batch in loader:
                 yield [part.to(self.device, non_blocking=True) for part in batch]
                 bar.update(self.batch_size)
-                # To read the loss waits for a GPU, and to ask for signals waits for the other
-                # processes: every step does so only on a CPU.
+                # Reading the loss synchronises with the GPU, and checking for signals with the
+                # other processes, so on a GPU both happen only every 10 steps.
                 has_own_signal = world_size() == 1 and _stop_signal != 0
                 if not self.cuda or self.steps % 10 == 0 or has_own_signal:
                     bar.set_postfix(loss=self.mean_losses()["loss"])
@@ -2012,8 +2029,8 @@ def check_restored(target, own):
 
 
 def load_matching_weights(path, model, release=None, args=None):
-    """--init: loads the weights of a file whose names and shapes are those of the network, and
-    prints what else is in one of them.
+    """--init: loads the weights of a file that match the network in name and shape. Prints which
+    weights of the network and of the file were left over.
 
     The classifier is only taken if the file was trained on the same identities, that is on the data
     set and the split of this run.
@@ -2069,8 +2086,9 @@ def other_identities(file, args):
 
 
 def identities(values):
-    """Returns whose identities a run with these settings {name: value} has, in words: the data set,
-    with its split if it has several, and with its folder if its name does not tell them."""
+    """Describes the set of identities of a run with these settings {name: value}, for comparison
+    and messages: the data set, plus the split if it has splits, plus the folder for `folder` and
+    `synthetic`."""
     data = values["data"]
     if data in SPLIT_SETS:
         return f"{data}, split {values.get('split')}"
@@ -2185,7 +2203,7 @@ def pick_device(gpu=None):
     num_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of them, on this machine
     there = "no GPU was found"
     if num_gpus:
-        there = f"there are GPUs 0 to {num_gpus - 1}"
+        there = f"there are GPUs 0 to {num_gpus - 1}" if num_gpus > 1 else "there is GPU 0"
     if gpu is None:
         if num_processes > 1 and 0 < num_gpus < num_here:
             raise UserError(f"torchrun needs a GPU for each process, but here are {num_here} "
@@ -2677,10 +2695,9 @@ def save_sheet(title, rows, path, height=1.3):
     print(f"wrote {path}", flush=True)
 
 
-
 def figures(run, model, dataset, split, metric, picture, load):
-    """--figure: draws, for some queries, the script's `picture` and the ranked list, and of all the
-    training curves, the CMC curve and a PCA of the test features.
+    """--figure: for a few queries, draws the script's `picture` and the ranked list; for the whole
+    run, draws the training curves, the CMC curve and a PCA of the test features.
 
     Args:
         run: a `Run`, prepared.
