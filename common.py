@@ -1094,14 +1094,15 @@ def run_script(train, build, *, recipe, rows, release, text, script):
 
 
 def part_of(args, rows, folder, variant=None, **changes):
-    """Returns the settings of a part of a run, which is resumed if it has begun.
+    """Returns the settings of one part of a run (a split of --split all, or a stage of M3D). If its
+    folder has a last.pt, the part is resumed.
 
     Args:
         args: the settings of the whole run.
         rows: ROWS of the script.
         folder: name of the part's folder in that of the run.
-        variant: a row whose settings hold in the part, without a schedule or batch that the user
-            has chosen; None keeps that of the run.
+        variant: variant of the part. Its settings override the run's, except a schedule or batch
+            given by the user. None keeps the run's variant.
         changes: further settings of the part.
 
     Raises UserError when the part has begun with other settings.
@@ -1131,8 +1132,8 @@ def part_of(args, rows, folder, variant=None, **changes):
 
 
 def train_all_splits(train, args, rows):
-    """--split all: trains the ten splits one after another, each in a folder of its own and without
-    those that are finished, and prints the mean and the standard deviation of the results."""
+    """--split all: trains the ten splits one after another, each in its own folder, skipping those
+    that are finished. Prints the mean and the standard deviation of the results."""
     results = []
     for split in map(str, range(10)):
         part = part_of(args, rows, f"split-{split}", split=split)
@@ -1161,7 +1162,7 @@ def build_without_memory(build, args, num_classes):
         raise UserError(f"{error}; check {SIZE_FLAGS}") from None
 
 
-# what a ValueError of a network is about, for messages
+# the flags to check when a network raises ValueError for its settings; used in error messages
 SIZE_FLAGS = "--frames, --height, --width and the other settings of the recipe"
 
 
@@ -1180,7 +1181,7 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
     dataset = load_dataset(args.data, args.root,
                            split=0 if args.split == "all" else int(args.split),
                            chunk=args.chunk,
-                           # True would make a synthetic data set that is missing
+                           # training=True would create a synthetic data set that is missing
                            training=not args.evaluate and args.data != "synthetic",
                            images=False)
     model = build_without_memory(build, args, dataset.num_identities or 1)
@@ -1221,9 +1222,9 @@ def print_training_plan(args, dataset, sampler, weights):
 
 
 def print_test_plan(args, dataset, split_clips, networks, *, metric):
-    """Prints when a plan tests, and what the test reads. networks: [(network, frames in a clip)].
-    """
-    # by their first frame: a query that is also in the gallery is read once
+    """Prints the part of --plan about the test: when it is run and how much it reads. networks:
+    [(network, clip length)]."""
+    # keyed by the first frame, so that a query that is also in the gallery is counted once
     tracklets = {t.frames[0]: t for t in dataset.query + dataset.gallery}.values()
     num_clips = num_frames = 0
     for _, length in networks:
@@ -1263,11 +1264,12 @@ class Run:
 
     Attributes that the loop and the pictures use:
         device: the torch device.
-        evaluates_first: whether the untrained network is tested before the training; after `start`.
+        evaluates_first: whether the untrained network is tested before the training; set by
+            `start`.
         history: the rows of log.csv so far, a list of dicts.
         steps: number of steps of the current epoch so far.
         loss_sums: sums of the losses of these steps, {name: number or tensor}.
-        origin: how the network was trained, in words, such as "after epoch 3".
+        origin: a phrase that says how the network was trained, such as "after epoch 3".
     """
 
     def __init__(self, args):
@@ -1296,13 +1298,14 @@ class Run:
         self.origin = "untrained"
         self.steps = 0
         self.loss_sums = {}
-        self.states = {}  # what a checkpoint holds, {name: object with state_dict}; after `start`
+        self.states = {}  # {name: object with state_dict} of a checkpoint; set by `start`
         self.tensorboard = None  # a SummaryWriter
-        self.num_logged = 0  # rows of the history that TensorBoard need not get again
+        self.num_logged = 0  # rows of the history that are written to TensorBoard for good
         self.can_be_tested = True  # whether any query has a match
 
     def setting_up(self):
-        """Returns a context in which the data set and the network are made, see `setting_up`."""
+        """Returns the context in which a script makes the data set and the network: that of the
+        function `setting_up` below, with the run's settings."""
         return setting_up(self.args)
 
     def num_classes(self, dataset):
@@ -1399,8 +1402,8 @@ class Run:
         return len(self.history) + (1 if self.steps else 0)
 
     def batches(self, loader, epoch):
-        """Yields the batches of an epoch on the device, from the step that was reached, and then
-        ends the epoch. After a signal, `Stop` is raised when the checkpoint is written."""
+        """Yields the remaining batches of an epoch, moved to the device, and then calls
+        `end_epoch`, which after a signal writes a checkpoint and raises `Stop`."""
         if epoch <= len(self.history):
             return
         sampler = loader.batch_sampler
@@ -1437,8 +1440,8 @@ class Run:
         Args:
             epoch: its number.
             is_complete: False when a signal has ended its batches.
-            seconds, num_clips: how long it has taken since it was started or resumed, and for how
-                many clips.
+            seconds, num_clips: duration and number of clips since the epoch was started or
+                resumed.
         """
         line = ""
         if is_complete:
@@ -1473,15 +1476,17 @@ class Run:
         self.loss_sums = {}
 
     def backward(self, loss):
-        """Computes the gradients of the loss of the whole batch. Each of several processes computes
-        this loss, but only its own part of it has gradients (see `gather`), and
-        DistributedDataParallel takes the mean of the processes' gradients, where their sum is
-        wanted: hence the factor."""
+        """Computes the gradients of the loss of the whole batch.
+
+        With several processes, each has gradients only through its own part of the batch (see
+        `gather`), so the gradients must be summed. DistributedDataParallel averages them; the
+        factor undoes this.
+        """
         (loss * world_size()).backward()
 
     def log(self, parts):
-        """Counts a step and adds the parts of its loss to the sums of the epoch, {name: scalar
-        tensor}. The sums stay on the device, so that nothing waits for a GPU."""
+        """Counts a step and adds its losses to the sums of the epoch. parts: {name: scalar tensor}.
+        The sums stay on the device, so that nothing waits for a GPU."""
         self.steps += 1
         values = {name: part.detach().double() for name, part in parts.items()}
         values = {"loss": sum(values.values()), **values}
@@ -1546,7 +1551,7 @@ class Run:
         is_due = is_last
         if self.args.eval_every:
             is_due = is_last or epoch % self.args.eval_every == 0
-        if not self.can_be_tested:  # the features can be exported all the same, at the end
+        if not self.can_be_tested:  # only the export remains, after the last epoch
             is_due = is_last and self.args.export is not None
         return is_due and self.history[-1]["mAP"] == ""
 
@@ -1568,7 +1573,7 @@ class Run:
             if "evaluate" in args.chosen:
                 raise UserError(f"{args.data} in {args.root}: {NO_MATCH}; with --export the "
                                 "features are written all the same")
-            return {}  # the last part of a training, which has to do without its test
+            return {}  # the last stage of M3D is only a test, and is skipped without a match
         is_last = args.evaluate or len(self.history) == args.epochs
         result = evaluate(model, dataset, split_clips=split, clip_length=args.frames,
                           size=self.size, metric=metric, use_rerank=args.rerank,
@@ -1599,9 +1604,8 @@ class Run:
 @contextlib.contextmanager
 def setting_up(args):
     """A context in which the data set and the network are made: the first process of each machine
-    runs it before the others do, because it may download weights or make data. The file of
-    --weights is read before it, and what goes wrong with the settings or a download becomes a
-    UserError.
+    runs it before the others do, because it may download weights or make data. On entry the file
+    of --weights is read. Errors about the settings or a download are raised as UserError.
 
     args: the settings; `args.weights` holds the state_dict inside the context.
     """
@@ -1621,7 +1625,8 @@ def setting_up(args):
     except ValueError as error:
         raise UserError(f"{error}; check {SIZE_FLAGS}") from None
     except (OSError, RuntimeError) as error:
-        # what torch.hub raises: no connection, no room, another checksum
+        # torch.hub raises OSError without a connection or disk space, and RuntimeError for a wrong
+        # checksum
         of_the_file = isinstance(error, OSError) or "hash" in str(error)
         if args.resume or weights != "imagenet" or not of_the_file:
             raise
@@ -1640,7 +1645,7 @@ IMAGENET_FILE = "resnet50-0676ba61.pth"  # what torchvision downloads for --weig
 
 def prepare_network(model, args, device, *, synchronized, checkpoint, authors_release):
     """Moves a network to the device, in channels_last, and loads the weights of --resume or --init.
-    Returns it, and how it was trained in words.
+    Returns the network, and a phrase that says how it was trained.
 
     Args:
         model: the network, new.
@@ -1696,9 +1701,10 @@ def warn_without_triplets(args):
 
 
 def make_sampler(sampler, pids, args):
-    """Returns the batches of a training, an object of the script's class `sampler`.
+    """Returns the batch sampler of a training.
 
-    pids: the identities of the training tracklets; args: the settings.
+    sampler: its class, SAMPLER of the script; pids: the identities of the training tracklets; args:
+    the settings.
     """
     options = {}
     if "epoch" in args:  # what an epoch shows, a setting of some recipes
@@ -1709,7 +1715,7 @@ def make_sampler(sampler, pids, args):
 
 class RandomStates:
     """The states of torch's random generators, on the CPU and on all GPUs, as a checkpoint holds
-    them: a list, of the CPU first."""
+    them: a list of the CPU's state and then one state per GPU."""
 
     def state_dict(self):
         return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
@@ -1735,19 +1741,21 @@ def trained_for(checkpoint):
 
 # -------------------------------------------------------------------------------------- checkpoints
 # last.pt of a run is a dict: script; args, the settings; num_classes; history, the rows of log.csv;
-# progress, (steps of the next epoch, their sums of losses); and the states of model, optimizer,
-# scheduler and random.
+# progress, a pair of the steps done in the unfinished epoch and the sums of their losses; and the
+# states of model, optimizer, scheduler and random.
 
 class Release:
     """Trained weights that the authors of a paper offer for download, and how they become a
     checkpoint of the script.
 
     Args:
-        read: function of a state_dict that returns (variant, settings that follow from the shapes,
-            state_dict in the script's names), or None if it is not of the authors' release.
+        read: function of a state_dict; returns None if the state_dict is not the authors',
+            otherwise (variant, settings inferred from the shapes, state_dict with the script's
+            names).
         chunk: {data set: length of the pieces into which the release cuts training tracklets},
             where it is not that of data.CHUNK.
-        settings: what --release sets in the recipe, besides the form of the modules.
+        settings: settings of the recipe that --release changes; --release also changes the
+            modules, in the script's `build`.
     """
 
     def __init__(self, read, *, chunk=None, **settings):
@@ -1892,14 +1900,14 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, given, 
         path: the file, last.pt of a run or, with a `release`, that of the authors.
         script: the file name of the script.
         recipe, rows: RECIPE and ROWS of the script.
-        expected: settings {name: value} that must be those of the checkpoint, if it has them.
-        may_differ: names of settings that need not be.
-        given: names of the flags that the user has given, which fill in what a checkpoint of an
-            earlier version lacks.
+        expected: settings {name: value} that must equal those in the checkpoint where it has them.
+        may_differ: names of settings that are exempt from this.
+        given: names of the flags given by the user; a setting of the recipe that an older
+            checkpoint lacks must be among them.
         for_training: whether the states of the optimiser and so on must be there.
         release: the script's `Release`, or None.
 
-    Raises UserError for anything else in the file.
+    Raises UserError if the file is not such a checkpoint or contradicts `expected`.
     """
     checkpoint = read_checkpoint(path, script=script, release=release)
     try:
@@ -1926,8 +1934,9 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, given, 
 
 
 def is_checkpoint(file, script, rows):
-    """Whether a file holds what a run of the script writes. The settings in `args`, but for a few,
-    and the states are checked later. Raises exceptions of any kind for other contents."""
+    """Whether a file holds what a run of the script writes. Checks only script, variant, data set,
+    root, progress, history and number of classes; `settings_in` and `restore` check the rest.
+    Raises exceptions of any kind for other contents."""
     args = file["args"]
     if file["script"] != script or args["variant"] not in rows:
         return False
@@ -1994,7 +2003,7 @@ def same_structure(value, reference):
     if isinstance(reference, (list, tuple)):
         return len(value) == len(reference) and all(map(same_structure, value, reference))
     if value is None and reference is True:
-        return True  # `fused` of the optimiser in older checkpoints
+        return True  # older checkpoints hold None for the optimiser's `fused`
     return isinstance(value, type(reference))
 
 
@@ -2017,8 +2026,8 @@ def restore(path, checkpoint, **objects):
 
 
 def check_restored(target, own):
-    """Raises ValueError when load_state_dict has put something into an object that does not belong
-    there. own: its state_dict from before."""
+    """Raises ValueError if the loaded state has other types or shapes than it should have. own: the
+    object's state_dict before loading."""
     fits = same_structure(target.state_dict(), own)
     for parameter, state in getattr(target, "state", {}).items():  # of an optimiser
         for value in state.values():
@@ -2104,8 +2113,9 @@ def weights_with_prefix(path, checkpoint, prefix, names=()):
         path: the file, for the message.
         checkpoint: its contents.
         prefix: such as "streams.spatial."; "" takes all weights.
-        names: names of the network's weights. A common prefix of all names in the file, see
-            `without_prefix`, is found by them, or else by `prefix`.
+        names: names of the network's weights, if known. They (otherwise `prefix`) are used to
+            detect and remove a common prefix of the names in the file, such as "module.", see
+            `without_prefix`.
 
     Raises UserError when there are no such weights.
     """
@@ -2186,7 +2196,7 @@ def world_size():
 
 
 def process_rank():
-    """Returns the rank of this process; that of rank 0 prints and writes."""
+    """Returns the rank of this process. Only the process of rank 0 prints and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -2194,13 +2204,13 @@ def pick_device(gpu=None):
     """Returns the device of this process and prints it. Under torchrun, the process joins the
     others first.
 
-    gpu: what --gpu says: the number of a GPU, also as "cuda:1", or "cpu"; None takes the first GPU,
-    under torchrun each process its own one, and the CPU if there is none. Raises UserError for a
-    device that is not there.
+    gpu: what --gpu says: the number of a GPU, also as "cuda:1", or "cpu". None: the first GPU
+    (under torchrun, the GPU of LOCAL_RANK), or the CPU if there is no GPU. Raises UserError for a
+    device that is not available.
     """
     num_gpus = torch.cuda.device_count()
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of them, on this machine
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
     there = "no GPU was found"
     if num_gpus:
         there = f"there are GPUs 0 to {num_gpus - 1}" if num_gpus > 1 else "there is GPU 0"
@@ -2286,7 +2296,8 @@ def record_signals():
             _stop_signal = number
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    # Windows has no SIGHUP, which a closed terminal sends; nohup ignores it
+    # SIGHUP is sent when the terminal closes. It does not exist on Windows, and under nohup it
+    # stays ignored.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     for number in numbers:
@@ -2295,8 +2306,8 @@ def record_signals():
 
 @contextlib.contextmanager
 def without_interrupts():
-    """A context that a second Ctrl-C does not end, for writing files: that takes a second or two.
-    """
+    """A context in which a second Ctrl-C does not end the program, so that a file is written
+    completely."""
     global _is_writing
     _is_writing = True
     try:
@@ -2347,7 +2358,8 @@ def command_line(main):
     exit code, in the place of a traceback."""
     if os.environ.get("RANK", "0") != "0":  # only the first process prints
         sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no valid text
+    # file names may contain bytes that cannot be encoded
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -2399,7 +2411,7 @@ def explain(error):
     if not isinstance(error, (RuntimeError, MemoryError)):
         return None
     resume += " from the last checkpoint"
-    # when a loader process was killed, the cause of the exception says by what
+    # if a loader process was killed, the reason is in error.__cause__
     text = f"{error} {error.__cause__}".lower()
     if isinstance(error, MemoryError) or "out of memory" in text or "cpuallocator" in text:
         return 2, "out of memory: reduce --ids, --clips, --height or --width, or use --amp"
@@ -2411,7 +2423,7 @@ def explain(error):
                    "through: reduce --workers, or enlarge it (docker run --shm-size 8g); "
                    f"{resume}")
     if re.search(r"dataloader worker \(pid.*(killed by signal|exited unexpectedly)", text):
-        if _stop_signal:  # it was sent to every process
+        if _stop_signal:  # it was sent to all processes, those of the loader included
             name = signal.Signals(_stop_signal).name
             return 128 + _stop_signal, f"stopped by {name} during a step; {resume}"
         return 1, ("a loader process was killed, perhaps because memory ran out: reduce --workers; "
@@ -2472,7 +2484,7 @@ def print_complexity_table(rows, recipe, build):
 
 # ----------------------------------------------------------------------------------------- pictures
 # A sheet is a list of SheetRow. `picture` of a script returns a title and {label: PictureRow}, and
-# `rows_with_common_ranges` makes rows of a sheet of the pictures of one or more networks.
+# `rows_with_common_ranges` turns the pictures of one or more networks into rows of a sheet.
 
 class Panel(NamedTuple):
     """A part of a row of a sheet."""
@@ -2489,7 +2501,7 @@ class SheetRow(NamedTuple):
 class PictureRow(NamedTuple):
     """A row of a script's picture."""
     values: list            # of tensors: the numbers that are drawn
-    limits: tuple           # numbers that the range of the values includes in any case
+    limits: tuple           # values that the range always includes, such as 0
     panels: Callable        # function (lowest, highest value of the range) -> list of Panel
 
 
@@ -2544,15 +2556,15 @@ def photo(image, caption="", **frame):
 def overlays(frames, maps, captions=None, limits=()):
     """Returns a PictureRow: grey frames under maps in colours from blue to red, and the scale.
 
-    Cell (i, j) of a map (h, w) is drawn around the pixel (i H / h, j W / w), on which the cell of a
-    ResNet depends most. The first row and column of cells are therefore cut in half. A cell that is
-    NaN is black. A frame without a map is drawn as it is and hatched.
+    Cell (i, j) of a map (h, w) is centred on pixel (i H / h, j W / w), the centre of its receptive
+    field in a ResNet, so the first row and column show only half of each cell. A cell that is NaN
+    is black. A frame without a map is drawn as it is and hatched.
 
     Args:
         frames: uint8 tensor (T, 3, H, W).
         maps: for each frame a tensor (h, w) of any size, or None.
         captions: texts above the frames, or None.
-        limits: numbers that the range of the colours includes in any case.
+        limits: values that the range of the colours always includes, such as 0.
     """
     captions = captions or [""] * len(maps)
 
@@ -2575,7 +2587,7 @@ def overlays(frames, maps, captions=None, limits=()):
             ax.set_box_aspect(12)
             ax.figure.colorbar(colours, ax, format="%.3g")
 
-        return [*drawn, Panel(scale, 1 / 2)]  # with the numbers beside it
+        return [*drawn, Panel(scale, 1 / 2)]  # the aspect includes the tick labels
 
     return PictureRow([values for values in maps if values is not None], limits, panels)
 
@@ -2588,7 +2600,8 @@ def nearest_cells(num_cells, num_pixels):
 
 
 def bars(charts, captions):
-    """Returns a PictureRow: bar charts with one range of their y axes and bars numbered from 1.
+    """Returns a PictureRow: bar charts that share the range of their y axes. Bars are numbered from
+    1.
 
     charts: list of tensors of one dimension; captions: texts above them.
     """
@@ -2625,9 +2638,9 @@ def curves(lines, x_max, x_label):
 def rows_with_common_ranges(pictures):
     """Returns the rows of a sheet that shows a list of `Picture`, one for each network.
 
-    Rows of the same label come one after another and have one range of their values, so that they
-    can be compared. It is at least 5 % of the values' mean size, because less is noise. A row whose
-    own values span less than 1 % of their mean size is replaced by a note.
+    Rows of the same label come one after another and share one range, so that they can be compared.
+    It spans at least 5 % of the mean absolute value, so that noise is not magnified. A row whose
+    own values span at most 1 % of their mean absolute value is replaced by a note.
     """
     labels = {}  # in the order of the last picture
     for picture in reversed(pictures):
@@ -2642,7 +2655,7 @@ def rows_with_common_ranges(pictures):
         limits = torch.tensor(shown[0].rows[label].limits, dtype=torch.float32)
         every = torch.cat([*values, limits])
         low, high = every.aminmax()
-        missing = 0.05 * every.abs().mean() - (high - low)  # to the least range
+        missing = 0.05 * every.abs().mean() - (high - low)  # to the minimum of 5 %
         margin = max(missing, 0) / 2
         for picture, x in zip(shown, values):
             text = f"{picture.name}: {label}" if len(pictures) > 1 else label
@@ -2706,9 +2719,10 @@ def figures(run, model, dataset, split, metric, picture, load):
         split: function (n, T) that cuts a tracklet into clips, SPLIT of the script.
         metric: "cosine" or "euclidean", METRIC of the script.
         picture: function (network, clips, frames) that returns a title and {label: PictureRow}.
-        load: function of a file that returns the network in it.
+        load: function (path) that returns the network in a file.
 
-    Raises UserError when no query has a match, and when --beside has other frames.
+    Raises UserError when no query has a match, and when the network of --beside takes other clips,
+    see `load_beside`.
     """
     args = run.args
     q_pids, q_cams, g_pids, g_cams = dataset.ids()
@@ -2766,8 +2780,8 @@ def figures(run, model, dataset, split, metric, picture, load):
 
 
 def load_beside(path, args, load):
-    """Returns the network of --beside. Raises UserError when it takes frames of another size or
-    number than the network with the settings `args`. load: function of a file."""
+    """Returns the network of --beside. Raises UserError if its frames have another size than those
+    of `args`, or its clips another length (except for single frames). load: as for `figures`."""
     other = load(path)
     own = other.args
     same_size = (own.height, own.width) == (args.height, args.width)
@@ -2782,11 +2796,11 @@ def sheet_of_networks(networks, query, *, split_clips, run, picture):
     clip.
 
     Args:
-        networks: [(name, network, how it was trained in words)].
+        networks: [(name, network, phrase that says how it was trained)].
         query: a `Tracklet`.
         split_clips: function (n, T) that cuts a tracklet into clips.
-        run: the `Run` whose frames and device are taken.
-        picture: the script's.
+        run: the `Run`; its clip length, frame size and device are used.
+        picture: as for `figures`.
     """
     clip = split_clips(len(query.frames), run.args.frames)[0]
     frames = read_clip([query.frames[k] for k in clip], run.size)
@@ -2863,8 +2877,9 @@ def rows_of_ranking(dataset, i, distances, size):
 
 
 def pca(dataset, people, *, query_features, gallery_features, metric):
-    """Returns a Panel with the test tracklets of some people, at the two first principal components
-    of their features. Colours are people, markers are cameras, and queries have a black edge.
+    """Returns a Panel with the test tracklets of some people, plotted on the first two principal
+    components of their features. Colours are people, markers are cameras, and queries have a black
+    edge.
 
     Args:
         dataset: a `Dataset`.
@@ -2873,7 +2888,7 @@ def pca(dataset, people, *, query_features, gallery_features, metric):
         gallery_features: tensor (G, D).
         metric: with "cosine" the features are normalised first.
     """
-    shown = {}  # by their first frame: a query that is also in the gallery is drawn once
+    shown = {}  # keyed by the first frame, so that a query also in the gallery is drawn once
     for part, features, edge in ((dataset.gallery, gallery_features, "none"),
                                  (dataset.query, query_features, "black")):
         for tracklet, feature in zip(part, features.float().cpu()):
@@ -2897,4 +2912,4 @@ def pca(dataset, people, *, query_features, gallery_features, metric):
         ax.set(box_aspect=1, xticks=[], yticks=[])
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return Panel(draw, 1.6)  # with the legend beside it
+    return Panel(draw, 1.6)  # the aspect includes the legend
