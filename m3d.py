@@ -2,16 +2,18 @@
 
 Li, Zhang, Huang. AAAI 2019. https://arxiv.org/abs/1811.07468
 
-M3D replaces four 3x3 convolutions of a ResNet-50 by M3D layers, which add parallel temporal
-convolutions with increasing dilation for few parameters and start as the 2D network. Residual
-attention layers (RAL) re-weight the feature maps with a spatial, a channel and a temporal mask.
-A second stream, a plain 2D ResNet-50 on single frames, adds appearance features.
+M3D replaces four 3x3 convolutions of a ResNet-50 by M3D layers. These add parallel temporal
+convolutions with increasing dilations, need few extra parameters, and compute at the start what the
+2D network does. Residual attention layers (RAL) re-weight the feature maps with a spatial, a
+channel and a temporal mask. A second stream, a plain 2D ResNet-50 on single frames, adds appearance
+features.
 
-    python m3d.py                             # a quick run on synthetic data, on any machine
+    python m3d.py                             # quick run on synthetic data, also without a GPU
     python m3d.py --data mars --gpu 0         # the paper's recipe: trains the 2D stream, then the
                                               # M3D stream, then tests both as one network
-    python m3d.py --data mars --plan          # only prints what that would train and test
-    python m3d.py --data mars --gpu 0 --variant m3d --per-tap     # a variant, one setting changed
+    python m3d.py --data mars --plan          # only print what the command above trains and tests
+    python m3d.py --data mars --gpu 0 --variant m3d --per-tap     # a variant of the paper, with one
+                                                                  # setting changed
     python m3d.py --data prid --gpu 0 --split all                 # ten splits and their mean
 
 Eq. 1, Fig. 3              TwoStreamM3D: f_st = [f_s, f_t]
@@ -20,20 +22,24 @@ Eq. 4-6, Fig. 4            M3DLayer, in the first block of each stage of ResNet-
 Eq. 7-12, Fig. 5           ResidualAttentionLayer (RAL), after stages 1, 2 and 3; Eq. 7 and 8 are in
                            attend, Eq. 9 is mean_over_frames
 Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, P3D-B and P3D-C)
-Recent Work, "softmax"     losses
-Implementation Details     RECIPE (3D networks), ROWS["2d"] (2D network), SAMPLER, SAMPLE, METRIC
-  order of the training    train_in_stages
+Comparison with Recent Work
+  "softmax loss"           losses
+  "Euclidean distance"     METRIC
+Implementation Details     RECIPE (3D networks), ROWS["2d"] (2D network), SAMPLER, SAMPLE
+  stream after stream      train_in_stages
   features in the test     TwoStreamM3D.test_parts, SPLIT
 Tables 1 to 4              ROWS; T = 16 of Table 1: the variants that end in -t16
 A class can be copied into another project, with what its docstring names after "Copy along".
 
 Training: the 2D stream learns from single frames, by the recipe of --variant 2d. The M3D stream
 then starts from it and learns from clips of T frames. Test: the 2D stream sees every frame of a
-tracklet, the M3D stream floor(L / T) clips of its L frames. The means are f_s and f_t.
+tracklet, the M3D stream floor(L / T) clips of T frames from a tracklet of L frames. f_s and f_t are
+the means of each stream's outputs over its frames or clips.
 
 Four flags take a checkpoint (last.pt): --resume resumes or evaluates the run that wrote it; --init
-starts another training from all its weights that fit; --init-2d starts the M3D stream from a run of
---variant 2d; --join evaluates a 2D and an M3D stream, trained one by one, as one network.
+starts a new training from those of its weights that fit the new network; --init-2d starts the M3D
+stream from a run of --variant 2d; --join evaluates a 2D stream and an M3D stream that were trained
+separately, as one network.
 
 Deviations from the paper (what it says, what we do, the flag for the paper's form if there is one):
   streams       M3D is "initialized with well-trained 2D CNN layers", and the 2D network has a
@@ -42,54 +48,62 @@ Deviations from the paper (what it says, what we do, the flag for the paper's fo
                 is given.
   input         "The mean value is subtracted from each (B, G, and R) channel". We normalise RGB
                 by torchvision's mean and standard deviation, with which its weights were trained.
-  n = 1         The M3D layer "equals to P3D-C". With Eq. 5 it does not: the three taps share one
-                C x C matrix. We follow Eq. 5, because it fits the 4.2 MB that M3D adds in the
-                paper. --per-tap: a matrix for each tap, as in P3D-C (+12.5 MB).
-  RAL's start   "initializing all convolution layers as zero". The product of three masks that are
-                zero has no gradient. In one branch the last convolution is zero, in the others it
-                has zero weight and a bias of one: M is 1/2, as in the paper, and RAL can learn.
+  n = 1         The M3D layer "equals to P3D-C". Eq. 5 contradicts this: its three taps share one
+                C x C matrix, whereas P3D-C has one for each. We follow Eq. 5, because it fits the
+                4.2 MB that M3D adds in the paper. --per-tap uses one matrix for each tap, as P3D-C
+                does (+12.5 MB).
+  RAL's start   "initializing all convolution layers as zero". If all three masks are zero, the
+                gradient of their product is zero and RAL never learns. We therefore set the last
+                convolution's weight to zero in every branch, and its bias to zero in the first
+                branch and to one in the others. M is 1/2 at the start, as in the paper.
   Fig. 5        "ReLU and Batch Normalisation (BN) layer are applied after each convolution layer".
                 We apply them only after the first one of a branch, where Eq. 10 and 12 have ReLU.
   I3D's stem    "inflated cubically". We inflate the stem to 3x7x7 instead of 7x7x7, because that
                 fits the 90.6 MB that I3D adds in the paper. P3D's stem stays 2D.
-  megabytes     ROWS has how much larger each network is in Table 1 than the 2D network. We compare
-                that at 4 bytes a parameter. The 95.7 MB of the 2D network fit no count.
-  T = 16        Table 1 gives one size for both lengths. By Eq. 6 a layer has seven temporal kernels
-                for T = 16 and three for T = 8, so that M3D adds 9.75 MB instead of 4.2 MB.
+  megabytes     ROWS gives the size of each network in Table 1 minus that of the 2D network. We
+                compare these differences, at 4 bytes per parameter, because the paper's 95.7 MB for
+                the 2D network match no count of its parameters.
+  T = 16        Table 1 gives the same size for T = 8 and T = 16. By Eq. 6 a layer has seven
+                temporal kernels for T = 16 and three for T = 8, so that M3D adds 9.75 MB instead of
+                4.2 MB.
   Table 3       The authors' own LSTM (61.58 mAP, 76.11 rank-1) and A&O (63.39, 77.11) baselines are
                 other methods, which we did not implement.
 
 Unspecified in the paper; our choice (no release is known):
-  time          Temporal convolutions pad a clip with zeros. There is no BatchNorm or ReLU between S
-                and T in M3D layers, P3D-B and P3D-C.
-  where         M3D layers and RALs are where the docstring of Stream shows them. I3D, P3D and M3D
-                for "all the 2D convolution layers" (--all-blocks) replace all sixteen 3x3
-                convolutions, and I3D also the stem.
+  time          Temporal convolutions pad a clip with zeros. There is no BatchNorm or ReLU between
+                the spatial and the temporal convolution in M3D layers, P3D-B and P3D-C.
+  where         The docstring of Stream shows where M3D layers and RALs are. The paper also replaces
+                "all the 2D convolution layers" by M3D layers: we take these to be the sixteen 3x3
+                convolutions, not the 1x1 ones (--all-blocks). I3D and P3D replace the same sixteen,
+                and I3D also the stem.
   backbone      Stage 4 of ResNet-50 keeps its stride of 2.
-  start         The M3D stream starts as a 2D network: as that of --init-2d, or else of --weights (a
-                variant with this stream alone: ImageNet's). Temporal kernels start at zero, those
-                of P3D-A as the identity, those of I3D with the 2D kernel as their middle tap.
+  start         The M3D stream starts from a 2D network: from the run that --init-2d names, else
+                from --weights. Variants with the M3D stream alone therefore start from ImageNet's
+                weights by default. Temporal kernels start at zero, except in P3D-A (identity) and
+                I3D (the 2D kernel is the middle tap, the others are zero).
   average       The M3D stream, too, averages over frames. The paper says so for f_s alone (Eq. 2).
   fusion        f_s and f_t are concatenated as they are, without a normalisation.
-  P3D-A         Its "serial connection ... increases the nonlinearity": the BatchNorm and ReLU of
-                the 2D network come between S and T. T is followed by a new BatchNorm, which starts
-                as the identity. With --p3d-a-linear there is nothing between S and T,
-                and no new BatchNorm.
+  P3D-A         The paper says that its "serial connection ... increases the nonlinearity". We take
+                this to mean that the 2D network's BatchNorm and ReLU come between the spatial and
+                the temporal convolution. A new BatchNorm, which starts as the identity, follows the
+                temporal one. With --p3d-a-linear there is nothing between the two, and no new
+                BatchNorm.
   RAL           The first spatial convolution is 3x3. The temporal branch has T -> max(T // 2, 1)
                 -> T channels.
-  pooling       Average over the positions of the last map.
+  pooling       The last map is averaged over its positions.
   "softmax"     Cross entropy. Each stream has a BN neck, whose output is f_s or f_t, and a
                 classifier.
   SGD           Momentum 0.9, weight decay 5e-4; "reduced ten times" means divided by 10.
   augmentation  Each clip is flipped left to right with a probability of 0.5.
-  epoch         It shows every tracklet once, and while the 2D stream is trained first, every frame
-                once. --variant 2d alone takes a random frame of each tracklet (--chunk 1: all).
-  resizing      Bicubic.
-  --chunk       Training tracklets of Duke and LS-VID are cut into pieces. --chunk 0 leaves
-                them whole.
-  test clips    The M3D stream takes the first floor(L / T) clips (of 10 frames 1 to 8). A tracklet
-                shorter than T is repeated, in training as well. The 2D stream takes "each still
-                frame", those of the remainder, too.
+  epoch         An epoch shows every tracklet once. When the streams are trained in stages, an epoch
+                of the 2D stream shows every frame once. --variant 2d by itself shows one random
+                frame of each tracklet; with --chunk 1 it shows every frame.
+  resizing      Frames are resized by bicubic interpolation.
+  --chunk       Training tracklets are cut into chunks of 32 frames on Duke and of 64 on LS-VID.
+                --chunk 0 leaves them whole.
+  test clips    The M3D stream takes floor(L / T) clips from the start of the tracklet: with T = 8,
+                frames 1-8 of 10. A tracklet shorter than T is repeated, in training as well. The 2D
+                stream takes "each still frame", including the last frames that fill no clip.
 """
 import copy
 import os
@@ -107,7 +121,7 @@ from data import TrackletSampler, load_dataset, normalize, sample_adjacent, spli
 # ------------------------------------------------------------- Eq. 4-6: multi-scale 3D convolution
 
 def frames_to_clips(x, T: int):
-    """Frames (B*T, C, H, W) as clips (B, C, T, H, W), as nn.Conv3d takes them.
+    """Reshapes frames (B*T, C, H, W) to clips (B, C, T, H, W), the layout of nn.Conv3d.
 
     Nothing is copied: frames in channels_last are clips in channels_last_3d.
     """
@@ -115,13 +129,13 @@ def frames_to_clips(x, T: int):
 
 
 def clips_to_frames(x):
-    """Clips (B, C, T, H, W), as nn.Conv3d returns them, as frames (B*T, C, H, W)."""
+    """Reshapes clips (B, C, T, H, W), the layout of nn.Conv3d, to frames (B*T, C, H, W)."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def shift_frames(clips, offset: int):
-    """Returns clips (B, C, T, H, W) whose frame t is the frame t + offset of `clips`, or zero where
-    they have no such frame.
+    """Shifts clips (B, C, T, H, W) in time: frame t of the result is frame t + offset of `clips`,
+    or zeros if there is no such frame.
 
     F.pad with a negative number at one end leaves maps and gradients in channels_last_3d, whereas
     slices leave gradients in another layout, which later layers would have to copy.
@@ -130,19 +144,23 @@ def shift_frames(clips, offset: int):
 
 
 class M3DLayer(nn.Module):
-    """M3D layer, Eq. 4-6, Fig. 4: adds to the output of a spatial convolution S those of n parallel
-    temporal convolutions T^(i) of it, with dilations i = 1 to n.
+    """M3D layer, Eq. 4-6, Fig. 4: a spatial convolution S, followed by n parallel temporal
+    convolutions T^(i) of its output with dilations i = 1 to n; returns the sum of all n + 1
+    outputs.
 
     Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), because it replaces a
     convolution of a 2D network. At initialisation it computes S(x).
 
     Args:
         conv: the 2D convolution that it replaces, which becomes S.
-        frames: number of frames in a clip, T, at least 1. It gives n by Eq. 6.
+        frames: number of frames in a clip, T, at least 1; by Eq. 6 there are n = (T - 1) // 2
+            temporal kernels.
         per_tap: True gives each of the three taps of a temporal kernel its own C' x C' matrix.
             By default they share one, W^(i), as in Eq. 5.
 
-    Raises ValueError on an input with other channels than S, or whose frames are not whole clips.
+    Raises ValueError if the input's channels do not fit conv, or its number of frames is not a
+    multiple of `frames`.
+
     Copy along: frames_to_clips, clips_to_frames, shift_frames.
     """
 
@@ -170,8 +188,8 @@ class M3DLayer(nn.Module):
         clips = frames_to_clips(s, self.frames)
         if self.per_tap:
             return clips_to_frames(kernel(clips))
-        # y_t = sum over a = -1, 0, 1 of s_{t + a i} W^(i): one product with W^(i), of the sum of
-        # the three taps                                                          # Eq. 5
+        # Eq. 5: y_t = sum over a = -1, 0, 1 of s_{t + a i} W^(i). The taps share W^(i), so the
+        # three shifted clips are added first and multiplied by W^(i) once.
         taps = shift_frames(clips, -i) + clips + shift_frames(clips, i)
         return kernel(clips_to_frames(taps))
 
@@ -192,8 +210,8 @@ class M3DLayer(nn.Module):
 def mean_over_frames(x):
     """Eq. 9: x_s = sum over t of x_t / T, for x (B, T, C, H, W); returns (B, C, H, W).
 
-    The sum runs over a view with the channels last, as x lies in memory. x.mean(1) would return
-    another layout, and is much slower, as the gradient of a mean is than that of a sum.
+    x is channels_last in memory, so we sum a view with the channels last. x.mean(1) would return
+    another layout and is much slower, and so is its gradient.
     """
     return x.movedim(2, 4).sum(1).movedim(3, 1) / x.shape[1]
 
@@ -201,9 +219,10 @@ def mean_over_frames(x):
 def attend(x, s_m, c_m, t_m):
     """Eq. 7 and 8: y = x / 2 + M x, where M = sigmoid(S_m C_m T_m), for x (B, T, C, H, W).
 
-    S_m T_m has one value for each position of each frame, C_m one for each channel. The product
-    of such a column and such a row is a matrix product, and so are its gradients, which takes fewer
-    passes over maps as large as x than products of masks element by element.
+    S_m T_m has one value for each position of each frame, C_m one for each channel. We write
+    S_m T_m as a column and C_m as a row, so that S_m C_m T_m is one matrix product. Its gradients
+    are matrix products as well. This reads and writes fewer tensors of the size of x than
+    multiplying the masks element by element.
 
     Args:
         x: (B, T, C, H, W), best with the channels last in memory.
@@ -228,10 +247,12 @@ class ResidualAttentionLayer(nn.Module):
         channels: C.
         frames: number of frames in a clip, T.
         reduction: r of Eq. 12, from 1 to C; the channel branch has C // r channels inside.
-        branches: which masks there are, one or more of "s" (spatial), "c" (channel) and "t"
-            (temporal), as a string or a tuple; a mask that is not named is 1.
+        branches: the masks to use, one or more of "s" (spatial), "c" (channel) and "t" (temporal),
+            as a string or a tuple; each mask that is left out counts as 1.
 
-    Raises ValueError on other branches or another reduction, and on an input with another T or C.
+    Raises ValueError on invalid branches or an invalid reduction, and on an input whose T or C is
+    not `frames` or `channels`.
+
     Copy along: mean_over_frames, attend.
     """
 
@@ -279,8 +300,9 @@ class ResidualAttentionLayer(nn.Module):
             x_c = x_s.mean((2, 3))                                                # Eq. 11
             c_m = self.branches["c"](x_c).view(B, 1, 1, 1, C)                     # Eq. 12
         if "t" in self.branches:
-            # "The same architecture as the channel branch": the mean over channels and positions,
-            # and two layers. The sum is taken in float32 at least, as float16 cannot hold it.
+            # The temporal branch "has the same architecture as the channel attention branch": a
+            # mean, here over channels and positions, followed by two layers.
+            # The sum is taken in float32 or more, because it can overflow float16.
             dtype = torch.promote_types(x.dtype, torch.float32)
             x_t = (x.sum((2, 3, 4), dtype=dtype) / (C * H * W)).to(x.dtype)
             t_m = self.branches["t"](x_t).view(B, T, 1, 1, 1)
@@ -296,11 +318,13 @@ class InflatedConv(nn.Module):
     convolution of a 2D network. At initialisation it computes the same as that convolution.
 
     Args:
-        conv: the 2D convolution that it replaces, without bias, groups and dilation, padded by a
-            number of zeros.
+        conv: the 2D convolution that it replaces. It must have no bias, groups=1, dilation 1 and a
+            zero padding whose size is given as numbers (not as a string).
         frames: number of frames in a clip, T.
 
-    Raises ValueError on other convolutions. Copy along: frames_to_clips, clips_to_frames.
+    Raises ValueError on any other conv.
+
+    Copy along: frames_to_clips, clips_to_frames.
     """
 
     def __init__(self, conv: nn.Conv2d, frames: int):
@@ -323,7 +347,7 @@ class InflatedConv(nn.Module):
 
 
 def keeps_map_size(conv: nn.Conv2d):
-    """Whether the output of a convolution is as large as its input, divided by the stride."""
+    """Whether a convolution changes height and width by its stride only."""
     if isinstance(conv.padding, str):
         return conv.padding == "same"
     sizes = zip(conv.padding, conv.dilation, conv.kernel_size)
@@ -335,7 +359,8 @@ class P3DConv(nn.Module):
     convolution T, one after the other or side by side.
 
     Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), because it replaces a
-    convolution of a 2D network. At initialisation it computes S(x), or with bn relu(bn(S(x))).
+    convolution of a 2D network. At initialisation it computes S(x). If bn is given, it computes
+    relu(bn(S(x))).
 
     Args:
         conv: the 2D convolution that it replaces, which becomes S.
@@ -344,8 +369,10 @@ class P3DConv(nn.Module):
         bn: for kind "a", a BatchNorm2d to apply, followed by a ReLU, between S and T. By default
             there is nothing between them.
 
-    Raises ValueError on another kind, and if kind is "b" and S changes the size of maps by more
-    than its stride. Copy along: frames_to_clips, clips_to_frames, keeps_map_size.
+    Raises ValueError on another kind. Kind "b" adds S(x) and T(x), so S must then be padded such
+    that only its stride changes the size of maps; ValueError otherwise.
+
+    Copy along: frames_to_clips, clips_to_frames, keeps_map_size.
     """
 
     def __init__(self, conv: nn.Conv2d, frames: int, kind: str, *,
@@ -389,9 +416,10 @@ class P3DConv(nn.Module):
 def identity_batchnorm_after_relu(bn: nn.BatchNorm2d):
     """Returns a new BatchNorm2d that leaves relu(bn(x)) as it is. (Our choice for P3D-A.)
 
-    In eval mode it does so exactly. In training it does if bn(x) is normally distributed, with the
-    mean and standard deviation that bn gives it, because its statistics are those of a normal
-    variable after a ReLU.
+    Its running statistics are those of relu(z), where z is normally distributed with bn's bias as
+    mean and bn's weight as standard deviation; its own weight and bias undo the normalisation by
+    them. In eval mode this holds exactly. In train mode, which normalises by the batch's
+    statistics, it holds only as far as bn(x) is distributed like z.
     """
     mu, sigma = bn.bias, bn.weight.abs().clamp(min=1e-6)                  # of bn(x)
     density_at_zero = torch.exp(-(mu / sigma) ** 2 / 2) / (2 * torch.pi) ** 0.5
@@ -437,11 +465,11 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 class Stream(nn.Module):
-    """One stream of Fig. 3: F_2d of Eq. 2 or F_M3D of Eq. 3, a ResNet-50 that is a 2D network or
-    has 3D convolutions and RALs, and whose features are averaged over the frames.
+    """One stream of Fig. 3: F_2d of Eq. 2 or F_M3D of Eq. 3, a ResNet-50, either plain 2D or with
+    3D convolutions and RALs. Its features are averaged over the frames.
 
-    Takes normalised clips (B, T, 3, H, W) and returns features (B, 2048). The M3D stream for clips
-    of 256x128 pixels:
+    Takes normalised clips (B, T, 3, H, W) and returns features (B, 2048). Shapes in the M3D stream
+    for frames of 256 x 128 pixels:
 
         stem      (B*T,   64, 64, 32)   7x7 convolution and max pooling
         stage 1   (B*T,  256, 64, 32)   3 blocks, M3D layer in the first one; then a RAL
@@ -455,17 +483,22 @@ class Stream(nn.Module):
         layer: the convolutions: "2d" (a plain ResNet-50), "m3d", "i3d", "p3d-a", "p3d-b" or
             "p3d-c".
         ral: the branches of the RALs, some of "s", "c" and "t"; empty for no RALs.
-        per_tap: M3D layers with a matrix for each of the three taps of a temporal kernel.
+        per_tap: if True, M3D layers have one matrix for each of the three taps of a temporal
+            kernel, instead of one that the taps share.
         pool: "avg" or "max", how the last map is pooled over its positions.
-        weights: of the ResNet-50: "none", "imagenet", or a file, as of torchvision's resnet50.
-        init_2d: a state_dict of `net` of a 2D stream, which the network starts from; by default
-            none.
-        all_blocks: M3D layers in every block instead of in the first one of each stage.
+        weights: initial weights of the ResNet-50: "none", "imagenet", or the path of a state_dict
+            of torchvision's resnet50.
+        init_2d: state_dict of the `net` of a trained 2D stream; the network starts from these
+            weights instead of `weights`. None by default.
+        all_blocks: if True, there is an M3D layer in every block instead of in the first one of
+            each stage.
         reduction: r of the RALs, from 1 to 256.
-        p3d_a_linear: P3D-A without BatchNorm and ReLU between S and T.
+        p3d_a_linear: if True, P3D-A has no BatchNorm and ReLU between S and T.
 
-    Raises ValueError on invalid arguments. Copy along: resnet50, identity_batchnorm_after_relu, and
-    M3DLayer, ResidualAttentionLayer, InflatedConv and P3DConv with what they need.
+    Raises ValueError on invalid arguments.
+
+    Copy along: resnet50, identity_batchnorm_after_relu, and M3DLayer, ResidualAttentionLayer,
+    InflatedConv and P3DConv with what they need.
     """
 
     def __init__(self, frames: int, *, layer: str = "2d", ral: str | tuple[str, ...] = "",
@@ -524,29 +557,35 @@ class TwoStreamM3D(nn.Module):
     """Two-stream M3D, Eq. 1, Fig. 3: a 2D stream ("spatial") and an M3D stream ("temporal"), which
     share no parameters, each with a BN neck and a classifier of its own.
 
-    Takes normalised clips (B, T, 3, H, W). In eval mode it returns embeddings [f_s, f_t] (B, 4096),
-    or (B, 2048) of a single stream, where both streams see the same frames; in a test they see
-    different ones, as `test_parts` says. In train mode it returns the logits of each stream,
-    {"spatial": (B, num_classes), "temporal": (B, num_classes)}.
+    Takes normalised clips (B, T, 3, H, W). In eval mode it returns embeddings: [f_s, f_t],
+    (B, 4096), or (B, 2048) with a single stream. Here both streams see the same frames. A test
+    feeds them different frames and does not call the network like this; see `test_parts`. In train
+    mode it returns the logits of each stream, {"spatial": (B, num_classes), "temporal":
+    (B, num_classes)}.
 
     Args:
         num_classes: number of identities in the training set.
-        frames: number of frames in a clip, T; the network takes no other clips.
+        frames: number of frames in a clip, T; clips of another length are refused.
         stream: "two", or "spatial" or "temporal" for one stream alone.
         layer: the convolutions of the temporal stream: "2d", "m3d", "i3d", "p3d-a", "p3d-b" or
             "p3d-c".
         ral: the branches of the temporal stream's RALs, some of "s", "c" and "t"; empty for no
             RALs.
-        per_tap: M3D layers with a matrix for each of the three taps of a temporal kernel.
+        per_tap: if True, M3D layers have one matrix for each of the three taps of a temporal
+            kernel, instead of one that the taps share.
         pool: "avg" or "max", how both streams pool their last map over its positions.
-        weights: of both ResNet-50: "none", "imagenet", or a file, as of torchvision's resnet50.
-        init_2d: a state_dict of `net` of a 2D stream, which the temporal stream starts from; by
-            default none. Not with stream "spatial".
-        all_blocks: M3D layers in every block instead of in the first one of each stage.
+        weights: initial weights of each ResNet-50: "none", "imagenet", or the path of a state_dict
+            of torchvision's resnet50.
+        init_2d: state_dict of the `net` of a trained 2D stream; the temporal stream starts from
+            these weights instead of `weights`. None by default, and required to be None if stream
+            is "spatial".
+        all_blocks: if True, there is an M3D layer in every block instead of in the first one of
+            each stage.
         reduction: r of the RALs, from 1 to 256.
-        p3d_a_linear: P3D-A without BatchNorm and ReLU between S and T.
+        p3d_a_linear: if True, P3D-A has no BatchNorm and ReLU between S and T.
 
     Raises ValueError on invalid arguments, and on clips of another length.
+
     Copy along: Stream with what it needs.
     """
 
@@ -586,9 +625,10 @@ class TwoStreamM3D(nn.Module):
             nn.init.normal_(classifier.weight, std=0.001)
 
     def test_parts(self):
-        """What a test runs: a list of (network, frames in a clip). It averages the outputs of each
-        network over all its clips of a tracklet, and concatenates the averages (Eq. 1): f_s over
-        single frames, of which the 2D stream takes all, and f_t over clips of T frames."""
+        """Returns the networks that a test runs, a list of (network, number of frames in its
+        clips). The test averages each network's outputs over all its clips of a tracklet and
+        concatenates the averages (Eq. 1). The 2D stream gets every frame as a clip of its own, the
+        M3D stream clips of T frames."""
         parts = []
         for name, stream in self.streams.items():
             network = nn.Sequential(stream, self.neck[name])
@@ -642,14 +682,14 @@ RECIPE = {
     "frames": (8, 3, "number of adjacent frames in a clip, T (Implementation Details, Table 1)"),
     "height": (256, 128, "height of the resized frames (Implementation Details)"),
     "width": (128, 64, "width of the resized frames (Implementation Details)"),
-    "ids": (24, 8, "number of tracklets in a batch, which --clips multiplies; the paper has 12 for "
-                   "T = 16 (Implementation Details)"),
-    "clips": (1, 1, "factor by which --ids is multiplied (our choice)"),
+    "ids": (24, 8, "a batch has ids x clips tracklets (the paper: 24 for T = 8, 12 for T = 16; "
+                   "Implementation Details)"),
+    "clips": (1, 1, "see --ids (our choice)"),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (400, 3, "number of epochs (Implementation Details)"),
     "lr": (0.01, 0.0015, "initial learning rate of SGD (Implementation Details)"),
-    "lr_step": (300, 2, "number of epochs after each of which the learning rate is divided by "
-                        "10 (Implementation Details)"),
+    "lr_step": (300, 2, "divide the learning rate by 10 after every N epochs (Implementation "
+                        "Details)"),
     "momentum": (0.9, 0.9, "momentum of SGD (our choice)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of SGD (our choice)"),
     "weights": ("imagenet", "none", "initial weights of each ResNet-50: imagenet, none or a file "
@@ -661,7 +701,7 @@ RECIPE = {
     "layer": ("m3d", "m3d", "convolutions of the temporal stream (Fig. 2, Table 1)",
               ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c")),
     "all_blocks": (False, False, "M3D layers in every block of ResNet-50 instead of in the first "
-                                 "one of each stage (text on Table 1)"),
+                                 "one of each stage (text about Table 1)"),
     "per_tap": (False, False, "in M3D layers, a matrix for each of the three taps of a temporal "
                               "kernel instead of one matrix for all three (Eq. 5)"),
     "p3d_a_linear": (False, False, "with --layer p3d-a: no BatchNorm and ReLU between the spatial "
@@ -669,17 +709,18 @@ RECIPE = {
     "ral": (("s", "c", "t"), ("s", "c", "t"), "masks of the residual attention layers: spatial, "
             "channel, temporal; without a value there are no such layers (Table 2)",
             ("s", "c", "t")),
-    "reduction": (16, 16, "divides the number of channels inside the channel branch of residual "
-                          "attention layers, r (Eq. 12)"),
+    "reduction": (16, 16, "r: the channel branch of a residual attention layer reduces C channels "
+                          "to C/r (Eq. 12)"),
     "init_2d": (None, None, "last.pt of a run of --variant 2d, from which the temporal stream "
                             "starts (below Eq. 6)"),
-    "in_stages": (True, False, "two streams: train the 2D stream first, by the recipe of --variant "
-                               "2d, then the M3D stream, which starts from it; without effect "
-                               "beside --init and --init-2d (below Eq. 6)"),
+    "in_stages": (True, False, "with --stream two: first train the 2D stream, by the recipe of "
+                               "--variant 2d, then the M3D stream, starting from it; ignored if "
+                               "--init or --init-2d is given (below Eq. 6)"),
     "join": ((), (), "with --evaluate or --figure: last.pt of a 2D stream and last.pt of a "
                      "temporal stream, which become one network (Eq. 1)"),
 }
-SAMPLER = TrackletSampler      # a batch: ids x clips different tracklets, whatever their identities
+# a batch: ids x clips different tracklets, drawn without regard to their identities
+SAMPLER = TrackletSampler
 SAMPLE = sample_adjacent       # a training clip: T adjacent frames from a random start
 SPLIT = split_whole            # the test: the first floor(L / T) clips; with T = 1 every frame
 METRIC = "euclidean"           # distance of the test
@@ -733,8 +774,8 @@ RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
-    """The network with the settings `args`. With --resume or --join it gets no initial weights,
-    because the checkpoints bring all of them."""
+    """Builds the network that the settings `args` describe. With --resume or --join it gets no
+    initial weights, because all weights come from the checkpoints."""
     weights, join, init_2d = args.weights, args.join, None
     if args.resume:
         weights, join = "none", ()
@@ -759,7 +800,7 @@ def build(args, num_classes):
         reduction=args.reduction,
         p3d_a_linear=args.p3d_a_linear,
     )
-    # `origin` says in a printed result where the weights come from
+    # `origin` is printed with the result: where the weights come from
     if join:
         for path, stream in zip(join, ("spatial", "temporal")):
             load_part(path, f"streams.{stream}.", model.streams[stream])
@@ -821,10 +862,13 @@ def train_in_stages(args):
     frame once in an epoch, then the M3D stream, which starts from it. Then tests both as one
     network, and returns the result.
 
-    The two trainings have folders of their own in --output, in which they resume if they were
-    stopped. A schedule that the user gives by flags holds for both.
+    Each of the two trainings has its own folder in --output. If it was stopped, running the command
+    again resumes it. Flags that the user gives for the schedule and the batch (--epochs, --lr,
+    --lr-step, --ids, --clips) apply to both trainings.
 
-    With a single stream, --no-in-stages, --evaluate, --init or --init-2d it only calls `train`.
+    With a single stream, --no-in-stages, --evaluate, --init or --init-2d it calls `train`. With
+    --evaluate, two streams and no checkpoint, it first prints how to join the two trained streams,
+    if there are any.
     """
     file_2d = f"{args.output}/2d/last.pt"
     file_temporal = f"{args.output}/temporal/last.pt"
@@ -862,11 +906,13 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, images):
-    """The rows of panels that --figure draws: the last map, what the temporal kernels add (after
-    Fig. 4), and the spatial and temporal masks of the RALs (after Fig. 5).
+    """The rows of panels that --figure draws: the last map, the sum of the temporal kernels'
+    outputs (see Fig. 4) and their norms, and the spatial and temporal masks of the RALs (see
+    Fig. 5).
 
     Args:
-        model: the network; of two streams the temporal one is drawn.
+        model: a TwoStreamM3D; the picture shows its temporal stream, or the spatial one if it has
+            no other.
         clips: a normalised clip, (1, T, 3, H, W).
         images: its frames, (T, 3, H, W), uint8, on which maps are drawn.
 

@@ -2,11 +2,12 @@
 
 Aich, Zheng, Karanam, Chen, Roy-Chowdhury, Wu. ICCV 2021. https://arxiv.org/abs/2107.11878
 
-STRF is a unit in front of a temporal convolution. It computes four masks that compare the positions
-of a feature map with each other: two after pooling over time, for dynamic and for static content,
-and two after pooling over space, for fine and for coarse content. Multiplying the map by a mask
-replaces each position by a weighted average of the positions that are like it. The only learnable
-parameters of a unit are four 1x1 convolutions.
+STRF is a unit in front of a temporal convolution. It computes four masks. Each mask holds weights
+from the similarities between the positions of a feature map: two masks use features pooled over
+time (one for dynamic, one for static content), two use features pooled over space (one for fine,
+one for coarse content). Multiplying the map by a mask replaces each position by a weighted average
+of the positions that are like it. The only learnable parameters of a unit are four 1x1
+convolutions.
 
     python strf.py                            # quick run on synthetic data, also without a GPU
     python strf.py --data mars --gpu 0        # the paper's recipe
@@ -26,17 +27,19 @@ Where the parts of the paper are:
   Sec. 4.2, Fig. 6 (a)        SelfProductMask, which replaces FAM in this ablation
   Tables 2-5, Fig. 4, 6 (a)   ROWS
   Fig. 5                      picture
+A class can be copied into another project, with what its docstring names after "Copy along".
 
 Notation:
   paper                   here              meaning
   t, h, w, c              T, H, W, C        frames, height, width and channels of a map
-  T_d^k, Eq. 2            features          pooled features, a matrix (c/n t) x (h w); the variable
-                                            T is always the number of frames
+  T_d^k, Eq. 2            features          the pooled features, a matrix of c/n * t rows and h * w
+                                            columns (in the code, T alone is the number of frames)
   C_dk, Eq. 3             scores            similarities of the positions, (h w) x (h w)
   M_dk, Eq. 1             mask, M           weights of the positions, (h w) x (h w)
   d = t or s              dimension         G pools over time (t) or over space (s)
-  k = tau or varsigma     resolutions       a small or a large window of G; the code calls varsigma
-                                            sigma, which in the paper is the softmax
+  k = tau or varsigma     resolutions       tau: G has a small window; varsigma: G has a large one.
+                                            The code writes sigma for varsigma; in the paper, sigma
+                                            is the softmax.
   (t, tau), (t, varsigma)  "t-dynamic", "t-static"
   (s, tau), (s, varsigma)  "s-fine", "s-coarse"
   H_dk, n                 h, reduction      1x1 convolution from c to c/n channels
@@ -51,65 +54,74 @@ What follows from the equations:
                  So the networks with FFM(t, tau) alone and with FFM(s, tau) alone are one
                  architecture. Table 4 gives both an mAP of 85.20, but rank-1 accuracies of 89.90
                  and 89.70.
-  factor 4       The columns of a mask sum to one, and Eq. 5 and 7 add two products each. A unit
-                 thus returns four times a map that is constant over the positions of each frame, in
-                 cascade (2 x 2) and in parallel (2 + 2). In I3D and P3D-A the next convolution gets
-                 nothing else and has no bias, so that the BatchNorm after it gets the factor. In
-                 training this divides by the statistics of the batch, which removes the factor;
-                 ImageNet's statistics, with which the network starts, are of maps without it. In
-                 P3D-B and P3D-C only the temporal convolution gets the factor, and its kernel is
-                 zero at the start. The output then has no factor, but the kernel's gradient has.
+  factor 4       The columns of a mask sum to one, and Eq. 5 and 7 add two products each. So if its
+                 input is constant over the positions of each frame, a unit returns four times its
+                 input, both in cascade (2 x 2) and in parallel (2 + 2). In I3D and P3D-A, the next
+                 convolution sees only the output of STRF and has no bias, so the factor reaches the
+                 BatchNorm after it. In training, BatchNorm divides by the batch's statistics, which
+                 removes the factor. Its running statistics, however, start as ImageNet's, which
+                 were computed without the factor. In P3D-B and P3D-C, only the input of the
+                 temporal convolution has the factor. Its kernel is zero at the start, so at first
+                 the factor scales the kernel's gradient, not the output.
 
 Deviations from the paper. Each entry quotes the paper, says what we do and names the flag for the
 paper's form:
-  Eq. 3         "the unnormalized sample covariance matrix": we first L2-normalise the columns of T,
-                over channels and frames, because kappa = 4 is taken from works [14, 19] that apply
-                it to cosine similarities. --no-normalize is the paper's form.
-  Sec. 4.1      "We then replace stage 2 and stage 3": we replace every second block, two and three
-                of them, because only these numbers fit the parameters in Table 2.
-                --blocks 1 2 3 4 5 6 replaces all blocks.
+  Eq. 3         "the unnormalized sample covariance matrix": we first L2-normalise the columns of
+                T_d^k (`features`), that is each position over channels and frames, because
+                kappa = 4 is taken from works [14, 19] that apply it to cosine similarities.
+                --no-normalize is the paper's form.
+  Sec. 4.1      "We then replace stage 2 and stage 3": we replace only every second block, two of
+                the four in stage 2 and three of the six in stage 3, because only these numbers
+                match the parameter counts of Table 2. --blocks 1 2 3 4 5 6 replaces all blocks.
 
 Unspecified in the paper; our choice. We know of no code by the authors. The paper's four baselines
 are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) follow that code:
   softmax axis  The softmax is over the rows, so that the columns of M sum to one and each position
                 becomes a weighted average.
-  H_dk, G_dk    H has no bias. G has stride 1 and ignores its padding, also in the average.
+  H_dk, G_dk    H has no bias. G has stride 1. Padded positions count neither in the maximum nor in
+                the average.
   order         Time comes before space, as in Sec. 4.2; the caption of Fig. 4 says the opposite.
-  Eq. 5, 7, 8   These equations have no residual connection and no scale, so we use none. A
-                dimension without factors is skipped.
+  Eq. 5, 7, 8   These equations have no residual connection and no scale, so we use none. If
+                --factors names no mask of a dimension, its FFM is left out.
   place         STRF works on the input of the 3x1x1 (P3D) or 3x3x3 (I3D) convolution. In P3D-B and
                 I3D this is before the stride in the first block of a stage: there a unit works on
                 1,568 positions instead of 392 in stage 2, and on 392 instead of 98 in stage 3.
   3D blocks     The 3D blocks start as the 2D network: the temporal kernels of P3D are zero (P3D-A:
-                identity), I3D has the 2D weights as the centre tap and zeros beside it. With STRF
-                this holds for P3D-B and P3D-C only. Nothing is between P3D's two convolutions.
+                identity), I3D has the 2D weights as the centre tap and zeros beside it. With STRF,
+                only P3D-B and P3D-C start with the outputs of the 2D network. There is no BatchNorm
+                or ReLU between P3D's two convolutions.
   Table 5       Stages 2 and 3 are 3D in every variant; stages 1 and 4 become 3D if they get STRF.
   Fig. 6 (a)    Without FAM there is a "non-weighted multiplication of f with itself": we take
-                M = f^T f / (h w), one for each dimension, with the columns of f L2-normalised as T
-                is in Eq. 3, and P3D-C.
+                M = f^T f / (h w), one mask for each dimension, and L2-normalise the columns of f
+                first, as for Eq. 3. The network is P3D-C.
   parameters    STRF adds 0.05M parameters, as in Table 2. The text's "~0.5 million", "~0.15" for
                 one unit and "~1.73%" of I3D do not fit this. Table 2 also counts the classifier for
                 MARS (1.28M), which --complexity leaves out.
-  non-local     The non-local blocks replace the five STRF units and have half the channels inside.
-                They add 0.46M parameters; the paper says "~5 million".
-  iLIDS         We take the value in Table 3 to be P3D-C's, as the one for MARS is; the one for Duke
-                is P3D-B's.
+  non-local     The non-local blocks replace the five STRF units and compute attention with half the
+                channels. They add 0.46M parameters; the paper says "~5 million".
+  iLIDS         Table 3 does not say which network its iLIDS-VID result is of. We assume P3D-C, as
+                for its MARS result; its Duke result is P3D-B's (Table 2).
   recipe        It is in a supplement that we do not have, except for the values that RECIPE cites.
                 Random flips are the only augmentation. The frames of a training clip are 4 apart.
   pooling       We take the maximum over the last map of each frame, then the mean over the frames
                 (AP3D).
-  short         A training tracklet of fewer than 32 frames gives 8 different frames at random, in
-                their order; one of fewer than 8 frames gives some frames more than once (AP3D).
+  short         From a training tracklet of fewer than 32 frames, we draw 8 different frames at
+                random and keep their order. If it has fewer than 8, some are repeated (AP3D).
   resizing      Frames are resized by bicubic interpolation (AP3D).
-  triplet       The triplet loss is on the embedding after the BN neck, with a margin of 0.3.
-  backbone      The last stride of ResNet-50 is removed, because the paper's last map, 14 x 7, is
-                1/16 of 224 x 112.
+  triplet       The triplet loss is computed on the embedding after the BN neck, with a margin of
+                0.3.
+  frame size    The paper gives neither the size of the frames nor the last stride of ResNet-50,
+                only the size of the last map, 14 x 7 (Sec. 4.2). We remove the last stride. The
+                network then divides height and width by 16, so that 14 x 7 needs frames of
+                224 x 112.
   test clips    The last clip is filled with frames from the tracklet's start: 10 frames give the
-                clips 1-8 and 9, 10, 1-6. The embeddings of the clips are averaged as they are.
-                (AP3D leaves the last clip shorter, and averages over frames instead of clips.)
+                clips 1-8 and 9, 10, 1-6. The embeddings of the clips are averaged without being
+                normalised. (AP3D leaves the last clip shorter, and averages over frames instead of
+                clips.)
   --chunk       Training tracklets are cut into chunks of 32 frames on Duke and of 64 on LS-VID.
-  --epoch       An epoch shows all tracklets, in groups of K of one identity (AP3D), which are 235
-                steps on MARS. With --epoch identities it shows every identity once, in 79 steps.
+  --epoch       An epoch goes through the tracklets, in groups of K tracklets of one identity
+                (AP3D). On MARS this takes 235 steps. With --epoch identities it shows every
+                identity once, in 79 steps.
 """
 import torch
 import torch.nn as nn
@@ -124,16 +136,18 @@ from data import PKSampler, load_dataset, normalize, sample_strided, split_conse
 # ------------------------------------------------- Sec. 3.1, Eq. 5, 7: feature factorization (FFM)
 
 def as_matrix(f):
-    """Maps f (B, T, C, H, W) as the matrix (B, C*T, H*W) of Sec. 3.1: a column is a position."""
+    """Reshapes maps f (B, T, C, H, W) to the matrix (B, C*T, H*W) of Sec. 3.1, which has one column
+    for each position."""
     B, T, C, H, W = f.shape
     return f.transpose(1, 2).reshape(B, C * T, H * W)
 
 
 def as_maps(matrix, shape):
-    """A matrix (B, C*T, H*W) as maps of this shape, (B, T, C, H, W): the inverse of as_matrix.
+    """Reshapes a matrix (B, C*T, H*W) back to maps of the given shape, (B, T, C, H, W); the inverse
+    of as_matrix.
 
-    The maps are channels_last in memory, as all maps of the network are, so that later layers need
-    not copy them into this layout.
+    The maps are returned in channels_last layout, like all maps of the network; otherwise later
+    layers would copy them.
     """
     B, T, C, H, W = shape
     return matrix.reshape(B, C, T, H, W).permute(0, 2, 3, 4, 1).contiguous().movedim(4, 2)
@@ -156,7 +170,8 @@ class FeatureFactorizationModule(nn.Module):
         self.masks = nn.ModuleList(masks)
 
     def forward(self, f):
-        # f M_tau + f M_sigma = f (M_tau + M_sigma), Eq. 5, 7, which is one product instead of two
+        # Eq. 5, 7: f M_tau + f M_sigma is computed as f (M_tau + M_sigma), with one matrix product
+        # instead of two
         M = sum(mask(f) for mask in self.masks)
         return as_maps(as_matrix(f) @ M.to(f.dtype), f.shape)             # f M, Eq. 1
 
@@ -177,8 +192,8 @@ def pool_keeping_size(x, window, pool):
     t, h, w = (size // 2 for size in window)
     if pool == "max":
         return F.max_pool3d(x, window, stride=1, padding=(t, h, w)).transpose(1, 2)
-    # avg_pool3d refuses maps that are smaller than its window before padding, so we pad first, and
-    # then divide by the share of each window that is inside the clip.
+    # avg_pool3d raises an error if the window is larger than the unpadded map, so we pad with zeros
+    # ourselves, and divide by the fraction of each window that is not padding.
     padding = (w, w, h, h, t, t)
     inside = torch.ones_like(x[:1, :1])
     average = F.avg_pool3d(F.pad(x, padding), window, stride=1)
@@ -190,8 +205,8 @@ class FactorizedAttentionMask(nn.Module):
     """FAM, Eq. 2-3 with Eq. 4 or 6: a mask of how similar the positions of a map are to each other
     over all frames of a clip, computed from features that are pooled over time or over space.
 
-    Takes maps f (B, T, C, H, W) and returns a mask M (B, H*W, H*W). Column q has the weights of all
-    positions in the average that replaces position q; it sums to one.
+    Takes maps f (B, T, C, H, W) and returns a mask M (B, H*W, H*W). Column q sums to one; it holds
+    the weights of all positions in the weighted average that becomes position q.
 
     Args:
         channels: C.
@@ -236,7 +251,7 @@ class FactorizedAttentionMask(nn.Module):
         reduced = self.h(f.flatten(0, 1)).unflatten(0, f.shape[:2])       # (B, T, C/n, H, W)
         features = pool_keeping_size(reduced, self.window, self.pool)     # T = G(H(f)), Eq. 2
         features = as_matrix(features)                                    # (B, C/n * T, H*W)
-        # In float16 the eps of the normalisation would be zero.
+        # at least float32, because eps=1e-12 below is zero in float16
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         if self.normalize:
             features = F.normalize(features, dim=1, eps=1e-12)
@@ -264,7 +279,7 @@ class SelfProductMask(nn.Module):
 
     def forward(self, f):
         f = as_matrix(f)                                                  # (B, C * T, H*W)
-        # In float16 the eps of the normalisation would be zero.
+        # at least float32, because eps=1e-12 below is zero in float16
         f = f.to(torch.promote_types(f.dtype, torch.float32))
         if self.normalize:
             f = F.normalize(f, dim=1, eps=1e-12)
@@ -276,22 +291,23 @@ class STRF(nn.Module):
     """STRF, Fig. 2, Eq. 8: the feature factorization modules of time and of space, one after the
     other or in parallel.
 
-    Takes maps f (B, T, C, H, W) and returns maps of the same shape. With all four factors a map
-    whose positions are equal is multiplied by four (see "factor 4" at the top of this file).
+    Takes maps f (B, T, C, H, W) and returns maps of the same shape. With all four factors, a map
+    that has the same value at all positions of a frame comes out multiplied by four (see "factor 4"
+    at the top of this file).
 
     Args:
         channels: C.
         factors: names of the masks to use, at least one: "t-dynamic" is (t, tau) in the paper,
             "t-static" (t, sigma), "s-fine" (s, tau) and "s-coarse" (s, sigma).
-        resolutions: (r_tau, r_sigma), the windows of the dynamic and fine and of the static and
-            coarse masks, both odd, with r_tau <= r_sigma.
+        resolutions: (r_tau, r_sigma), both odd, with r_tau <= r_sigma: r_tau is the window size of
+            the dynamic and the fine mask, r_sigma that of the static and the coarse mask.
         pools: pooling of the temporal and of the spatial masks, each "max" or "avg".
         order: "ts" is time, then space; "st" is space, then time; "parallel" adds both.
         reduction: n in the paper, 1 to C: the masks are computed from C/n channels.
         kappa: factor of the similarities in front of the softmax.
         normalize: whether the similarities are cosine similarities; False is the paper's Eq. 3.
-        fam: False replaces the FAMs of each dimension by one SelfProductMask. Of the other
-            arguments only order, normalize and the dimensions of the factors then matter.
+        fam: False replaces the FAMs of each dimension by one SelfProductMask. Then resolutions,
+            pools, reduction and kappa have no effect, and factors only selects the dimensions.
 
     Raises ValueError on invalid arguments and on maps with another number of channels.
 
@@ -374,16 +390,17 @@ def strf_then_conv3d(x, frames, strf, conv):
 class InflatedConv(nn.Module):
     """I3D (Carreira and Zisserman, CVPR 2017): a 2D convolution inflated to three frames.
 
-    Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), as the 2D convolution does
-    that it replaces in torchvision's Bottleneck.
+    Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), like the 2D convolution that
+    it replaces in torchvision's Bottleneck.
 
     Args:
-        conv: the Conv2d that is inflated. Its weights become the centre tap, the others start as 0.
+        conv: the Conv2d that is inflated. Its weights become the centre tap of the kernel; the two
+            other taps start as zero.
         frames: T, the number of frames in a clip.
         strf: a module on maps (B, T, C, H, W) in front of the convolution, or None.
 
-    Raises ValueError if conv has a bias, groups, a dilation or a padding that is not a number of
-    zeros.
+    Raises ValueError unless conv has no bias, groups=1, dilation 1 and a zero padding whose size is
+    given as numbers (not as a string).
 
     Copy along: strf_then_conv3d.
     """
@@ -416,7 +433,7 @@ class InflatedConv(nn.Module):
 
 
 def keeps_map_size(conv):
-    """Whether a Conv2d keeps height and width of its input, apart from its stride."""
+    """Whether a Conv2d changes height and width by its stride only."""
     if isinstance(conv.padding, str):
         return conv.padding == "same"
     for padding, dilation, kernel_size in zip(conv.padding, conv.dilation, conv.kernel_size):
@@ -429,17 +446,19 @@ class P3DConv(nn.Module):
     """P3D (Qiu et al., ICCV 2017): a spatial 2D convolution and a temporal 3x1x1 convolution, in
     series (P3D-A), in parallel (P3D-B) or in series with a shortcut (P3D-C).
 
-    Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), as the 2D convolution does
-    that it replaces in torchvision's Bottleneck. Without STRF it starts as this 2D convolution.
+    Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), like the 2D convolution that
+    it replaces in torchvision's Bottleneck. Without STRF it starts as this 2D convolution.
 
     Args:
-        conv: the Conv2d that is the spatial convolution. For kind "b" it must keep the size of maps
-            apart from its stride, because the outputs of both convolutions are added.
+        conv: the Conv2d that is the spatial convolution. Kind "b" adds the outputs of both
+            convolutions, so conv must then be padded such that only its stride changes the size of
+            maps.
         frames: T, the number of frames in a clip.
         kind: "a", "b" or "c".
         strf: a module on maps (B, T, C, H, W) in front of the temporal convolution, or None.
 
-    Raises ValueError on another kind, and on kind "b" with a conv that changes the size of maps.
+    Raises ValueError on another kind, and on kind "b" if not only the stride of conv changes the
+    size of maps.
 
     Copy along: strf_then_conv3d, keeps_map_size.
     """
@@ -558,16 +577,18 @@ class STRFNet(nn.Module):
     Takes normalised clips (B, T, 3, H, W) of any height and width. Returns (embeddings, logits),
     (B, 2048) and (B, num_classes), in train mode, and the embeddings alone in eval mode.
 
-    What is not 3D works on each frame alone, as the paper's convolutions with "temporal kernel size
-    set to 1" do. So the frames of a clip are in the batch, as (B*T, C, H, W). A frame of 224 x 112,
-    of which the paper's clips have 8, goes through these shapes:
+    All other layers work on single frames, like the paper's convolutions with "temporal kernel size
+    set to 1". Frames are therefore part of the batch dimension, as (B*T, C, H, W). A frame of
+    224 x 112 goes through these shapes:
 
         stem       64 x 56 x 28
         stage 1   256 x 56 x 28     3 blocks
-        stage 2   512 x 28 x 14     4 blocks, blocks 1 and 3 are 3D; their STRF: 128 x 28 x 14
-        stage 3  1024 x 14 x 7      6 blocks, blocks 1, 3 and 5 are 3D; their STRF: 256 x 14 x 7
+        stage 2   512 x 28 x 14     4 blocks; blocks 1 and 3 are 3D, with maps of 128 x 28 x 14 in
+                                    their STRF
+        stage 3  1024 x 14 x 7      6 blocks; blocks 1, 3 and 5 are 3D, with maps of 256 x 14 x 7 in
+                                    their STRF
         stage 4  2048 x 14 x 7      3 blocks, without a stride
-        2048 numbers after pooling; their mean over the frames, after the BN neck, is the embedding
+        pooling  2048               averaged over the frames; then the BN neck gives the embedding
 
     (In I3D and P3D-B, the STRF in block 1 of stages 2 and 3 comes before the stride, and its shapes
     are 128 x 56 x 28 and 256 x 28 x 14.) A 3D block changes the middle one of three convolutions:
@@ -585,10 +606,11 @@ class STRFNet(nn.Module):
         frames: T, the number of frames in a clip.
         layer: the 3D convolutions, "i3d", "p3d-a", "p3d-b" or "p3d-c".
         stages: numbers, from 1 to 4, of the stages with STRF; () is the baseline without STRF.
-            Stages 2 and 3 are 3D also if they are not among these.
-        blocks: numbers, from 1, of the blocks of a 3D stage that become 3D. A stage ignores
-            numbers beyond its last block, but a stage with STRF must have one of these blocks.
-        attention: the module in front of the temporal convolutions of these stages, "strf", or
+            Stages 2 and 3 are 3D even if they are not listed.
+        blocks: numbers, from 1, of the blocks of a 3D stage that become 3D. Numbers beyond a
+            stage's last block are ignored, but each stage with STRF must have at least one of the
+            blocks.
+        attention: the module in front of the temporal convolutions of `stages`: "strf", or
             "nonlocal" for a NonLocalBlock.
         pool: pooling over the positions of the last map, "max" or "avg".
         weights: initial weights of the ResNet-50: "imagenet" (torchvision's V1 weights), "none", or
@@ -689,14 +711,18 @@ def losses(outputs, pids, args):
 # ------------------------------------------------------------------------------ Sec. 4: the recipe
 
 FACTORS = ("t-dynamic", "t-static", "s-fine", "s-coarse")
-RECIPE = {  # flag: (value of the paper or our choice, of the quick run, help text[, choices])
+# flag: (the paper's value or our choice, the quick run's value, help text[, choices])
+RECIPE = {
     "frames": (8, 4, "number of frames in a clip, T (8 in the last map, Sec. 4.2)"),
-    "height": (224, 128, "height of the frames (16 times that of the last map, 14: Sec. 4.2)"),
-    "width": (112, 64, "width of the frames (16 times that of the last map, 7: Sec. 4.2)"),
+    "height": (224, 128, "height of the frames (our choice: 16 x 14, where 14 is the height of the "
+                         "last map in Sec. 4.2)"),
+    "width": (112, 64, "width of the frames (our choice: 16 x 7, where 7 is the width of the last "
+                       "map in Sec. 4.2)"),
     "ids": (8, 4, "number of identities in a batch, P (our choice)"),
     "clips": (4, 2, "number of clips of each identity in a batch, K (our choice)"),
     "epoch": ("tracklets", "identities",
-              "what an epoch goes through (not in the paper; as in AP3D's code)",
+              "whether an epoch goes through the tracklets or shows every identity once (not in "
+              "the paper; as in AP3D's code)",
               ("tracklets", "identities")),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (240, 8, "number of training epochs (our choice)"),
@@ -711,10 +737,11 @@ RECIPE = {  # flag: (value of the paper or our choice, of the quick run, help te
     "layer": ("p3d-c", "p3d-c", "3D convolutions of the network (Sec. 4.1, Table 2)",
               ("i3d", "p3d-a", "p3d-b", "p3d-c")),
     "stages": ((2, 3), (2, 3),
-               "stages with STRF; no number is the baseline (Sec. 4.2, Table 5)",
+               "stages with STRF; give no number for the baseline (Sec. 4.2, Table 5)",
                range(1, 5)),
     "blocks": ((1, 3, 5), (1, 3, 5),
-               "3D blocks of each 3D stage (deviates from the paper, which has all: Sec. 4.1)",
+               "which blocks of a 3D stage are 3D (deviates from the paper, where all are: Sec. "
+               "4.1)",
                range(1, 7)),
     "attention": ("strf", "strf", "module in front of the temporal convolutions (Sec. 3.3)",
                   ("strf", "nonlocal")),
@@ -722,17 +749,20 @@ RECIPE = {  # flag: (value of the paper or our choice, of the quick run, help te
             "(Sec. 4.2, Fig. 6 a)"),
     "factors": (FACTORS, FACTORS, "masks of STRF (Sec. 3.1, Table 4)", FACTORS),
     "resolutions": ((1, 3), (1, 3),
-                    "r_tau and r_sigma, window sizes of the masks, odd (Eq. 4, 6, Fig. 4 a)"),
+                    "window sizes r_tau and r_sigma of the masks, two odd numbers (Eq. 4, 6, "
+                    "Fig. 4 a)"),
     "pools": (("max", "max"), ("max", "max"),
               "pooling of the temporal and of the spatial masks (Eq. 4, 6, Fig. 4 b)",
               ("max", "avg")),
     "order": ("ts", "ts",
-              "time, then space; space, then time; or in parallel (Eq. 8, Fig. 4 c)",
+              "order of the temporal and the spatial FFM: ts (time first), st (space first) or "
+              "parallel (Eq. 8, Fig. 4 c)",
               ("ts", "st", "parallel")),
-    "reduction": (16, 16, "n, by which the 1x1 convolutions H divide the channels (Sec. 3.2)"),
+    "reduction": (16, 16, "n: the 1x1 convolutions H reduce C channels to C/n (Sec. 3.2)"),
     "kappa": (4.0, 4.0, "kappa, factor of the similarities in front of the softmax (Eq. 3)"),
     "normalize": (True, True,
-                  "L2-normalise the columns of T (deviates from Eq. 3: --no-normalize)"),
+                  "use cosine similarities in the masks, by L2-normalising the pooled features "
+                  "(the paper's Eq. 3: --no-normalize)"),
     "margin": (0.3, 0.3, "margin of the triplet loss with the cosine distance (our choice; Eq. 9)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
@@ -799,7 +829,8 @@ RELEASE = None                 # We know of no trained weights by the authors.
 
 
 def build(args, num_classes):
-    """Builds the network of the settings args for a number of identities."""
+    """Builds the network that the settings `args` describe, with a classifier for num_classes
+    identities."""
     weights = args.weights
     if args.resume:  # the checkpoint has all weights
         weights = "none"
@@ -887,8 +918,8 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """The picture of --figure: the last map, as in Fig. 5, and the masks of the first STRF in each
-    stage, as the weights of all positions in the average that replaces the centre position.
+    """The picture of --figure: the last map, as in Fig. 5, and for the first STRF of each stage the
+    centre column of each mask: how much each position contributes to the output at the centre.
 
     Args:
         model: an STRFNet.
