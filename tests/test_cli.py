@@ -61,7 +61,7 @@ def test_help(script, monkeypatch, capsys):
     for key, (paper, small, meaning, *_) in module.RECIPE.items():
         shown = " ".join(map(str, paper)) if isinstance(paper, tuple) else str(paper)
         assert "".join(f"{meaning} ({shown}".split()) in words, key
-    said = {}
+    said, name = {}, ""
     for line in out.split("flags they set:\n")[1].splitlines():
         if line.startswith("      "):
             said[name] += line[5:]

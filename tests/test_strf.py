@@ -303,7 +303,7 @@ def test_dynamic_and_fine_are_one_architecture():
         second.ffm["s"].load_state_dict(first.ffm["t"].state_dict())
         assert torch.equal(first(f), second(f)) == same
     for name in ("fine", "dynamic"):
-        assert meta(f"p3dc+{name}") and row_of(ROWS, f"p3dc+{name}").figures["mars"][0] == 85.20
+        assert meta(f"p3dc+{name}") and row_of(ROWS, f"p3dc+{name}").results["mars"][0] == 85.20
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
