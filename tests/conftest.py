@@ -8,6 +8,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from scipy.io import loadmat
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,6 +33,7 @@ import common  # noqa: E402
 import sinet  # noqa: E402
 from data import UserError, draw_synthetic  # noqa: E402
 
+MARS_INFO = ROOT / "tests/mars_info"  # MARS' public tables (Zheng et al., ECCV 2016)
 TINY = ("--height", 48, "--width", 40, "--ids", 2, "--clips", 2)
 
 
@@ -164,6 +167,24 @@ class Colours(torch.nn.Module):
         frames = clips.mean((3, 4))
         embedding = self.neck(frames.mean(1))
         return (embedding, self.classifier(embedding), frames) if self.training else embedding
+
+
+def write_mars_index(folder):
+    """MARS' info folder: its real tables, and name lists that are made after them."""
+    info = folder / "info"
+    info.mkdir(parents=True)
+    for table in MARS_INFO.glob("*.mat"):
+        shutil.copy(table, info)
+    for part in ("train", "test"):
+        rows = loadmat(info / f"tracks_{part}_info.mat")[f"track_{part}_info"]
+        number = {}
+        names = []
+        for first, last, pid, cam in rows.tolist():
+            assert first == len(names) + 1
+            number[pid, cam] = number.get((pid, cam), 0) + 1
+            start = f"{pid:0>4}C{cam}T{number[pid, cam]:04}"
+            names += [f"{start}F{frame:03}.jpg" for frame in range(1, last - first + 2)]
+        (info / f"{part}_name.txt").write_text("\n".join(names) + "\n")
 
 
 def read_log(folder):

@@ -16,12 +16,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from scipy.io import loadmat
 
 import common
 import sinet
 import test_sets
-from conftest import TINY, Colours, read_log
+from conftest import TINY, Colours, read_log, write_mars_index
 from data import (
     DATA_SETS,
     PKSampler,
@@ -161,18 +160,9 @@ PLANS = {  # steps of an epoch, epochs, weighted losses, what the test reads: cl
 
 @pytest.fixture(scope="module")
 def mars_without_images(tmp_path_factory):
-    """A --root with MARS' info folder alone: its real tables, and names made after them."""
+    """A --root with MARS' info folder alone."""
     root = tmp_path_factory.mktemp("root")
-    info = root / "mars/info"
-    info.mkdir(parents=True)
-    for table in (ROOT / "tests/mars_info").glob("*.mat"):
-        shutil.copy(table, info)
-    for part in ("train", "test"):
-        rows = loadmat(info / f"tracks_{part}_info.mat")[f"track_{part}_info"]
-        names = [f"{pid:0>4}C{cam}T{number:04}F{frame:03}.jpg"
-                 for number, (first, last, pid, cam) in enumerate(rows.tolist())
-                 for frame in range(1, last - first + 2)]
-        (info / f"{part}_name.txt").write_text("\n".join(names) + "\n")
+    write_mars_index(root / "mars")
     return root
 
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from scipy.io import loadmat, savemat
 
 import data
+from conftest import MARS_INFO, write_mars_index
 from data import (
     AllClips,
     PKSampler,
@@ -41,7 +42,6 @@ from data import (
     split_whole,
 )
 
-MARS_INFO = Path(__file__).parent / "mars_info"  # MARS' public tables (Zheng et al., ECCV 2016)
 TRAIN_TABLE = "info/tracks_train_info.mat"
 TRAIN_NAMES = "info/train_name.txt"
 QUERIES = "info/query_IDX.mat"
@@ -53,20 +53,9 @@ QUERIES = "info/query_IDX.mat"
 def mars_index(tmp_path_factory):
     """MARS without images: its real tables, and name lists rebuilt from them."""
     folder = tmp_path_factory.mktemp("mars")
-    for name in ("bbox_train", "bbox_test", "info"):
+    for name in ("bbox_train", "bbox_test"):
         (folder / name).mkdir()
-    for file in MARS_INFO.glob("*.mat"):
-        shutil.copy(file, folder / "info")
-    for part in ("train", "test"):
-        rows = loadmat(MARS_INFO / f"tracks_{part}_info.mat")[f"track_{part}_info"]
-        number = {}
-        names = []
-        for first, last, pid, cam in rows.tolist():
-            assert first == len(names) + 1
-            number[pid, cam] = number.get((pid, cam), 0) + 1
-            start = f"{pid:0>4}C{cam}T{number[pid, cam]:04}"
-            names += [f"{start}F{f:03}.jpg" for f in range(1, last - first + 2)]
-        (folder / f"info/{part}_name.txt").write_text("\n".join(names) + "\n")
+    write_mars_index(folder)
     return folder
 
 
