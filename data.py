@@ -1837,9 +1837,9 @@ def _draw_person(image, who, *, phase, yaw, x, y, height):
 
 
 def _draw_tracklet(who, passer, camera, *, frames, size, occlusion, rng):
-    """Yields the frames of a person, or of nobody (None), who walks past a camera. `size` is
-    (height, width). With probability `occlusion` a pole, a box on a cart or the person `passer`
-    gets in the way."""
+    """Yields the frames of a person, or of nobody (None), who walks past a camera, and for each
+    frame its mask, as `draw_synthetic` describes it. `size` is (height, width). With probability
+    `occlusion` a pole, a box on a cart or the person `passer` gets in the way."""
     height, width = size
     unit = _SUPERSAMPLING * height / 128
     h, w = _SUPERSAMPLING * height, _SUPERSAMPLING * width
@@ -1856,29 +1856,37 @@ def _draw_tracklet(who, passer, camera, *, frames, size, occlusion, rng):
         left = (start + 2.5 * i * math.sin(yaw) + drift[0]) * unit
         left = int(np.clip(left, 0, camera.scene.width - w))
         image = camera.scene.crop((left, 5, left + w, 5 + h))
+        person = Image.new("RGBA", image.size)  # two layers, transparent where nothing is drawn
+        front = Image.new("RGBA", image.size)
         middle, feet = w / 2 + 1.2 * drift[0] * unit, 0.965 * h + drift[1] * unit
         if who:
             step = phase + 2 * math.pi * who.frequency * i / 8
             tall = h * camera.scale * who.height * rng.uniform(0.96, 1.04)
-            _draw_person(image, who, phase=step, yaw=yaw, x=middle, y=feet, height=tall)
+            _draw_person(person, who, phase=step, yaw=yaw, x=middle, y=feet, height=tall)
         x = w * (0.5 + (i - when) / 6)
         if kind == "pole":
-            ImageDraw.Draw(image).rectangle([x - 0.06 * w, 0, x + 0.06 * w, h], tint)
+            ImageDraw.Draw(front).rectangle([x - 0.06 * w, 0, x + 0.06 * w, h], tint)
         elif kind == "box":
-            ImageDraw.Draw(image).rectangle([x - 0.3 * w, 0.7 * h, x + 0.3 * w, h], tint)
+            ImageDraw.Draw(front).rectangle([x - 0.3 * w, 0.7 * h, x + 0.3 * w, h], tint)
         elif kind == "passer":
-            _draw_person(image, passer, phase=i, yaw=math.pi / 2, x=x, y=1.02 * h, height=0.95 * h)
+            _draw_person(front, passer, phase=i, yaw=math.pi / 2, x=x, y=1.02 * h, height=0.95 * h)
+        image.paste(person, mask=person)
+        image.paste(front, mask=front)
+        visible = person.getchannel("A")
+        visible.paste(0, mask=front)
+        mask = visible.reduce(_SUPERSAMPLING).point(lambda share: 255 if share > 127 else 0)
         image = image.reduce(_SUPERSAMPLING)
         blur = camera.blur + (rng.uniform(0.4, 1.0) if rng.random() < 0.12 else 0)
         image = image.filter(ImageFilter.GaussianBlur(blur * height / 128))
         pixels = 255 * (np.asarray(image) * colour).clip(0, 1) ** np.float32(camera.gamma)
         pixels += camera.noise * rng.standard_normal((height, width, 1), np.float32)
-        yield Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        yield Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
 
 
 def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, cameras: int = 4, *,
                    frames: tuple = (5, 12), size: tuple = (128, 64), group: int = 4,
-                   occlusion: float = 0.2, gait: bool = False, seed: int = 0):
+                   occlusion: float = 0.2, gait: bool = False, seed: int = 0,
+                   masks: bool = False):
     """Makes a data set of synthetic pedestrians in the layout of MARS.
 
     Every identity has one or two tracklets under each camera; in the test part the first of them
@@ -1897,6 +1905,11 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
         occlusion: probability that something passes in front of a tracklet, 0 to 1.
         gait: True lets the people of a group differ in their gait only.
         seed: a whole number from 0 on.
+        masks: True also writes a mask of the person for each frame, in black and white (mode "L"):
+            it is 255 where the person is visible, with the shadow at the feet, and 0 elsewhere,
+            that is, in the background and where something is in front of the person. The mask of
+            bbox_test/0001/0001C1T0001F001.jpg is masks/bbox_test/0001/0001C1T0001F001.png. The
+            frames are the same with and without masks.
 
     Raises UserError if the folder exists already or cannot be written.
     """
@@ -1925,6 +1938,9 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
             part = "train" if 0 < pid <= identities else "test"
             images = temporary / f"bbox_{part}/{pid:0>4}"
             images.mkdir(parents=True, exist_ok=True)
+            masks_folder = temporary / f"masks/bbox_{part}/{pid:0>4}"
+            if masks:
+                masks_folder.mkdir(parents=True, exist_ok=True)
             for cam, tracklet in itertools.product(range(cameras), (1, 2)):
                 rng = np.random.default_rng([seed, 5, number, cam, tracklet])
                 if pid == 0 and cam != number % cameras:
@@ -1938,9 +1954,12 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
                 passer = strangers[rng.integers(2 * cameras)]
                 drawn = _draw_tracklet(person, passer, views[cam], frames=length, size=size,
                                        occlusion=occlusion, rng=rng)
-                for i, image in enumerate(drawn, 1):
-                    names[part].append(f"{start}F{i:03}.jpg")
-                    image.save(images / names[part][-1], quality=90)
+                for i, (image, mask) in enumerate(drawn, 1):
+                    name = f"{start}F{i:03}"
+                    names[part].append(f"{name}.jpg")
+                    image.save(images / f"{name}.jpg", quality=90)
+                    if masks:
+                        mask.save(masks_folder / f"{name}.png")
                 rows[part].append((first, len(names[part]), pid, cam + 1))
                 if part == "test" and pid > 0 and tracklet == 1:
                     queries.append(len(rows[part]))
@@ -2014,6 +2033,8 @@ def _main():
                             help=f"{meaning}, {low} to {high}")
     parser.add_argument("--gait", action="store_true",
                         help="let the people of a group differ in their gait only")
+    parser.add_argument("--masks", action="store_true",
+                        help="also write a mask of the person for each frame, into DIR/masks")
     args = parser.parse_args()
     if args.check:
         # images=False, because check_images reports missing images itself
@@ -2035,6 +2056,7 @@ def _main():
         occlusion=args.occlusion / 100,
         gait=args.gait,
         seed=args.seed,
+        masks=args.masks,
     )
     print(load_dataset("synthetic", args.synthetic).summary())
     return 0

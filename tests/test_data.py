@@ -995,6 +995,44 @@ def test_synthetic_is_reproducible_and_in_mars_layout(tmp_path):
         assert read_clip(tracklet.frames, (48, 24)).shape[1:] == (3, 48, 24)
 
 
+def test_masks_show_where_the_person_is_visible(tmp_path):
+    """Black and white images beside unchanged frames. Without occlusion a mask is one person in the
+    middle; what passes in front hides parts of some; junk shows nobody."""
+    def draw(name, **options):
+        draw_synthetic(tmp_path / name, identities=4, test_identities=2, cameras=2, size=(64, 32),
+                       **options)
+        frames = sorted((tmp_path / name).glob("bbox_*/*/*.jpg"))
+        folder = tmp_path / name / "masks"
+        files = [folder / frame.relative_to(tmp_path / name).with_suffix(".png")
+                 for frame in frames]
+        assert sorted(folder.rglob("*.png")) == (files if folder.exists() else [])
+        return frames, files
+
+    def read(file):
+        with Image.open(file) as image:
+            assert (image.mode, image.size) == ("L", (32, 64))
+            return np.array(image)
+
+    plain, _ = draw("plain", occlusion=1)
+    beside, occluded = draw("beside", occlusion=1, masks=True)
+    assert [p.read_bytes() for p in plain] == [p.read_bytes() for p in beside]
+    assert load_mars(tmp_path / "beside").num_identities == 4
+    _, whole = draw("whole", occlusion=0, masks=True)
+    for file in whole + occluded:
+        mask = read(file)
+        assert set(mask.ravel().tolist()) <= {0, 255}
+        if "00-1" in file.name:
+            assert not mask.any()
+    assert any("00-1" in file.name for file in whole)
+    whole_shares, occluded_shares = ([read(file).mean() / 255 for file in files
+                                      if "00-1" not in file.name] for files in (whole, occluded))
+    assert 0.1 < min(whole_shares) < max(whole_shares) < 0.5
+    assert min(occluded_shares) < 0.9 * min(whole_shares)
+    for file in whole:
+        chest = read(file)[20:30, 13:19]
+        assert "00-1" in file.name or chest.mean() > 200, file
+
+
 def test_synthetic_identities_look_alike_in_groups():
     people = data._random_people(12, np.random.default_rng(0))
     for group in (people[:4], people[4:8], people[8:]):
