@@ -5,6 +5,8 @@ import importlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 
 import common
 import study
@@ -15,15 +17,34 @@ from data import draw_synthetic, load_dataset
 def eight(tmp_path_factory):
     """A set of tracklets of eight frames."""
     folder = tmp_path_factory.mktemp("eight") / "set"
-    draw_synthetic(folder, 2, 5, cameras=2, frames=(8, 8))
+    draw_synthetic(folder, 2, 5, cameras=2, frames=(8, 8), masks=True)
     return folder
 
 
-def test_the_rows_and_flags_are_the_scripts():
+def test_the_rows_and_flags_are_the_scripts(monkeypatch):
+    """Each script accepts the flags of its rows."""
     for (which, script), names in study.ROWS.items():
         module = importlib.import_module(script)
-        assert which in study.SETS and {*names} - {"2d-again"} <= {*module.ROWS}
-        assert (which, script) in study.FLAGS
+        assert which in study.SETS
+        for name in names:
+            monkeypatch.setattr("sys.argv", [script, *study.flags_of(which, script, name, 0)])
+            release = getattr(module, "RELEASE", None)
+            args = common.parse_args(module.RECIPE, module.ROWS, module.__doc__, f"{script}.py",
+                                     release=release)
+            assert args.data == "synthetic" and args.seed == 0
+
+
+def test_the_results_are_those_of_the_rows(capsys):
+    """tests/study.csv has rows of the study, none twice, and --table prints them."""
+    rows = study.results(study.RESULTS)
+    assert rows and {*rows[0]} <= {*study.KEYS}
+    runs = [tuple(row[key] for key in study.KEYS[:4]) for row in rows]
+    assert len({*runs}) == len(runs)
+    assert all(row in study.ROWS[which, script] for which, script, row, _ in runs)
+    study.table(rows)
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert f"| {row['script']} | {row['row']} | " in printed
 
 
 def test_a_name_of_no_row_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
@@ -70,12 +91,70 @@ def test_told_apart(eight):
         assert share == expected
 
 
+def test_where_maps_lie():
+    """A map on the person's cells, and one on the border."""
+    masks = torch.zeros(2, 32, 16)
+    masks[:, 8:24, 4:12] = 1                            # 4 x 2 of 8 x 4 cells
+    maps = torch.ones(2, 8, 4)
+    maps[:, 2:6, 1:3] = 3
+    assert study.where_maps_lie(maps, masks) == pytest.approx((1.0, -np.corrcoef(
+        (masks[0, ::4, ::4] == 0).flatten(), study_border(8, 4).flatten())[0, 1]), abs=1e-6)
+    share, border = study.where_maps_lie(study_border(8, 4)[None].expand(2, -1, -1), masks)
+    assert share == 0 and border == pytest.approx(1)
+    assert np.isnan(study.where_maps_lie(torch.rand(2, 4, 2), masks)[1])  # all border
+
+
+def study_border(height, width):
+    """1 at the border, else 0, in a loop."""
+    return torch.tensor([[float(y in (0, height - 1) or x in (0, width - 1))
+                          for x in range(width)] for y in range(height)])
+
+
+def test_share_outside():
+    masks = torch.zeros(2, 8, 4)
+    masks[0] = 1
+    maps = torch.rand(2, 3, 4, 2)
+    assert study.share_outside(maps, masks).item() == pytest.approx(0.5)
+    masks[1, :4] = 1
+    strength = maps[1].square().sum(0).sqrt()
+    expected = strength[2:].sum() / strength.sum() / 2
+    assert study.share_outside(maps, masks).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_crop_moves_the_mask_with_the_image():
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, 10:20, 12:20] = 255
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        crop, mask = study.random_crop(image, image[0] / 255, rng, size=(32, 16))
+        assert crop.shape == (3, 32, 16) and mask.shape == (32, 16)
+        assert torch.allclose(crop[0] / 255, mask, atol=0.005) and mask.max() == 1
+
+
+def test_perplexity():
+    one_hot = F.one_hot(torch.arange(4), 4).float()
+    assert study.perplexity(one_hot) == pytest.approx(1 / 4)
+    assert study.perplexity(torch.full((2, 8, 3), 1 / 8)) == pytest.approx(1)
+
+
+def test_the_trunk_trains_and_is_measured(tmp_path):
+    """One short epoch: the file has torchvision's names, and its maps are measured."""
+    draw_synthetic(tmp_path / "trunk", 6, 1, cameras=2, frames=(2, 2), size=(128, 128), masks=True)
+    study.train_trunk(tmp_path, epochs=1, batch=4)
+    net = torchvision.models.resnet50()
+    net.load_state_dict(torch.load(tmp_path / "trunk.pth", weights_only=True))
+    share, border, person = study.measure_trunk(tmp_path / "trunk.pth", tmp_path / "trunk")
+    assert 0 < share < 1 and -1 < border < 1 and 0.05 < person < 0.5
+
+
 @pytest.mark.parametrize("script, row, there", [
-    ("sinet", "base", set()), ("sinet", "sinet", set()),
-    ("tclnet", "base+tse", {"learners alike", "inside block"}),
+    ("sinet", "base", set()),
+    ("sinet", "sinet", {"R positions", "suppressed on person", "person"}),
+    ("tclnet", "base+tse", {"learners alike", "inside block", "block on person"}),
     ("tclnet", "base+tse-wo-seo", {"learners alike"}), ("tclnet", "base", set()),
     ("bicnet_tks", "tb+csp+dao", {"A alike", "A top shared"}),
-    ("m3d", "2d", set()), ("m3d", "m3d", set()), ("strf", "strf-p3dc", set())])
+    ("m3d", "2d", set()), ("m3d", "m3d+ral", {"temporal norm", "RAL spread"}),
+    ("strf", "strf-p3dc", {"mask positions"})])
 def test_measure(script, row, there, tmp_path, eight, one_backbone):
     module = importlib.import_module(script)
     frames = 1 if row == "2d" else 4
@@ -90,7 +169,9 @@ def test_measure(script, row, there, tmp_path, eight, one_backbone):
     torch.save({"script": f"{script}.py", "args": vars(args), "num_classes": 5, "history": [],
                 "model": model.state_dict()}, file)
     found = study.measure(file, eight, tracklets=3, gait=row == "strf-p3dc")
-    always = {"ms a clip", "maps alike", "top cells shared"}
+    always = {"maps alike", "top cells shared", "on person"}
+    if script not in ("bicnet_tks", "m3d"):  # their small maps are all border
+        always.add("at border")
     if row == "strf-p3dc":
         assert 0 <= found.pop("told apart") <= 1
     assert set(found) == {"shuffled"} | always | there
@@ -101,3 +182,5 @@ def test_measure(script, row, there, tmp_path, eight, one_backbone):
         assert found["shuffled"] > 0.02
     if "inside block" in there:
         assert 0 <= found["inside block"] <= 4
+    for share in there - {"learners alike", "inside block", "A alike", "temporal norm"}:
+        assert 0 <= found[share] <= 1, share
