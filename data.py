@@ -155,7 +155,9 @@ def last_line(error):
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and lines[-1].startswith("Check the documentation"):
         lines.pop()
-    return first_line(lines[-1] if lines else type(error).__name__)
+    if not lines:
+        return type(error).__name__
+    return first_line(lines[-1])
 
 
 @contextlib.contextmanager
@@ -285,7 +287,8 @@ def load_file(path) -> dict:
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"{path}: not a readable checkpoint ({last_line(error)})") from None
     if damaged is not None:
-        raise UserError(f"{path}: damaged file, the checksum of its entry {damaged} is wrong")
+        raise UserError(f"{path}: the file is damaged: the checksum of its entry {damaged} is "
+                        "wrong")
     if not isinstance(state, dict):
         return {}
     return state
@@ -371,10 +374,13 @@ class Dataset(NamedTuple):
 
 
 SPLIT_SETS = ("ilids", "prid")  # the data sets with ten splits into training and test
-CHUNK = {"duke": 32, "lsvid": 64}  # default of --chunk, else 0; a script's RELEASE may replace it
+# The default of --chunk, 0 for the other data sets. A script's RELEASE may have another default for
+# a data set, which holds with and without --release.
+CHUNK = {"duke": 32, "lsvid": 64}
 PRID_PERSONS = 178  # the number of persons that the published splits of PRID-2011 divide
 NO_MATCH = ("no query has a match, that is, a gallery tracklet of its identity under another "
-            "camera (to rank within one camera, give each query tracklet a camera name of its own)")
+            "camera (to rank the tracklets of a single camera, give each query tracklet a camera "
+            "name that no other tracklet has)")
 
 
 def load_dataset(name: str, root, split: int = 0, chunk: int = 0, *, training: bool = True,
@@ -425,8 +431,9 @@ def load_dataset(name: str, root, split: int = 0, chunk: int = 0, *, training: b
         where = error.filename or folder
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     finally:  # also before an error, which the warnings may explain
-        for what, places in _warnings.items():
-            print(f"warning: {printable(places[0])}: {what} ({len(places):,} in all)", flush=True)
+        for warning, places in _warnings.items():
+            print(f"warning: {printable(places[0])}: {warning} ({len(places):,} in all)",
+                  flush=True)
     for subset, expected in zip(("train", "query", "gallery"), source.counts):
         found = len(getattr(dataset, subset))
         needed = training or subset != "train"
@@ -442,7 +449,10 @@ def load_dataset(name: str, root, split: int = 0, chunk: int = 0, *, training: b
         consequence = "the training runs without a test" if training else "nothing can be ranked"
         print(f"warning: {printable(folder)}: {NO_MATCH}; {consequence}", flush=True)
     if chunk:
-        dataset = dataset._replace(train=[p for t in dataset.train for p in _pieces(t, chunk)])
+        pieces = []
+        for tracklet in dataset.train:
+            pieces += _pieces(tracklet, chunk)
+        dataset = dataset._replace(train=pieces)
     return dataset
 
 
@@ -484,7 +494,7 @@ def _check_layout(folder, wanted, layout):
     describes in the message what the folder should hold."""
     missing = [path for path in wanted if not (folder / path).exists()]
     if missing:
-        raise UserError(f"{folder}: missing {', '.join(missing)}; expected {layout} in this folder"
+        raise UserError(f"{folder}: missing {', '.join(missing)}; this folder should hold {layout}"
                         + _archive_hint(folder))
 
 
@@ -516,14 +526,14 @@ def _missing_frame_hint(folder, frame):
     if os.path.islink(frame):
         return ", which is a broken symbolic link"
     if os.path.isdir(f"{folder}/{top}/{top}"):
-        return f": the images seem to be in {folder}/{top}/{top}, move them one folder up"
+        return f"; the images seem to be in {folder}/{top}/{top}: move them one folder up"
     if os.path.exists(f"{folder}/{top}/{image}"):
-        return f": the images are in {folder}/{top} itself, not in a folder for each identity"
+        return f"; the images are in {folder}/{top} itself, not in a folder for each identity"
     archive = _archive_hint(folder, folder / top)
     if archive:
         return archive
     if not os.listdir(folder / top):
-        return f": {folder / top} is empty"
+        return f"; {folder / top} is empty"
     return ""
 
 
@@ -534,7 +544,7 @@ def _archive_hint(*folders):
     for folder in filter(os.path.isdir, folders):
         for name in sorted(os.listdir(folder)):
             if name.lower().endswith(endings):
-                return f": {folder}/{name} seems not to be unpacked"
+                return f"; {folder}/{name} seems not to have been unpacked"
     return ""
 
 
@@ -544,21 +554,22 @@ def _similar_names_hint(folder, start=""):
     names = sorted(name for name in os.listdir(folder) if name.startswith(start))
     if not names:
         return ""
-    return f", but {len(names):,} like {names[0]}"
+    return f", but other files or folders, such as {names[0]} ({len(names):,} in all)"
 
 
 # names of files and folders
 
-_warnings = {}  # {what is unusual but usable: places}; load_dataset clears and prints it
+_warnings = {}  # {warning: the places that it is about}; load_dataset clears and prints it
 
 
-def _warn(what, *places):
-    """Collects the places of a warning, which load_dataset prints once for each `what`."""
+def _warn(warning, *places):
+    """Collects the places of a warning. load_dataset prints each warning once, with the first of
+    its places and their number."""
     if places:
-        _warnings.setdefault(what, []).extend(places)
+        _warnings.setdefault(warning, []).extend(places)
 
 
-def natural(name):
+def natural_key(name):
     """A sort key that compares the numbers in a name by value: F2 comes before F10."""
     parts = re.split(r"(\d+)", str(name))
     parts[1::2] = [int(number) for number in parts[1::2]]
@@ -571,8 +582,13 @@ _NAME_MISMATCH = "the file name and its folder disagree on the person or the cam
 _WITHOUT_DIGITS = str.maketrans("", "", "0123456789")
 # A decimal number, such as 12.25 or 12,25, but no part of a longer chain, such as the date 2020.1.2
 # or the version 1.10.2.
-_DECIMAL = re.compile(r"(?<![\d])(?<!\d[.,])(\d+)[.,](\d+)(?![.,]?\d)")
-_NUMBER = re.compile(_DECIMAL.pattern + r"|(\d+)")
+_DECIMAL = re.compile(r"""
+    (?<!\d)             # no digit stands before it,
+    (?<!\d[.,])         # nor a digit and a dot;
+    (\d+)[.,](\d+)
+    (?![.,]?\d)         # no digit follows, with or without a dot before it
+    """, re.VERBOSE)
+_NUMBER = re.compile(rf"{_DECIMAL.pattern}|(\d+)", re.VERBOSE)  # or a whole number
 
 
 def _listing(folder):
@@ -590,7 +606,7 @@ def _names(folder):
     names, links = _listing(folder)
     names = sorted(n for n in names if n[0] != "." and n.lower() not in _SYSTEM_FILES)
     broken = {name for name in links if not os.path.exists(f"{folder}/{name}")}
-    _warn("a broken symbolic link, ignored",
+    _warn("this broken symbolic link is ignored",
           *[f"{folder}/{name}" for name in names if name in broken])
     return [name for name in names if name not in broken]
 
@@ -601,9 +617,9 @@ def _folders(folder):
     folders = {name for name in names if os.path.isdir(f"{folder}/{name}")}
     for name in names:
         if name not in folders:
-            kind = "an image" if name.lower().endswith(_IMAGE_SUFFIXES) else "a file"
-            _warn(f"{kind} next to the folders, ignored", f"{folder}/{name}")
-    return sorted(folders, key=natural)
+            kind = "image" if name.lower().endswith(_IMAGE_SUFFIXES) else "file"
+            _warn(f"this {kind} next to the folders is ignored", f"{folder}/{name}")
+    return sorted(folders, key=natural_key)
 
 
 def _images(folder):
@@ -612,7 +628,8 @@ def _images(folder):
     images = [name for name in names if name.lower().endswith(_IMAGE_SUFFIXES)]
     if len(images) < len(names):
         others = [name for name in names if not name.lower().endswith(_IMAGE_SUFFIXES)]
-        _warn("not a .jpg, .jpeg or .png file, ignored", *[f"{folder}/{name}" for name in others])
+        _warn("this is ignored, because it is not a .jpg, .jpeg or .png file",
+              *[f"{folder}/{name}" for name in others])
     return images
 
 
@@ -623,14 +640,14 @@ def _frames(folder, names):
     """
     # Only what follows the common prefix is compared; the prefix must not end inside a number.
     start = len(os.path.commonprefix(names).rstrip("0123456789.,"))
-    ordered = sorted(names, key=lambda name: natural(name[start:]))
+    ordered = sorted(names, key=lambda name: natural_key(name[start:]))
     if re.search(r"\d[.,]\d", "\n".join(names)):
         by_time = sorted(names, key=lambda name: _decimal_key(name[start:]))
         if by_time != ordered:
             decimal, sure = _are_decimals([name[start:] for name in names])
             if not sure:
-                _warn("the file names may be times or counters; the digits after the dot are read "
-                      "as decimals, .25 before .5", f"{folder}/{by_time[0]}")
+                _warn("the numbers in the file names may be decimals or counters; they are read as "
+                      "decimals, so that .25 comes before .5", f"{folder}/{by_time[0]}")
             if decimal:
                 ordered = by_time
         forms = [_NUMBER.sub("", name) for name in ordered]
@@ -638,23 +655,25 @@ def _frames(folder, names):
         forms = [name.translate(_WITHOUT_DIGITS) for name in ordered]
     others = [name for name, form in zip(ordered, forms) if form != forms[-1]]
     if others:
-        _warn("the file name has another form than that of the tracklet's last frame",
-              f"{folder}/{others[0]}")
+        _warn("the file name differs from that of the tracklet's last frame in more than its "
+              "numbers", f"{folder}/{others[0]}")
     return tuple([f"{folder}/{name}" for name in ordered])
 
 
 def _decimal_key(name):
     """A sort key that reads 12.25 as a decimal number, so that it comes before 12.5. A chain, such
     as 1.2.25, is not a decimal number."""
-    parts = _NUMBER.split(name)
-    key = [parts[0]]
-    for i in range(1, len(parts), 4):
-        # either a decimal number or a whole one, and the text after it
-        before_dot, after_dot, whole, text = parts[i:i + 4]
+    key = []  # text, number before the dot, digits after it, text, ...
+    text_start = 0
+    for number in _NUMBER.finditer(name):
+        before_dot, after_dot, whole = number.groups()
+        key.append(name[text_start:number.start()])
         if whole is not None:
-            key.append((int(whole), "", text))
+            key += [int(whole), ""]
         else:
-            key.append((int(before_dot), after_dot.rstrip("0"), text))
+            key += [int(before_dot), after_dot.rstrip("0")]
+        text_start = number.end()
+    key.append(name[text_start:])
     return key, name
 
 
@@ -673,7 +692,7 @@ def _are_decimals(names):
     return looks_decimal, True
 
 
-def _walk(folder, depth, layout, parents=()):
+def _tracklets_below(folder, depth, layout, parents=()):
     """Yields (names of the folders above, paths of the frames) for each tracklet, whose folder is
     `depth` levels below. `layout` describes in an error message what is expected."""
     if depth == 0:
@@ -688,36 +707,39 @@ def _walk(folder, depth, layout, parents=()):
         raise UserError(f"{folder}: no folders in it{_similar_names_hint(folder)}; expected "
                         f"{layout}")
     for name in names:
-        yield from _walk(f"{folder}/{name}", depth - 1, layout, (*parents, name))
+        yield from _tracklets_below(f"{folder}/{name}", depth - 1, layout, (*parents, name))
 
 
 # from names to numbers
 
-def _numbered(*parts, field, first):
+def _names_to_numbers(*parts, field, first):
     """Returns the parts, lists of tracklets, with the names in `field` ("pid" or "cam") replaced by
     numbers. The names of all parts are numbered together, from `first` on and in natural order."""
-    names = sorted({getattr(t, field) for part in parts for t in part}, key=natural)
-    numbers = {name: number for number, name in enumerate(names, first)}
-    return [[t._replace(**{field: numbers[getattr(t, field)]}) for t in part] for part in parts]
+    names = {getattr(t, field) for part in parts for t in part}
+    number_of = {name: i for i, name in enumerate(sorted(names, key=natural_key), first)}
+    numbered = []
+    for part in parts:
+        numbered.append([t._replace(**{field: number_of[getattr(t, field)]}) for t in part])
+    return numbered
 
 
-def _with_numbers(name, train, query, gallery):
+def _numbered_dataset(name, train, query, gallery):
     """The data set with numbers for the names of identities: from 0 in `train`, as the labels of
     the classifier, and from 1 in `query` and `gallery`, where 0 would be a distractor."""
-    (train,) = _numbered(train, field="pid", first=0)
-    query, gallery = _numbered(query, gallery, field="pid", first=1)
+    (train,) = _names_to_numbers(train, field="pid", first=0)
+    query, gallery = _names_to_numbers(query, gallery, field="pid", first=1)
     return Dataset(name, train, query, gallery)
 
 
-def _query_tracklets(table, variable, person_of):
-    """Returns the query tracklets. `table` is the file with their numbers; `person_of` maps the
+def _query_tracklets(table, variable, tracklet_of):
+    """Returns the query tracklets. `table` is the file with their numbers; `tracklet_of` maps the
     numbers that belong to persons to their tracklets."""
     numbers = _read_table(table, variable).ravel().tolist()
     for number, count in collections.Counter(numbers).items():
-        if number not in person_of or count > 1:
+        if number not in tracklet_of or count > 1:
             raise UserError(f"{table}: {number} is not the number of a person's tracklet, or "
                             "occurs twice")
-    return [person_of[number] for number in numbers]
+    return [tracklet_of[number] for number in numbers]
 
 
 def _read_table(path, variable, columns=None):
@@ -741,8 +763,11 @@ def _read_table(path, variable, columns=None):
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"{path}: not a readable .mat file with {variable} ({first_line(error)})"
                         ) from None
-    numeric = values.dtype.kind in "iuf"
-    if not numeric or not ((abs(values) < 2 ** 53) & (values == np.rint(values))).all():
+    all_whole = False
+    if values.dtype.kind in "iuf":
+        in_range = abs(values) < 2 ** 53  # a float64 holds every whole number up to here
+        all_whole = (in_range & (values == np.rint(values))).all()
+    if not all_whole:
         raise UserError(f"{path}: {variable} is not a matrix of whole numbers")
     return values.astype(np.int64)
 
@@ -767,12 +792,12 @@ def load_mars(folder: Path, name: str = "mars", *, images: bool = True) -> Datas
     if images:
         wanted = ["bbox_train", "bbox_test", *wanted]
     _check_layout(folder, wanted, "bbox_train/0001/*.jpg, bbox_test/0000/*.jpg and info/*, which "
-                  "is the folder info of MARS-evaluation,")
+                  "is the folder info of MARS-evaluation")
     persons = [t for t in _mars_part(folder, "train") if t.pid > 0]
-    (train,) = _numbered(persons, field="pid", first=0)
+    (train,) = _names_to_numbers(persons, field="pid", first=0)
     test = _mars_part(folder, "test")
-    person_of = {number: t for number, t in enumerate(test, 1) if t.pid > 0}
-    query = _query_tracklets(folder / "info/query_IDX.mat", "query_IDX", person_of)
+    tracklet_of = {number: t for number, t in enumerate(test, 1) if t.pid > 0}
+    query = _query_tracklets(folder / "info/query_IDX.mat", "query_IDX", tracklet_of)
     gallery = [t for t in test if t.pid >= 0]
     return Dataset(name, train, query, gallery)
 
@@ -812,7 +837,7 @@ def _mars_part(folder, part):
                                 f"{table.name} needs a file name like {prefix}0001F001.jpg")
         mixed = frames[0].split("F")[0] != frames[-1].split("F")[0]
         if mixed or sorted(set(frames)) != frames:
-            _warn("the frames of a row are of several tracklets or not in temporal order",
+            _warn("the row's frames belong to several tracklets or are not in temporal order",
                   f"{table}: row {number}")
         folder_of_person = f"{folder}/bbox_{part}/{person}/"
         paths = tuple([folder_of_person + frame for frame in frames])
@@ -842,13 +867,13 @@ def load_duke(folder: Path, name: str = "duke") -> Dataset:
     train = _duke_part(folder / "train", layout)
     query = _duke_part(folder / "query", layout)
     gallery = _duke_part(folder / "gallery", layout)
-    return _with_numbers(name, train, query, gallery)
+    return _numbered_dataset(name, train, query, gallery)
 
 
 def _duke_part(folder, layout):
     """The tracklets of one of Duke's three folders, with names for pids."""
     tracklets = []
-    for (pid, _), frames in _walk(folder, 2, layout):
+    for (pid, _), frames in _tracklets_below(folder, 2, layout):
         cam = None
         for frame in frames:
             fields = _DUKE_NAME.search(os.path.basename(frame))
@@ -856,7 +881,7 @@ def _duke_part(folder, layout):
                 raise UserError(f"{frame}: no camera and frame number in the file name; expected a "
                                 "name like 0001C6F0099X30823.jpg, camera 6 and frame 99")
             if cam is not None and cam != int(fields[2]):
-                raise UserError(f"{frame}: is of camera {fields[2]} by its file name, but earlier "
+                raise UserError(f"{frame}: the file name says camera {fields[2]}, but the earlier "
                                 f"frames of this tracklet are of camera {cam}")
             if fields[1] not in ("", pid):
                 _warn(_NAME_MISMATCH, frame)
@@ -882,7 +907,7 @@ def load_lsvid(folder: Path, name: str = "lsvid") -> Dataset:
     train = _lsvid_part(folder, folder / train_list, images, used_frames)
     test = _lsvid_part(folder, folder / test_list, images, used_frames)
     query = _query_tracklets(folder / query_table, "query", dict(enumerate(test, 1)))
-    return _with_numbers(name, train, query, test)
+    return _numbered_dataset(name, train, query, test)
 
 
 def _lsvid_part(folder, list_file, images, used_frames):
@@ -909,8 +934,8 @@ def _lsvid_part(folder, list_file, images, used_frames):
             raise UserError(f"{where}: no frames start with {path}{hint}")
         cam = _lsvid_camera(names)
         if cam is None:
-            raise UserError(f"{where}: the third field of the file names that start with {path} is "
-                            "not the same camera in all of them")
+            raise UserError(f"{where}: the file names that start with {path} must all have the "
+                            "same camera number as their third field")
         frames = _frames(path.parent, names)
         if not used_frames.isdisjoint(frames):
             raise UserError(f"{where}: frames of {start} are also in another line")
@@ -957,13 +982,14 @@ def load_ilids(folder: Path, name: str = "ilids", *, split: int = 0) -> Dataset:
     table = "train-test people splits/train_test_splits_ilidsvid.mat"
     _check_layout(folder, [*cams, table],
                   f"i-LIDS-VID/sequences/cam{{1,2}}/person*/*.png and {table}")
-    tracks = _two_cameras(folder, cams, min_frames=1)
+    tracks = _two_camera_tracks(folder, cams, min_frames=1)
     for person, pair in tracks.items():
         for cam, frames in enumerate(pair, 1):
-            _warn(_NAME_MISMATCH, *[f for f in frames if f"/cam{cam}_{person}_" not in f])
+            mismatched = [frame for frame in frames if f"/cam{cam}_{person}_" not in frame]
+            _warn(_NAME_MISMATCH, *mismatched)
     train, test = _split_of_table(folder / table, split, list(tracks),
                                   "persons with images under both cameras")
-    return _of_two_cameras(name, tracks, train, test)
+    return _two_camera_dataset(name, tracks, train, test)
 
 
 def load_prid(folder: Path, name: str = "prid", *, split: int = 0) -> Dataset:
@@ -988,10 +1014,11 @@ def load_prid(folder: Path, name: str = "prid", *, split: int = 0) -> Dataset:
     cams = ["multi_shot/cam_a", "multi_shot/cam_b"]
     _check_layout(folder, cams, "multi_shot/cam_{a,b}/person_0001/*.png")
     tracks = {}
-    for person, pair in _two_cameras(folder, cams, min_frames=27).items():
+    for person, pair in _two_camera_tracks(folder, cams, min_frames=27).items():
         number = re.fullmatch(r"person_(\d+)", person)
         if not number:
-            _warn("not a folder name like person_0001, ignored", f"{folder / cams[0]}/{person}")
+            _warn("this folder is ignored, because its name is not like person_0001",
+                  f"{folder / cams[0]}/{person}")
         elif 1 <= int(number[1]) <= 200:
             tracks[person] = pair
     description = "persons 1 to 200 with at least 27 frames under both cameras"
@@ -1001,7 +1028,7 @@ def load_prid(folder: Path, name: str = "prid", *, split: int = 0) -> Dataset:
     files = [file for file in candidates if file.exists()]
     if files and files[0].suffix == ".mat":
         train, test = _split_of_table(files[0], split, list(tracks), description)
-        return _of_two_cameras(name, tracks, train, test)
+        return _two_camera_dataset(name, tracks, train, test)
     if files:
         path = files[0]
     else:
@@ -1024,7 +1051,7 @@ def load_prid(folder: Path, name: str = "prid", *, split: int = 0) -> Dataset:
         if person not in tracks or count > 1:
             raise UserError(f"{path}: split {split} names {str(person)[:60]!r}, who is listed "
                             f"twice or is not one of the {description}")
-    return _of_two_cameras(name, tracks, train, test)
+    return _two_camera_dataset(name, tracks, train, test)
 
 
 def _draw_splits(path, persons):
@@ -1039,7 +1066,8 @@ def _draw_splits(path, persons):
             with replacing(path) as file:
                 file.write(json.dumps(splits, indent=1).encode() + b"\n")
         except UserError as error:
-            print(f"warning: {error}; the splits are not saved, the next run draws the same ones")
+            print(f"warning: {error}; the splits are not saved, but the next run draws the same "
+                  "ones")
     return splits
 
 
@@ -1059,7 +1087,7 @@ def _split_of_table(table, split, persons, description):
     return order[half:], order[:half]
 
 
-def _two_cameras(folder, cams, min_frames):
+def _two_camera_tracks(folder, cams, min_frames):
     """{person: (frames under the first camera, frames under the second)} of the persons who have at
     least `min_frames` under both."""
     tracks = collections.defaultdict(list)
@@ -1072,13 +1100,13 @@ def _two_cameras(folder, cams, min_frames):
     return {person: pair for person, pair in tracks.items() if len(pair) == 2}
 
 
-def _of_two_cameras(name, tracks, train, test):
-    """The data set for `tracks` of `_two_cameras` and a split into persons of the training and of
-    the test. The queries are of the first camera, the gallery is of the second."""
+def _two_camera_dataset(name, tracks, train, test):
+    """The data set for the result of `_two_camera_tracks` and a split into training and test
+    persons. The queries are of the first camera, the gallery is of the second."""
     def tracklets(persons, cam):
-        ordered = sorted(persons, key=natural)
+        ordered = sorted(persons, key=natural_key)
         return [Tracklet(tracks[person][cam - 1], person, cam) for person in ordered]
-    return _with_numbers(
+    return _numbered_dataset(
         name,
         train=tracklets(train, 1) + tracklets(train, 2),
         query=tracklets(test, 1),
@@ -1107,27 +1135,28 @@ def load_folder(folder: Path, name: str = "folder", *, training: bool = True) ->
     for part in ("train", "query", "gallery"):
         found[part] = []
         if (folder / part).is_dir():
-            for (pid, cam, _), frames in _walk(folder / part, 3, layout):
+            for (pid, cam, _), frames in _tracklets_below(folder / part, 3, layout):
                 found[part].append(Tracklet(frames, pid, cam))
     for part, tracklets in found.items():
+        pids = sorted({t.pid for t in tracklets})
+        named_as_in_mars = [pid for pid in pids if re.fullmatch("0+|0*-1", pid)]
         _warn("this identity is named like the junk or the distractors of MARS, but is treated as "
               "a person; remove its folder if that is wrong",
-              *[f"{folder}/{part}/{pid}" for pid in sorted({t.pid for t in tracklets})
-                if re.fullmatch("0+|0*-1", pid)])
+              *[f"{folder}/{part}/{pid}" for pid in named_as_in_mars])
     if not (folder / "query").is_dir():
         first = {}
         for t in found["gallery"]:
             first.setdefault((t.pid, t.cam), t)
         found["query"] = list(first.values())
         print(f"{printable(folder)}/query is missing: the first gallery tracklet of each identity "
-              f"and camera is a query, {len(first):,} in all", flush=True)
+              f"and camera serves as a query ({len(first):,} in all)", flush=True)
     tested = {t.pid for t in found["query"] + found["gallery"]}
     shared = {t.pid for t in found["train"]} & tested
     _warn("this identity is in both the training and the test set",
           *[f"{folder}/train/{pid}" for pid in sorted(shared)])
-    train, query, gallery = _numbered(found["train"], found["query"], found["gallery"],
+    train, query, gallery = _names_to_numbers(found["train"], found["query"], found["gallery"],
                                       field="cam", first=1)
-    return _with_numbers(name, train, query, gallery)
+    return _numbered_dataset(name, train, query, gallery)
 
 
 class Source(NamedTuple):
@@ -1352,7 +1381,7 @@ def check_images(dataset: Dataset) -> int:
     count = collections.Counter()
     first_dark = None
     with ThreadPool(16) as pool:
-        results = pool.imap(_check_frame, paths, chunksize=64)
+        results = pool.imap(_classify_frame, paths, chunksize=64)
         for kind, text in progress(results, "checking", len(paths), unit=" frames"):
             count[kind] += 1
             if kind in MAX_NAMED and count[kind] <= MAX_NAMED[kind]:
@@ -1363,14 +1392,14 @@ def check_images(dataset: Dataset) -> int:
         if count[kind] > limit:
             print(f"... and {count[kind] - limit:,} more that are {kind}")
     if first_dark is not None:
-        print(f"warning: {printable(first_dark)}: a PNG of 16 bits that is nearly black when 65535 "
-              f"is white, as one with values of 12 bits is ({count['dark']:,} in all)")
+        print(f"warning: {printable(first_dark)}: this PNG of 16 bits becomes nearly black in 8 "
+              f"bits; it may hold 12-bit values, whose white is 4095 ({count['dark']:,} in all)")
     bad = count["missing"] + count["damaged"]
-    print(f"{len(paths):,} frames checked, {bad:,} bad")
+    print(f"{len(paths):,} frames checked, {bad:,} missing or damaged")
     return bad
 
 
-def _check_frame(path):
+def _classify_frame(path):
     """Checks a frame. Returns ("missing" or "damaged", message), ("dark", path), or (None, path) if
     it is fine."""
     try:
@@ -1537,14 +1566,14 @@ class PKSampler(torch.utils.data.Sampler):
         for index, pid in enumerate(pids):
             self.tracklets_of[pid].append(index)
         if P > len(self.tracklets_of):
-            raise UserError(f"a batch needs {P} {self.unit}, the training set has "
-                            f"{len(self.tracklets_of)}: use fewer {self.flags}")
+            raise UserError(f"a batch needs {P} {self.unit}, but the training set has only "
+                            f"{len(self.tracklets_of)}: use a smaller {self.flags}")
         if P % world:
             raise UserError(f"{P} {self.unit} in a batch cannot be divided evenly among {world} "
                             f"processes: use a multiple of {world}")
         if P * K == world:
             raise UserError(f"a batch of {P * K} clips leaves each of {world} processes a single "
-                            "clip, but BatchNorm needs at least two: use more --ids or --clips")
+                            "clip, but BatchNorm needs at least two: use a larger --ids or --clips")
         self.P = P
         self.K = K
         self.shows = shows
@@ -1580,7 +1609,7 @@ class PKSampler(torch.utils.data.Sampler):
         """Yields batches of P pairs (pid, its K tracklets), in which every identity occurs at least
         once."""
         order = rng.permutation(self.pids)
-        free = -len(order) % self.P  # places in the last batch, 0 if it is full
+        free = self.batches * self.P - len(order)  # places in the last batch, 0 if it is full
         order = np.concatenate([order, order[:free]])
         for batch in order.reshape(-1, self.P):
             groups = []
@@ -1595,10 +1624,9 @@ class PKSampler(torch.utils.data.Sampler):
         shuffled = [rng.permutation(self.tracklets_of[pid]) for pid in self.pids]
         left = self.groups.copy()  # for each identity, the number of groups still to be shown
         surplus = left.sum() - self.P * self.batches  # groups that do not fill a last batch
-        # for each group, the position of its identity
-        each_group = np.repeat(np.arange(len(left)), left)
-        dropped = rng.choice(each_group, surplus, replace=False)
-        np.subtract.at(left, dropped, 1)
+        identity_of_group = np.repeat(np.arange(len(left)), left)
+        for identity in rng.choice(identity_of_group, surplus, replace=False):
+            left[identity] -= 1
         for batches_after in reversed(range(self.batches)):
             # An identity that has more groups left than there are batches after this one must be in
             # this batch.
@@ -2007,11 +2035,12 @@ def _main():
         description="Makes a data set of synthetic pedestrians in the layout of MARS, or checks "
                     "the images of a data set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--synthetic", metavar="DIR", type=os.path.expanduser,
-                      help="make a synthetic data set in this folder, which must not exist yet")
-    what.add_argument("--check", action="store_true",
-                      help="decode every frame of --data; the exit code is 1 if any is bad")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--synthetic", metavar="DIR", type=os.path.expanduser,
+                        help="make a synthetic data set in this folder, which must not exist yet")
+    action.add_argument("--check", action="store_true",
+                        help="decode every frame of --data; the exit code is 1 if any is missing "
+                             "or damaged")
     parser.add_argument("--data", choices=DATA_SETS, default="mars", help="data set to check")
     parser.add_argument("--root", metavar="DIR", default="datasets", type=os.path.expanduser,
                         help="folder that holds the data sets, or the data set itself")

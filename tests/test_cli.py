@@ -646,7 +646,7 @@ def test_errors_are_one_line(run, small_root, tmp_path, arguments, says):
     [
         (("--frames", "3"), ["at least 4 frames, not 3", "--frames"]),
         (("--height", "32"), ["at least 33x33 pixels, not 32x64", "--height"]),
-        (("--ids", "7"), ["a batch needs 7 identities, the training set has 6"]),
+        (("--ids", "7"), ["a batch needs 7 identities, but the training set has only 6"]),
         (("--epochs", "0"), ["--epochs", "whole number from 1 to"]),
         (("--lr", "nan"), ["--lr", "a number from 0 to"]),
         (("--seed", "1" + 30 * "0"), ["--seed", "whole number from 0 to"]),
@@ -718,11 +718,11 @@ def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
             )
         ),
         *(
-            (script, ("--ids", "7"), ["a batch needs 7 identities, the training set has 6"])
+            (script, ("--ids", "7"), ["a batch needs 7 identities, but the training set has only"])
             for script in list(SCRIPTS)[1:]
             if script != "m3d.py"
         ),
-        ("m3d.py", ("--ids", "700"), ["a batch needs 700 tracklets, the training set has"]),
+        ("m3d.py", ("--ids", "700"), ["a batch needs 700 tracklets, but the training set has"]),
         ("m3d.py", ("--stream", "both"), ["--stream", "'both'"]),
         ("strf.py", ("--kappa", "x"), ["--kappa", "a number from 0 to"]),
     ],

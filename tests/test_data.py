@@ -145,7 +145,7 @@ def repeat_a_query(folder):
 
 @pytest.mark.parametrize("damage, says", [
     (shutil.rmtree, "missing bbox_train, bbox_test, info/train_name.txt"),
-    (lambda f: (f / QUERIES).unlink(), "missing info/query_IDX.mat; expected"),
+    (lambda f: (f / QUERIES).unlink(), "missing info/query_IDX.mat; this folder should hold"),
     (drop_last_line, "of test_name.txt, some of which do not exist"),
     (change_a_name, "train_name.txt: line "),
     (cut_test_table(150), "tracks_test_info.mat: not a readable .mat file"),
@@ -184,8 +184,8 @@ def test_what_is_odd_but_usable_is_a_warning(small_root, tmp_path, capsys):
     out = capsys.readouterr().out
     left = (f"{folder / TRAIN_NAMES}: line {last}: no row of tracks_train_info.mat refers to this "
             "line")
-    mixed = (f"{folder / TRAIN_TABLE}: row 1: the frames of a row are of several tracklets or not "
-             "in temporal order")
+    mixed = (f"{folder / TRAIN_TABLE}: row 1: the row's frames belong to several tracklets or are "
+             "not in temporal order")
     assert f"warning: {left} (1 in all)" in out and f"warning: {mixed} (1 in all)" in out
     assert len(train[0].frames) == last - 1
 
@@ -250,9 +250,9 @@ def unlink_the_target(folder):
 
 
 @pytest.mark.parametrize("damage, says", [
-    (move_down, "14 of 28 .*: the images seem to be in .*/bbox_train/bbox_train, move"),
-    (put_flat, "14 of 28 .*: the images are in .*/bbox_train itself, not in a folder for each"),
-    (keep_in_archive, "14 of 28 .*/bbox_train.zip seems not to be unpacked$"),
+    (move_down, "14 of 28 .*; the images seem to be in .*/bbox_train/bbox_train: move"),
+    (put_flat, "14 of 28 .*; the images are in .*/bbox_train itself, not in a folder for each"),
+    (keep_in_archive, "14 of 28 .*/bbox_train.zip seems not to have been unpacked$"),
     (lose_all, "14 of 28 .*/bbox_train is empty$"),
     (lose_a_person, "2 of 28 tracklets lack their first frame, such as .*/0003C1T0001F001.jpg$"),
     (unlink_the_target, "1 of 28 .*/0001C1T0001F001.jpg, which is a broken symbolic link$"),
@@ -273,7 +273,7 @@ def test_an_archive_in_the_place_of_its_folder_is_named(small_root, tmp_path):
     shutil.copytree(small_root / "synthetic", tmp_path / "mars")
     shutil.rmtree(tmp_path / "mars/bbox_test")
     (tmp_path / "mars/bbox_test.tar.gz").touch()
-    with pytest.raises(UserError, match="missing bbox_test; .*/bbox_test.tar.gz seems not to be"):
+    with pytest.raises(UserError, match="missing bbox_test; .*/bbox_test.tar.gz seems not to"):
         load_dataset("mars", tmp_path)
 
 
@@ -508,8 +508,9 @@ def test_check_warns_of_12_bits_in_16(tmp_path, capsys, white, dark):
     paths[3].write_bytes(colours)
     assert data.check_images(frames_only(paths)) == 0
     out = capsys.readouterr().out
-    assert out.endswith("4 frames checked, 0 bad\n")
-    assert (f"warning: {tmp_path}/1.png: a PNG of 16 bits" in out and "(3 in all)" in out) == dark
+    assert out.endswith("4 frames checked, 0 missing or damaged\n")
+    warned = f"warning: {tmp_path}/1.png: this PNG of 16 bits" in out and "(3 in all)" in out
+    assert warned == dark
     assert ("warning" in out) == dark
 
 
@@ -525,7 +526,8 @@ def test_check_counts_what_is_missing_after_the_first_five(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum("no such frame" in line for line in lines) == 5
     assert sum("unreadable image" in line for line in lines) == 19
-    assert lines[-2:] == ["... and 995 more that are missing", "1,020 frames checked, 1,019 bad"]
+    assert lines[-2:] == ["... and 995 more that are missing",
+                          "1,020 frames checked, 1,019 missing or damaged"]
     for path in paths[:700]:
         path.write_bytes(whole[:200])
     assert data.check_images(frames_only(paths)) == 1019
@@ -954,10 +956,11 @@ def test_batches_are_the_same_as_ever():
 
 def test_samplers_refuse():
     for says, sampler, arguments in (
-        ("a batch needs 8 identities, the training set has 7", PKSampler, (PIDS, 8, 2)),
+        ("a batch needs 8 identities, but the training set has only 7", PKSampler, (PIDS, 8, 2)),
         ("4 identities in a batch cannot be divided evenly among 3", PKSampler, (PIDS, 4, 2, 3)),
         ("leaves each of 4 processes a single clip", PKSampler, (PIDS, 4, 1, 4)),
-        ("a batch needs 27 tracklets, the training set has 25", TrackletSampler, (PIDS, 9, 3)),
+        ("a batch needs 27 tracklets, but the training set has only 25", TrackletSampler,
+         (PIDS, 9, 3)),
         ("3 tracklets in a batch cannot be divided evenly among 2",
          TrackletSampler, (PIDS, 3, 1, 2)),
         ("leaves each of 4 processes a single clip", TrackletSampler, (PIDS, 4, 1, 4)),

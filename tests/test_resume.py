@@ -906,7 +906,7 @@ def test_a_flipped_bit_is_named(small, refuses, tmp_path):
         place = entry.header_offset + 30 + name + extra + rng.randrange(entry.file_size)
         damaged[place] ^= 1 << rng.randrange(8)
         (tmp_path / "bad.pt").write_bytes(damaged)
-        says = f"bad.pt: damaged file, the checksum of its entry {entry.filename} is wrong"
+        says = f"bad.pt: the file is damaged: the checksum of its entry {entry.filename} is wrong"
         refuses(("--resume", "bad.pt", "--evaluate"), says)
         if n < 3:
             refuses(("--resume", "bad.pt", "--epochs", 2), says)

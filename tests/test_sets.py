@@ -338,7 +338,7 @@ def test_folder(tmp_path, capsys):
     shutil.rmtree(tmp_path / "folder/query")
     image(tmp_path / "folder/gallery/user 9/door/t two/1.jpg")
     d = load_dataset("folder", tmp_path)
-    assert "a query, 9 in all" in capsys.readouterr().out
+    assert "a query (9 in all)" in capsys.readouterr().out
     assert len(d.query) == 9 and len(d.gallery) == 10
     assert all(t in d.gallery for t in d.query)
     assert "t two" not in above(d.query)
@@ -397,7 +397,7 @@ def test_frames_are_in_natural_order(tmp_path, names):
     for name in names:
         (tmp_path / name).touch()
     frames = data._frames(tmp_path, data._images(tmp_path))
-    assert [Path(f).name for f in frames] == sorted(names, key=data.natural)
+    assert [Path(f).name for f in frames] == sorted(names, key=data.natural_key)
 
 
 @pytest.mark.parametrize("names, warned", [
@@ -430,7 +430,7 @@ def test_frames_named_by_times_are_in_the_order_of_time(tmp_path, names, warned,
     (found,) = [t.frames for t in train if "/t two/" in t.frames[0]]
     assert [Path(f).stem for f in found] == names
     out = capsys.readouterr().out
-    says = f"warning: {folder}/{names[0]}.jpg: the file names may be times or counters"
+    says = f"warning: {folder}/{names[0]}.jpg: the numbers in the file names may be decimals or"
     assert (says in out) == warned and out.count("warning") == warned, out
 
 
@@ -476,9 +476,9 @@ def rename_frame(path, name):
 TRACK = "train/0001/0001"  # of Duke
 CAM = "i-LIDS-VID/sequences/cam1"
 FOREIGN = "the file name and its folder disagree on the person or the camera"
-BESIDE = "an image next to the folders, ignored"
-OTHERWISE = "the file name has another form than that of the tracklet's last frame"
-IGNORED = "not a .jpg, .jpeg or .png file, ignored"
+BESIDE = "this image next to the folders is ignored"
+OTHERWISE = "the file name differs from that of the tracklet's last frame in more than its numbers"
+IGNORED = "this is ignored, because it is not a .jpg, .jpeg or .png file"
 
 
 @pytest.mark.parametrize("name, damage, first, says", [
@@ -560,7 +560,7 @@ def test_links_to_nothing_are_left_out_with_a_warning(tmp_path, name, link, caps
     (folder / link).symlink_to(tmp_path / "gone")
     assert load_dataset(name, tmp_path) == whole
     new = [line for line in capsys.readouterr().out.splitlines() if line not in before]
-    assert new == [f"warning: {folder}/{link}: a broken symbolic link, ignored (1 in all)"]
+    assert new == [f"warning: {folder}/{link}: this broken symbolic link is ignored (1 in all)"]
 
 
 def test_links_to_frames_and_folders_are_followed(tmp_path, capsys):
@@ -576,10 +576,11 @@ def test_links_to_frames_and_folders_are_followed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, inside, says", [
-    ("duke", TRACK, f"{TRACK}: no images in it, but 2 like a.jfif; expected"),
+    ("duke", TRACK, f"{TRACK}: no images in it, but other files or folders, such as a.jfif (2 in"),
     ("folder", "train/bob/door/t one",
-     "train/bob/door/t one: no images in it, but 2 like a.jfif; expected"),
-    ("folder", "train/bob/door", "train/bob/door: no folders in it, but 2 like a.jfif; expected"),
+     "train/bob/door/t one: no images in it, but other files or folders, such as a.jfif (2 in"),
+    ("folder", "train/bob/door",
+     "train/bob/door: no folders in it, but other files or folders, such as a.jfif (2 in all);"),
     ("lsvid", "tracklet_train/0003", "no frames start with"),
     ("ilids", f"{CAM}/person003", "is not a permutation of the 7 persons"),
 ])
@@ -592,7 +593,7 @@ def test_a_folder_of_other_files_only_says_what_it_holds(tmp_path, name, inside,
     with pytest.raises(UserError, match=re.escape(says)):
         load_dataset(name, tmp_path)
     out = capsys.readouterr().out  # what is odd is said before an error, too
-    assert f"warning: {folder}/a.jfif: " in out and "ignored (2 in all)" in out
+    assert f"warning: {folder}/a.jfif: " in out and "png file (2 in all)" in out
 
 
 def test_many_odd_frames_are_one_line(tmp_path, capsys):
@@ -657,7 +658,7 @@ def test_to_test_needs_no_train(tmp_path, capsys):
     assert "train           -" in d.summary()
     shutil.rmtree(folder / "query")
     assert len(load_dataset("folder", tmp_path, training=False).query) == 9
-    with pytest.raises(UserError, match="missing train; expected"):
+    with pytest.raises(UserError, match="missing train; this folder should hold"):
         load_dataset("folder", tmp_path)
 
 
@@ -689,18 +690,18 @@ def rename_gallery(folder):
 
 BAD = {
     "duke": [
-        (remove("query"), "missing query; expected"),
+        (remove("query"), "missing query; this folder should hold"),
         (remove("train/0001/0001/*"), "train/0001/0001: no images in it"),
         (lambda f: image(f / "train/0001/0001/x.jpg"),
          "x.jpg: no camera and frame number in the file name"),
         (lambda f: image(f / "train/0001/0001/0001C7F0001X1.jpg"),
-         "0001C7F0001X1.jpg: is of camera 7 by its file name, but earlier frames of this tracklet "
+         "0001C7F0001X1.jpg: the file name says camera 7, but the earlier frames of this tracklet "
          "are of camera 2"),
         (remove("train/*"), "duke/train: no folders in it"),
         (rename_gallery, "no query has a match"),
         (lambda f: image(f / "train/0900/0900C1F0001X1.jpg"),
-         "train/0900: no folders in it, but 1 like 0900C1F0001X1.jpg; expected "
-         "{train,query,gallery}/<pid>/<tracklet>"),
+         "train/0900: no folders in it, but other files or folders, such as 0900C1F0001X1.jpg "
+         "(1 in all); expected {train,query,gallery}/<pid>/<tracklet>"),
     ],
     "lsvid": [
         (remove(LIST), f"missing {LIST}"),
@@ -712,7 +713,7 @@ BAD = {
         (first_row(lambda row: "a\0b/c_1_2 1"), f"{LIST}: line 1: no frames start with"),
         (first_row(lambda row: row.replace("_1 ", "_4 ")), f"{LIST}: line 1: no frames start with"),
         (rows_of(lambda rows: ["tracklet_train/0003/0003 3", *rows]),
-         "is not the same camera in all of them"),
+         "must all have the same camera number as their third field"),
         (rows_of(lambda rows: []), "no train tracklets"),
         (rows_of(lambda rows: [*rows, rows[0]]), f"{LIST}: line 5: "),
         (rows_of(lambda rows: [rows[0].replace("_1 ", "_ "), *rows]),
@@ -758,13 +759,13 @@ BAD = {
         (splits('[{"train": ["person_0001"], "test": []}]'), "no query tracklets"),
     ],
     "folder": [
-        (remove("gallery"), "missing gallery; expected"),
+        (remove("gallery"), "missing gallery; this folder should hold"),
         (lambda f: (f / "train/bob/door/empty").mkdir(),
          "train/bob/door/empty: no images in it"),
         (remove("query/*"), "folder/query: no folders in it"),
         (lambda f: image(f / "train/eve/door/1.jpg"),
-         "train/eve/door: no folders in it, but 1 like 1.jpg; expected "
-         "{train,query,gallery}/<pid>/<cam>/"),
+         "train/eve/door: no folders in it, but other files or folders, such as 1.jpg (1 in all); "
+         "expected {train,query,gallery}/<pid>/<cam>/"),
     ],
 }
 @pytest.mark.parametrize("name", [*data.DATA_SETS])
@@ -945,14 +946,15 @@ def test_check_names_every_bad_image(run, tmp_path):
     folder = write_lsvid(tmp_path / "sets")
     check = ("data.py", "--check", "--data", "lsvid", "--root", tmp_path / "sets")
     done = run(*check)
-    assert done.returncode == 0 and " 0 bad" in done.stdout, done.stderr
+    assert done.returncode == 0 and " 0 missing or damaged" in done.stdout, done.stderr
     frames = sorted(p for p in folder.rglob("*.jpg") if "_10_7" not in p.name)[:3]
     content = frames[0].read_bytes()
     frames[0].write_bytes(b"")
     frames[1].write_bytes(content[:300])
     frames[2].write_bytes(content[:-2])  # libjpeg reads it, and complains
     done = run(*check)
-    assert done.returncode == 1 and " 3 bad" in done.stdout and "Traceback" not in done.stderr
+    assert done.returncode == 1 and " 3 missing or damaged" in done.stdout
+    assert "Traceback" not in done.stderr
     assert all(f"{frame}: unreadable image" in done.stdout for frame in frames)
 
 
