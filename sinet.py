@@ -70,8 +70,8 @@ Unspecified in the paper; our choice, which follows the authors' release where (
   test clips    A tracklet is cut into T equal parts, as in training. Clip i consists of the i-th
                 frame of every part. All frames are used, and some twice where T does not divide the
                 length: 10 frames give 3 clips of 4.
-  pieces        LS-VID's training tracklets are cut into pieces of 48 frames (release), with and
-                without --release; --chunk 0 keeps them whole.
+  pieces        LS-VID's training tracklets are cut into pieces of 48 frames (release). This holds
+                with and without --release; --chunk 0 keeps them whole.
   Table 3       Non-local blocks whose inner width is half the channels, or GC blocks with a
                 reduction of 16, replace both IDMs. "Non-local (1)" is the mean over all positions,
                 and "Non-local (inverse)" the softmax of the negated affinity.
@@ -185,14 +185,14 @@ class KernelGenerationModule(nn.Module):
 
     def forward(self, p):
         B, s = p.shape[:2]
-        a_p = self.attention(p.flatten(0, 1)).unflatten(0, (B, s))        # (B, s, k*k, H, W)
+        maps = self.attention(p.flatten(0, 1)).unflatten(0, (B, s))       # (B, s, k*k, H, W)
         # F.normalize divides by at least 1e-12, which is 0 in float16
-        a_p = a_p.to(torch.promote_types(a_p.dtype, torch.float32))
-        a_p = F.normalize(a_p, p=1, dim=2)                                # over the k*k maps,
-        a_p = a_p.transpose(1, 2).flatten(2)                              # (B, k*k, s*H*W)
-        a_p = F.normalize(a_p, p=1, dim=2)                                # then over s*H*W
-        p = p.movedim(2, 4).flatten(1, 3)                                 # (B, s*H*W, C)
-        return a_p.to(p.dtype) @ p                                        # K = P A_p^T
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        maps = F.normalize(maps, p=1, dim=2)                              # over the k*k maps,
+        by_map = maps.transpose(1, 2).flatten(2)                          # (B, k*k, s*H*W)
+        a_p = F.normalize(by_map, p=1, dim=2)                             # then over s*H*W
+        features = p.movedim(2, 4).flatten(1, 3)                          # (B, s*H*W, C)
+        return a_p.to(p.dtype) @ features                                 # K = P A_p^T
 
 
 def conv_by_matmul(q, kernel):
@@ -213,11 +213,11 @@ def conv_by_matmul(q, kernel):
     rows = torch.arange(-(k // 2), H + k // 2, device=q.device).clamp(0, H - 1)
     columns = torch.arange(-(k // 2), W + k // 2, device=q.device).clamp(0, W - 1)
     responses = responses.index_select(1, rows).index_select(2, columns)
-    total = 0
+    response = 0
     for i in range(k):
         for j in range(k):
-            total = total + responses[:, i:i + H, j:j + W, i * k + j]
-    return total
+            response = response + responses[:, i:i + H, j:j + W, i * k + j]
+    return response
 
 
 class SuppressOperation(nn.Module):
@@ -303,7 +303,7 @@ class CrossPropagationModule(nn.Module):
         return torch.cat([z_former, z_later], 1)
 
 
-def channels_last(x):
+def as_channels_last_frames(x):
     """Returns maps (B, T, C, H, W) with the same values, but stored so that the frames
     (B*T, C, H, W) are in torch.channels_last memory format. The gradient gets this format, too.
 
@@ -311,7 +311,9 @@ def channels_last(x):
     Flattening to one dimension in the order (B, T, H, W, C) forces the format in both directions.
     """
     _, T, C, H, W = x.shape
-    return x.movedim(2, 4).flatten().view(-1, T, H, W, C).movedim(4, 2)
+    by_position = x.movedim(2, 4)                                         # (B, T, H, W, C)
+    values = by_position.flatten()
+    return values.view(-1, T, H, W, C).movedim(4, 2)                      # (B, T, C, H, W)
 
 
 class SalientToBroadModule(nn.Module):
@@ -319,7 +321,7 @@ class SalientToBroadModule(nn.Module):
 
     Input: X (B, T, C, H, W), T above s; with CAL, H and W at least 3. Output: Z, of the same shape.
     Copy with: gap, ChannelAttentionLayer, KernelGenerationModule, conv_by_matmul,
-    SuppressOperation, CrossPropagationModule and channels_last.
+    SuppressOperation, CrossPropagationModule and as_channels_last_frames.
 
     Args:
         channels: C.
@@ -351,7 +353,9 @@ class SalientToBroadModule(nn.Module):
             self.cal = ChannelAttentionLayer(channels, reduction=se_reduction, release=release)
         self.kgm = KernelGenerationModule(channels, kernel_size=kernel_size)
         self.so = SuppressOperation(beta=beta, scale=scale)
-        self.cpm = CrossPropagationModule(alpha=alpha if cpm else 0.0, release=release)
+        if not cpm:
+            alpha = 0.0
+        self.cpm = CrossPropagationModule(alpha=alpha, release=release)
 
     def forward(self, x):
         s = self.split
@@ -359,16 +363,16 @@ class SalientToBroadModule(nn.Module):
             raise ValueError(f"SBM with split {s} needs more than {s} frames, not {x.shape[1]}")
         if x.shape[2] != self.channels:
             raise ValueError(f"SBM was built for {self.channels} channels, not {x.shape[2]}")
-        x = channels_last(x)            # the slices below give gradients in another format
-        weighted = x
+        x = as_channels_last_frames(x)  # the slices below give gradients in another format
+        attended = x
         if self.cal is not None:
-            weighted = self.cal(x)                                                # Eq. 1-2
-        p = weighted[:, :s]
-        q = weighted[:, s:]
+            attended = self.cal(x)                                                # Eq. 1-2
+        p = attended[:, :s]
+        q = attended[:, s:]
         kernel = self.kgm(p)
         suppression = self.so(q, kernel)                                          # Eq. 3-4
         z = self.cpm(x[:, :s], x[:, s:], suppression)                             # Eq. 5-6
-        return channels_last(z)         # torch.cat in CPM has lost the format
+        return as_channels_last_frames(z)  # torch.cat in CPM has lost the format
 
 
 # ---------------------------------------------------- Sec. 3.2: Integration-and-Distribution Module
@@ -457,17 +461,17 @@ class NonLocalBlock(nn.Module):
     def forward(self, x):
         B, T, C, H, W = x.shape
 
-        def embed(layer):
+        def project_positions(layer):
             """The layer's result for all positions of a clip, (B, 1, m, C/2)."""
             y = layer(x.flatten(0, 1)).view(B, T, -1, H, W)
             return y.movedim(2, 4).reshape(B, 1, T * H * W, -1)
 
-        g = embed(self.g)
+        g = project_positions(self.g)
         if self.affinity == "ones":
             y = g.mean(2, keepdim=True).expand_as(g)
         else:
-            theta = embed(self.theta)
-            phi = embed(self.phi)
+            theta = project_positions(self.theta)
+            phi = project_positions(self.phi)
             if self.affinity == "inverse":
                 theta = -theta
             y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)  # softmax(theta phi^T) g
@@ -633,8 +637,8 @@ class SINet(nn.Module):
                 after_pool = math.ceil(after_conv1 / 2)
             return math.ceil(after_pool / 2)
 
-        after = {}                                      # "layer2_4": the modules after that block
-        for number in IDM_BLOCKS[idms]:
+        modules_after = {}                              # {"layer2_4": the modules after that block}
+        for block_number in IDM_BLOCKS[idms]:
             if mixer == "idm":
                 module = IntegrationDistributionModule(
                     512, frames, layer2_size(height), layer2_size(width), reduction=reduction,
@@ -643,9 +647,9 @@ class SINet(nn.Module):
                 module = GlobalContextBlock(512)
             else:
                 module = NonLocalBlock(512, affinity=mixer)
-            after[f"layer2_{number}"] = nn.Sequential(module)
+            modules_after[f"layer2_{block_number}"] = nn.Sequential(module)
         if sbm:
-            for number, split in zip(sbm_blocks, sbm_splits):
+            for block_number, split in zip(sbm_blocks, sbm_splits):
                 module = SalientToBroadModule(
                     1024,
                     split=split,
@@ -658,11 +662,11 @@ class SINet(nn.Module):
                     scale=scale,
                     release=release,
                 )
-                name = f"layer3_{number}"
-                if name not in after:
-                    after[name] = nn.Sequential()
-                after[name].append(module)
-        self.after = nn.ModuleDict(after)
+                name = f"layer3_{block_number}"
+                if name not in modules_after:
+                    modules_after[name] = nn.Sequential()
+                modules_after[name].append(module)
+        self.after = nn.ModuleDict(modules_after)
         self.pool = pool
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes, bias=release)
@@ -679,9 +683,9 @@ class SINet(nn.Module):
         x = clips.flatten(0, 1).to(self.neck.weight.dtype)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         for stage in ("layer1", "layer2", "layer3", "layer4"):
-            for number, block in enumerate(getattr(self, stage), 1):
+            for block_number, block in enumerate(getattr(self, stage), 1):
                 x = block(x)
-                name = f"{stage}_{number}"
+                name = f"{stage}_{block_number}"
                 if name in self.after:
                     maps = x.unflatten(0, (B, T))
                     x = self.after[name](maps).flatten(0, 1)
@@ -724,9 +728,11 @@ def mutual_information_loss(frame_embeddings, pids, *, temperature: float = 0.07
     z = frame_embeddings.to(at_least_32_bits).flatten(0, 1)
     z = F.normalize(z, dim=1)
     similarity = z @ z.T / temperature                                            # s / t
+    # for each frame of the batch: its clip, its index in the clip, its identity
     clip_of = torch.arange(B, device=z.device).repeat_interleave(T)
     index_of = torch.arange(T, device=z.device).repeat(B)
-    same_pid = pids[clip_of][:, None] == pids[clip_of]
+    pid_of = pids[clip_of]
+    same_pid = pid_of[:, None] == pid_of
     same_index = index_of[:, None] == index_of
     same_clip = clip_of[:, None] == clip_of
     positive = same_pid & same_index & ~same_clip
@@ -775,8 +781,8 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
     "width": (128, 64, "width of the resized frames (Sec. 4.2)"),
     "ids": (8, 4, "number of identities in a batch, P (Sec. 4.2)"),
     "clips": (4, 2, "number of clips of each identity in a batch, K (Sec. 4.2)"),
-    "epoch": ("tracklets", "identities", "what one epoch visits once (not in the paper; as in the "
-              "authors' release)", ("tracklets", "identities")),
+    "epoch": ("tracklets", "identities", "what an epoch goes through once: all tracklets (as in "
+              "the authors' release) or all identities", ("tracklets", "identities")),
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.2)"),
     "epochs": (160, 8, "number of epochs (Sec. 4.2)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.2)"),
@@ -792,9 +798,9 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
     "sbm_splits": ((1, 2, 3), (1, 2, 3), "number of former frames of each SBM, s (Sec. 3.3)"),
     "k": (3, 3, "kernel size of SBM, odd (Sec. 4.2, Fig. 5a)"),
     "beta": (5.0, 5.0, "strength of the suppression (Eq. 4, Sec. 4.2)"),
-    "scale": ("window", "window+channels", "what the response of Eq. 3 is divided by: none: nothing"
-              " (the paper's form); window: k^2 (the authors' release); window+channels: "
-              "k^2 sqrt(c)",
+    "scale": ("window", "window+channels", "what the response of Eq. 3 is divided by: nothing with "
+              "none (the paper's form), k^2 with window (the authors' release), k^2 sqrt(c) with "
+              "window+channels",
               ("none", "window", "window+channels")),
     "alpha": (0.1, 0.1, "degree of CPM's propagation (Eq. 5-6, Sec. 3.1)"),
     "cal": (True, True, "use CAL in the SBMs (Table 3)"),
@@ -877,7 +883,7 @@ RELEASED_LAYERS = {  # name of a layer in the authors' networks: its name here
     "bn1": "stem.1",
     "bn": "neck",
 }
-RELEASED_PARTS = {  # the same for the layers of an inserted module
+RELEASED_MODULE_LAYERS = {  # the same for the layers of an inserted module
     # IDM
     "chl_reduction.0": "g_i",
     "chl_reduction.1": "bn_g",
@@ -893,7 +899,7 @@ RELEASED_PARTS = {  # the same for the layers of an inserted module
 }
 
 
-def read_release(state):
+def convert_release(state):
     """Converts a network that the authors' release has trained.
 
     Args:
@@ -906,7 +912,7 @@ def read_release(state):
     if not {"conv1.bias", "bn.weight", "classifier.weight"} <= state.keys():
         return None
     names = released_names(state)
-    model = renamed_weights(state, names)
+    model = convert_weights(state, names)
     fold_biases(state, names, model)
     variant, settings = released_settings(state, names)
     return variant, settings, model
@@ -919,11 +925,11 @@ def released_names(state):
     first IDM, and their layer2.3 is our layer2.2.
     """
     layers = {key.rpartition(".")[0] for key in state}
-    inserted = set()                                    # "layer2.2", ...
+    inserted = set()                                    # {"layer2.2", ...}, the inserted modules
     for layer in layers:
         if layer.startswith("layer"):
             stage, number, part = layer.split(".", 2)
-            if part.startswith(("thw_", "kernel")):
+            if part.startswith(("thw_", "kernel")):     # the layers that only IDM and SBM have
                 inserted.add(f"{stage}.{number}")
     names = {}
     for layer in layers:
@@ -931,17 +937,19 @@ def released_names(state):
             names[layer] = RELEASED_LAYERS.get(layer, layer)
             continue
         stage, number, part = layer.split(".", 2)
-        earlier = {f"{stage}.{i}" for i in range(int(number))}
-        blocks_before = len(earlier - inserted)
+        blocks_before = 0
+        for earlier_number in range(int(number)):
+            if f"{stage}.{earlier_number}" not in inserted:
+                blocks_before += 1
         if f"{stage}.{number}" in inserted:
-            part = RELEASED_PARTS.get(part, part)
+            part = RELEASED_MODULE_LAYERS.get(part, part)
             names[layer] = f"after.{stage}_{blocks_before}.0.{part}"
         else:
             names[layer] = f"{stage}.{blocks_before}.{part}"
     return names
 
 
-def renamed_weights(state, names):
+def convert_weights(state, names):
     """Returns the state_dict with our names and shapes. The authors' convolutions are 3-D, over one
     frame, and some layers are convolutions there and linear layers here."""
     linear = ("l_i", "l_d", "squeeze", "excite", "projection")
@@ -958,24 +966,34 @@ def renamed_weights(state, names):
     return model
 
 
+def batchnorm_after(layer):
+    """Returns the name that a BatchNorm after this layer has in the authors' network, or None if
+    no BatchNorm can follow."""
+    if layer.endswith(".0"):
+        return layer.removesuffix("0") + "1"            # downsample.0: downsample.1
+    if "conv" in layer:
+        return layer.replace("conv", "bn")              # conv2: bn2
+    return None
+
+
 def fold_biases(state, names, model):
     """Removes from `model`, in place, the biases of layers that have none here. They stand before a
     BatchNorm and are subtracted from its running mean, which gives the same results."""
     for layer in names:
-        if layer.endswith(".0"):
-            norm = layer[:-1] + "1"                     # downsample.0: downsample.1
-        else:
-            norm = layer.replace("conv", "bn")          # conv2: bn2
-        if norm != layer and f"{layer}.bias" in state and f"{norm}.running_mean" in state:
-            mean = f"{names[norm]}.running_mean"
+        bn_layer = batchnorm_after(layer)
+        if bn_layer is None:
+            continue
+        if f"{layer}.bias" in state and f"{bn_layer}.running_mean" in state:
+            mean = f"{names[bn_layer]}.running_mean"
             model[mean] = model[mean] - model.pop(f"{names[layer]}.bias")
 
 
 def released_settings(state, names):
     """Returns (name of the variant in ROWS, {setting: value}) of the authors' network."""
+    # {"layer2_2", ...}: the blocks that an inserted module follows
     places = {name.split(".")[1] for name in names.values() if name.startswith("after.")}
     idms = sum(place.startswith("layer2") for place in places)
-    sbm = len(places) > idms
+    sbm = any(place.startswith("layer3") for place in places)
     settings = {"sbm": sbm, "idms": idms}
     for key, value in state.items():
         if key.endswith("chl_reduction.0.weight"):
@@ -993,8 +1011,17 @@ def released_settings(state, names):
     return variants.get((sbm, idms), "sinet"), settings
 
 
-RELEASE = Release(read_release, chunk={"lsvid": 48}, reduction=16, lambda2=0.001, scale="window",
-                  pool="max")
+# What common.py has to know of the authors' release
+RELEASE = Release(
+    convert_release,
+    # With and without --release: the default of --chunk, in place of the 64 of CHUNK in data.py.
+    chunk={"lsvid": 48},
+    # With --release only: the settings of the recipe that it changes.
+    reduction=16,
+    lambda2=0.001,
+    scale="window",
+    pool="max",
+)
 
 
 def build(args, num_classes: int):
