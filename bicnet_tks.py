@@ -162,7 +162,8 @@ class CrossScalePath(nn.Module):
     def forward(self, big, small):
         B, M, C, H, W = big.shape
         expected_shape = (M * self.alpha, self.channels, H // 2, W // 2)
-        if C != self.channels or H % 2 or W % 2 or small.shape[1:] != expected_shape:
+        halves_evenly = H % 2 == 0 and W % 2 == 0
+        if C != self.channels or not halves_evenly or small.shape[1:] != expected_shape:
             raise ValueError(f"CSP with alpha = {self.alpha} takes maps of {self.channels} "
                              f"channels and even height and width. Big frames of {(M, C, H, W)} "
                              f"need small frames of {expected_shape}, not "
@@ -237,10 +238,10 @@ def divergence_loss(attention):
     attention = attention.flatten(2)
     l_div = 1 - attention @ attention.transpose(1, 2)                             # Eq. 4
     # L = -1 / (M - 1) sum_{k >= 2} (1 / (k - 1) sum_{l < k} L_div(A_k | A_l))    # Eq. 5
-    mean_divergence = []
+    mean_divergences = []
     for k in range(1, M):  # from 0 here, from 1 in the paper: the divisor k - 1 of Eq. 5 is k here
-        mean_divergence.append(l_div[:, k, :k].mean(1))
-    return -torch.stack(mean_divergence).mean()
+        mean_divergences.append(l_div[:, k, :k].mean(1))
+    return -torch.stack(mean_divergences).mean()
 
 
 # -------------------------------------------------------------- Sec. 3.2: temporal kernel selection
@@ -351,7 +352,8 @@ class TemporalKernelSelection(nn.Module):
         frames_per_branch = [maps.shape[1] for maps in branch_maps]
         for maps, branch_z in zip(branch_maps, z.split(frames_per_branch, 1)):
             H, W = maps.shape[3:]
-            branch_z = branch_z.repeat_interleave(H // h, 3).repeat_interleave(W // w, 4)
+            branch_z = branch_z.repeat_interleave(H // h, dim=3)
+            branch_z = branch_z.repeat_interleave(W // w, dim=4)
             outputs.append(maps + branch_z)
         return outputs
 
@@ -412,19 +414,22 @@ class BranchBatchNorm(nn.Module):
 
 def separate_statistics(net, num_branches):
     """Replaces every BatchNorm2d in a network by a BranchBatchNorm, and returns a list of these."""
-    replaced = []
+    norms = []
     for module in list(net.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
-                replaced.append(BranchBatchNorm(child, num_branches))
-                setattr(module, name, replaced[-1])
-    return replaced
+                norm = BranchBatchNorm(child, num_branches)
+                setattr(module, name, norm)
+                norms.append(norm)
+    return norms
 
 
-def check_sizes(frames, height, width, *, shares, csp_stages, tks, grid):
+def check_arguments(frames, height, width, *, shares, csp_stages, tks, grid):
     """Raises ValueError if these arguments of BiCnet are invalid or do not fit together."""
     for flag, stages in (("tks", tks), ("csp_stages", csp_stages)):
-        if len(set(stages)) < len(stages) or any(stage not in (1, 2, 3, 4) for stage in stages):
+        has_duplicates = len(set(stages)) < len(stages)
+        has_unknown = not set(stages) <= {1, 2, 3, 4}
+        if has_duplicates or has_unknown:
             raise ValueError(f"{flag} must be different stages from 1 to 4, not {stages}")
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"grid must be h and w, both at least 1, not {grid}")
@@ -432,27 +437,30 @@ def check_sizes(frames, height, width, *, shares, csp_stages, tks, grid):
     ratio = ":".join(str(share) for share in shares)
     if total < 1:
         raise ValueError(f"shares must give frames to at least one branch, not {shares}")
-    if csp_stages and (len(shares) != 2 or min(shares) < 1 or shares[1] % shares[0]):
+    two_branches = len(shares) == 2 and min(shares) >= 1
+    if csp_stages and not (two_branches and shares[1] % shares[0] == 0):
         raise ValueError("CSP needs shares of two branches with a whole number of small frames for "
                          f"each big one, not {ratio}")
-    if frames % total:
-        raise ValueError(f"frames must be a multiple of {total} to be shared out {ratio}, not "
-                         f"{frames}")
+    if frames % total != 0:
+        raise ValueError(f"frames must be a multiple of {total}, so that they can be divided in "
+                         f"the ratio {ratio}, not {frames}")
 
     output_stride = {1: 4, 2: 8, 3: 16, 4: 16}  # of each stage
     max_downscale = 2 ** (len(shares) - 1)      # of the branch with the smallest frames
 
-    def multiple(regions):
+    def required_multiple(num_regions):
+        """The number of which the height or width must be a multiple. TKS divides it into
+        `num_regions` regions."""
         factors = [max_downscale]
         for stage in csp_stages:  # the maps of the big frames are halved
             factors.append(2 * output_stride[stage])
         for stage in tks:         # the smallest maps are divided into regions
-            factors.append(max_downscale * output_stride[stage] * regions)
+            factors.append(max_downscale * output_stride[stage] * num_regions)
         return math.lcm(*factors)
 
-    height_multiple = multiple(grid[0])
-    width_multiple = multiple(grid[1])
-    if height % height_multiple or width % width_multiple:
+    height_multiple = required_multiple(grid[0])
+    width_multiple = required_multiple(grid[1])
+    if height % height_multiple != 0 or width % width_multiple != 0:
         raise ValueError(f"height must be a multiple of {height_multiple} and width a multiple of "
                          f"{width_multiple} for these branches, CSPs and TKSs, not "
                          f"{height}x{width}")
@@ -503,13 +511,14 @@ class BiCnet(nn.Module):
         super().__init__()
         if not csp:
             csp_stages = ()
-        check_sizes(frames, height, width, shares=shares, csp_stages=csp_stages, tks=tks, grid=grid)
+        check_arguments(frames, height, width, shares=shares, csp_stages=csp_stages, tks=tks,
+                        grid=grid)
         self.frames_per_branch = [frames * share // sum(shares) for share in shares]
         net = resnet50(weights)
         self.branch_norms = []  # the BranchBatchNorms, if branches have their own statistics
         if own_statistics:
-            num_branches = len([count for count in self.frames_per_branch if count > 0])
-            self.branch_norms = separate_statistics(net, num_branches)
+            used_branches = [number for number in self.frames_per_branch if number > 0]
+            self.branch_norms = separate_statistics(net, len(used_branches))
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layer1 = net.layer1
         self.layer2 = net.layer2
@@ -527,11 +536,14 @@ class BiCnet(nn.Module):
                 reduction=reduction, excite_bn=excite_bn)
         self.dao = nn.ModuleList()  # one for each branch that has frames
         if dao:
-            for i, count in enumerate(self.frames_per_branch):
-                scale = 16 * 2 ** i  # of the branch's maps after stage 3
-                if count > 0:
-                    self.dao.append(DiverseAttentionsOperation(
-                        channels[3], count, math.ceil(height / scale), math.ceil(width / scale)))
+            for i, branch_frames in enumerate(self.frames_per_branch):
+                if branch_frames == 0:
+                    continue
+                scale = 16 * 2 ** i  # stage 3 has a stride of 16, and branch i halves i times
+                map_height = math.ceil(height / scale)
+                map_width = math.ceil(width / scale)
+                self.dao.append(DiverseAttentionsOperation(
+                    channels[3], branch_frames, map_height, map_width))
         self.pool = pool
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes, bias=False)
@@ -638,22 +650,24 @@ RECIPE = {  # flag: (the full recipe's value, the small run's, meaning and sourc
     "ids": (16, 4, "number of identities in a batch, P (Sec. 4.1)"),
     "clips": (4, 2, "number of clips of each identity in a batch, K (Sec. 4.1)"),
     "epoch": ("tracklets", "identities",
-              "what an epoch visits: all tracklets or all identities (authors' release)",
+              "what an epoch goes through once: all tracklets (as in the authors' release) or all "
+              "identities",
               ("tracklets", "identities")),
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.1 has it; the value is our choice)"),
     "epochs": (150, 8, "number of training epochs (Sec. 4.1)"),
     "lr": (3.5e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
     "lr_step": (40, 7, "number of epochs after which lr is divided by 10 (Sec. 4.1)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of Adam (Sec. 4.1)"),
-    "weights": ("imagenet", "none", "weights to start from: imagenet, none or a file (Sec. 3.3)"),
+    "weights": ("imagenet", "none", "initial weights of the backbone: imagenet, none (random) or a "
+                "file (Sec. 3.3)"),
     "pool": ("max", "max", "pooling over the last map of each frame (authors' release)",
              ("max", "avg")),
     "shares": ((1, 3), (1, 3),
                "how many frames are processed at full, 1/2, 1/4 ... resolution, as a ratio; the "
                "paper's 1 : alpha (Sec. 4.1, Tables 3, 4)"),
     "own_statistics": (False, False,
-                       "keep separate running statistics of BatchNorm for each branch (our "
-                       "choice)"),
+                       "keep separate running statistics of BatchNorm for each branch (not in the "
+                       "paper; without is our choice)"),
     "csp": (True, True, "use cross-scale paths (CSP), which need two branches (Table 2)"),
     "csp_stages": ((1, 2, 3), (1, 2, 3),
                    "stages followed by a CSP (a deviation; 1 2 3 4 is the paper's form)"),
@@ -689,8 +703,8 @@ SPLIT = split_consecutive
 # The distance between query and gallery features (Sec. 4.1)
 METRIC = "cosine"
 
-# the settings of plain branches, without CSP, DAO and TKS
-NO_MODULES = dict(csp=False, dao=False, tks=())
+# The settings of variants without CSP, DAO and TKS
+PLAIN_BRANCHES = dict(csp=False, dao=False, tks=())
 ROWS = {
     # Each entry of a variant has its table and name in the paper, the settings of RECIPE that
     # define it (those equal to RECIPE's may be repeated for clarity), and the paper's (mAP, rank-1)
@@ -705,17 +719,17 @@ ROWS = {
     ),
     "base-s": Row(
         "Table 2: Base-S",
-        shares=(0, 1), **NO_MODULES,
+        shares=(0, 1), **PLAIN_BRANCHES,
         mars=(80.7, 87.4), gflops_a_frame=1.02, million_parameters=23.5,
     ),
     "base-b": Row(
         "Table 2: Base-B",
-        shares=(1,), **NO_MODULES,
+        shares=(1,), **PLAIN_BRANCHES,
         mars=(85.2, 89.1), gflops_a_frame=4.08, million_parameters=23.5,
     ),
     "tb": Row(
         "Table 2: TB",
-        shares=(1, 3), **NO_MODULES,
+        shares=(1, 3), **PLAIN_BRANCHES,
         mars=(84.3, 89.6), gflops_a_frame=1.81, million_parameters=23.5,
     ),
     "tb+csp": Row(
@@ -746,17 +760,17 @@ ROWS = {
     "height-128": Row("Table 3: height 128", same="base-s"),
     "height-64": Row(
         "Table 3: height 64",
-        shares=(0, 0, 1), **NO_MODULES,
+        shares=(0, 0, 1), **PLAIN_BRANCHES,
         mars=(64.1, 77.4), gflops_a_frame=0.25, million_parameters=23.5,
     ),
     "height-256+128": Row(
         "Table 3: heights 256, 128",
-        shares=(1, 1), frames=8, **NO_MODULES,
+        shares=(1, 1), frames=8, **PLAIN_BRANCHES,
         mars=(84.8, 89.4), gflops_a_frame=2.55, million_parameters=23.5,
     ),
     "height-256+128+64": Row(
         "Table 3: heights 256, 128, 64",
-        shares=(1, 1, 1), frames=9, **NO_MODULES,
+        shares=(1, 1, 1), frames=9, **PLAIN_BRANCHES,
         mars=(79.1, 86.1), gflops_a_frame=1.76, million_parameters=23.5,
     ),
 
@@ -764,18 +778,18 @@ ROWS = {
     "tb-alpha0": Row("Table 4: alpha = 0 (Base-B)", same="base-b"),
     "tb-alpha1": Row(
         "Table 4: alpha = 1",
-        shares=(1, 1), frames=8, **NO_MODULES,
+        shares=(1, 1), frames=8, **PLAIN_BRANCHES,
         mars=(84.8, 89.4), gflops_a_frame=2.57, million_parameters=23.5,
     ),
     "tb-alpha2": Row(
         "Table 4: alpha = 2",
-        shares=(1, 2), frames=9, **NO_MODULES,
+        shares=(1, 2), frames=9, **PLAIN_BRANCHES,
         mars=(84.4, 89.7), gflops_a_frame=2.07, million_parameters=23.5,
     ),
     "tb-alpha3": Row("Table 4: alpha = 3", same="tb"),
     "tb-alpha4": Row(
         "Table 4: alpha = 4",
-        shares=(1, 4), frames=10, **NO_MODULES,
+        shares=(1, 4), frames=10, **PLAIN_BRANCHES,
         mars=(83.8, 89.5), gflops_a_frame=1.67, million_parameters=23.5,
     ),
     "tb-alpha-inf": Row("Table 4: alpha = infinity (Base-S)", same="base-s"),
@@ -870,6 +884,7 @@ def build(args, num_classes):
 
 
 def make_optimizer(model, args):
+    """Adam, as in Sec. 4.1."""
     return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
 
 
@@ -936,33 +951,41 @@ def picture(model, clips, frames):
     """What --figure draws, modelled on Figures 1, 3 and 4: the attention maps A_k and the last
     maps, drawn over the frames, and the weights of the kernels of TKS. Returns a title and
     {label: row}."""
-    selecting = {name: tks for name, tks in model.tks.items() if tks.w is not None}
-    selectors = [tks.w for tks in selecting.values()]
-    calls = watch(model, clips, model.layer4, *model.dao, *selectors)
+    tks_with_selection = {}
+    for name, tks_module in model.tks.items():
+        if tks_module.w is not None:
+            tks_with_selection[name] = tks_module
+    selection_layers = [tks_module.w for tks_module in tks_with_selection.values()]
+    # For each module a list of its calls, which are pairs (inputs, outputs)
+    calls = watch(model, clips, model.layer4, *model.dao, *selection_layers)
     layer4_calls = calls[0]
     dao_calls = calls[1:1 + len(model.dao)]
-    selector_calls = calls[1 + len(model.dao):]
+    selection_calls = calls[1 + len(model.dao):]
 
-    heads = []
-    for i, count in enumerate(model.frames_per_branch):
-        head = "big"
+    captions = []
+    for i, num_frames in enumerate(model.frames_per_branch):
+        caption = "big"
         if i > 0:
-            head = f"1/{2 ** i} size"
-        heads += [head] * count
+            caption = f"1/{2 ** i} size"
+        captions += [caption] * num_frames
     rows = {}
     if len(model.dao) > 0:
         attention_maps = []
-        for ((_, (_, attention)),) in dao_calls:  # each was called once: (inputs, outputs)
-            for m in attention[0]:
-                attention_maps.append(m * m.numel())  # a map sums to 1: its mean is 1 / numel
-        rows["attention A_k, divided by its mean"] = overlays(frames, attention_maps, heads)
+        for calls_of_dao in dao_calls:
+            _, (_, attention) = calls_of_dao[0]  # the only call; its outputs: maps, attention
+            for frame_attention in attention[0]:
+                # A_k sums to 1, so that its mean is 1 / numel.
+                attention_maps.append(frame_attention * frame_attention.numel())
+        rows["attention A_k, divided by its mean"] = overlays(frames, attention_maps, captions)
     last_maps = []
     for _, x in layer4_calls:  # one call for each branch
         last_maps += energy(x)
-    rows["last map, divided by its mean"] = overlays(frames, last_maps, heads)
-    for (name, tks), ((_, logits),) in zip(selecting.items(), selector_calls):
-        g = tks.softmax_over_paths(logits.float())[0].mean(1)
-        lengths = ", ".join(str(k) for k in tks.kernels)
+    rows["last map, divided by its mean"] = overlays(frames, last_maps, captions)
+    for name, calls_of_layer in zip(tks_with_selection, selection_calls):
+        tks_module = tks_with_selection[name]
+        _, logits = calls_of_layer[0]
+        g = tks_module.softmax_over_paths(logits.float())[0].mean(1)
+        lengths = ", ".join(str(k) for k in tks_module.kernels)
         rows[f"TKS after {name}: weights of its kernels"] = bars([g], [f"{lengths} frames"])
     return "BiCnet-TKS: attention and features of each frame", rows
 

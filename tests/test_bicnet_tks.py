@@ -504,11 +504,11 @@ JOINS = "CSP needs shares of two branches .* not "
 @pytest.mark.parametrize(
     "size, options, says",
     [
-        ((6, 256, 128), {}, "frames must be a multiple of 4 to be shared out 1:3, not 6"),
+        ((6, 256, 128), {}, "frames must be a multiple of 4, .* the ratio 1:3, not 6"),
         (
             (8, 256, 128),
             dict(shares=(1, 2), csp_stages=()),
-            "frames must be a multiple of 3 to be shared out 1:2, not 8",
+            "frames must be a multiple of 3, .* the ratio 1:2, not 8",
         ),
         (
             (8, 100, 128),
