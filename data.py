@@ -628,7 +628,7 @@ def _images(folder):
     images = [name for name in names if name.lower().endswith(_IMAGE_SUFFIXES)]
     if len(images) < len(names):
         others = [name for name in names if not name.lower().endswith(_IMAGE_SUFFIXES)]
-        _warn("this is ignored, because it is not a .jpg, .jpeg or .png file",
+        _warn("this is not a .jpg, .jpeg or .png file and is ignored",
               *[f"{folder}/{name}" for name in others])
     return images
 

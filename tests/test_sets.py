@@ -478,7 +478,7 @@ CAM = "i-LIDS-VID/sequences/cam1"
 FOREIGN = "the file name and its folder disagree on the person or the camera"
 BESIDE = "this image next to the folders is ignored"
 OTHERWISE = "the file name differs from that of the tracklet's last frame in more than its numbers"
-IGNORED = "this is ignored, because it is not a .jpg, .jpeg or .png file"
+IGNORED = "this is not a .jpg, .jpeg or .png file and is ignored"
 
 
 @pytest.mark.parametrize("name, damage, first, says", [
@@ -593,7 +593,7 @@ def test_a_folder_of_other_files_only_says_what_it_holds(tmp_path, name, inside,
     with pytest.raises(UserError, match=re.escape(says)):
         load_dataset(name, tmp_path)
     out = capsys.readouterr().out  # what is odd is said before an error, too
-    assert f"warning: {folder}/a.jfif: " in out and "png file (2 in all)" in out
+    assert f"warning: {folder}/a.jfif: " in out and "ignored (2 in all)" in out
 
 
 def test_many_odd_frames_are_one_line(tmp_path, capsys):
@@ -669,7 +669,7 @@ def test_to_train_a_folder_needs_no_match(tmp_path, capsys):
     assert not d.has_a_match() and len(d.train) == 6
     out = capsys.readouterr().out
     assert f"warning: {folder}: no query has a match" in out
-    assert "give each query tracklet a camera name of its own" in out
+    assert "give each query tracklet a camera name that no other tracklet has" in out
     assert "the training runs without a test" in out
 
 
