@@ -288,7 +288,7 @@ class TemporalKernelSelection(nn.Module):
         self.grid = tuple(grid)
         self.paths = nn.ModuleList()
         for k in kernels:
-            i = k // 2  # a path has 3 taps and dilation i in the place of 2 i + 1 taps
+            i = k // 2  # a path of the length k = 2 i + 1 has three taps, i frames apart
             self.paths.append(
                 nn.Conv1d(channels, channels, 3, dilation=i, padding=i, bias=False))
         self.squeeze = nn.Identity()
@@ -445,7 +445,7 @@ def check_arguments(frames, height, width, *, shares, csp_stages, tks, grid):
         raise ValueError(f"frames must be a multiple of {total}, so that they can be divided in "
                          f"the ratio {ratio}, not {frames}")
 
-    output_stride = {1: 4, 2: 8, 3: 16, 4: 16}  # of each stage
+    output_stride = {1: 4, 2: 8, 3: 16, 4: 16}  # of each stage, relative to the frames
     max_downscale = 2 ** (len(shares) - 1)      # of the branch with the smallest frames
 
     def required_multiple(num_regions):
@@ -627,7 +627,10 @@ def loss_weights(args):
 def losses(outputs, pids, args):
     """Returns {name: weighted loss}; the sum is minimised. "div" is L of Eq. 5.
 
-    outputs: those of BiCnet in train mode; pids: the identities of the clips, (B,).
+    Args:
+        outputs: what BiCnet returns in train mode.
+        pids: identities of the clips (B,).
+        args: the settings of the run, of which dao, divergence and margin are used.
     """
     embedding, logits, attention = outputs
     weights = loss_weights(args)

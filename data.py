@@ -229,8 +229,8 @@ def _lock(file, wait):
 
 
 def save_rows(rows: list, path):
-    """Writes dicts to a CSV file; the keys of the first are its header. Writes nothing if there
-    are none."""
+    """Writes dicts to a CSV file; the keys of the first are its header. Writes nothing if the list
+    is empty."""
     if not rows:
         return
     with replacing(path) as file:
@@ -775,12 +775,12 @@ def _read_table(path, variable, columns=None):
 # the loaders
 
 def load_mars(folder: Path, name: str = "mars", *, images: bool = True) -> Dataset:
-    """MARS (Zheng et al., ECCV 2016), from its official lists; no image is opened.
+    """MARS (Zheng et al., ECCV 2016). Only its official lists are read; no image is opened.
 
     Of the 12,180 test tracklets the 870 junk ones (pid -1, false detections) are dropped and the
     3,248 distractors (pid 0) are kept. The pids -1 and 0 have these meanings only in MARS and in
     the synthetic set. The gallery consists of 9,330 tracklets and the 1,980 queries: without the
-    queries in it 140 of them would have no match. 6 cameras, 625 training identities.
+    queries in it 140 of them would have no match. MARS has 6 cameras and 625 training identities.
 
     Args:
         folder: holds bbox_train, bbox_test and info.
@@ -826,10 +826,10 @@ def _mars_part(folder, part):
         unused_lines.difference_update(lines)
         frames = names[first - 1:last]
         person = f"{pid:0>4}"  # 0001, 0000 for distractors, 00-1 for junk
-        in_name = frames[0].partition("C")[0]
-        if in_name and in_name.lstrip("0") == person.lstrip("0"):
+        pid_in_name = frames[0].partition("C")[0]
+        if pid_in_name and pid_in_name.lstrip("0") == person.lstrip("0"):
             # the list may pad the pid with another number of zeros, as sets of five-digit pids do
-            person = in_name
+            person = pid_in_name
         prefix = f"{person}C{cam}T"
         for line, frame in enumerate(frames, first):
             if not (frame.startswith(prefix) and well_formed(frame)):
@@ -858,7 +858,7 @@ _DUKE_NAME = re.compile(r"""
 def load_duke(folder: Path, name: str = "duke") -> Dataset:
     """DukeMTMC-VideoReID (Wu et al., CVPR 2018): {train,query,gallery}/<pid>/<tracklet>/*.jpg.
 
-    8 cameras. A file name holds the camera and the frame, as 0001C6F0099X30823.jpg and
+    The set has 8 cameras. A file name holds the camera and the frame, as 0001C6F0099X30823.jpg and
     0001_C6_F0099_X30823.jpg do. Other fields may stand between the two, as in the names of MARS,
     0001C6T0001F0099.jpg. The queries are not in the gallery.
     """
@@ -893,9 +893,9 @@ def _duke_part(folder, layout):
 def load_lsvid(folder: Path, name: str = "lsvid") -> Dataset:
     """LS-VID (Li et al., ICCV 2019): text lists of tracklets, and an HDF5 table of the queries.
 
-    15 cameras. A line of list_sequence/list_seq_{train,test}.txt is "<path prefix> <pid>". The
-    frames of the tracklet are the files with that prefix; the third field of their names is the
-    camera. The gallery contains the queries, as in MARS.
+    The set has 15 cameras. A line of list_sequence/list_seq_{train,test}.txt is
+    "<path prefix> <pid>". The frames of the tracklet are the files with that prefix; the third
+    field of their names is the camera. The gallery contains the queries, as in MARS.
     """
     train_list = "list_sequence/list_seq_train.txt"
     test_list = "list_sequence/list_seq_test.txt"
@@ -949,7 +949,7 @@ def _names_with_prefix(names, start):
     complete: ..._1 does not match ..._10. The search is by bisection, as a folder can hold 5,000
     names."""
     first = bisect.bisect_left(names, start)
-    end = bisect.bisect_left(names, start + "\U0010ffff")
+    end = bisect.bisect_left(names, start + "\U0010ffff")  # the last of all characters
     found = names[first:end]
     if start[-1:].isdecimal():
         found = [name for name in found if not name[len(start)].isdecimal()]
@@ -970,7 +970,7 @@ def _lsvid_camera(names):
 def load_ilids(folder: Path, name: str = "ilids", *, split: int = 0) -> Dataset:
     """iLIDS-VID (Wang et al., ECCV 2014): i-LIDS-VID/sequences/cam{1,2}/person*/*.png.
 
-    The queries are of camera 1, the gallery is of camera 2.
+    The queries are of camera 1, and the gallery is of camera 2.
 
     Args:
         folder: holds i-LIDS-VID and the folder of the splits.
@@ -998,8 +998,8 @@ def load_prid(folder: Path, name: str = "prid", *, split: int = 0) -> Dataset:
     Only the numbers 1 to 200 are the same person under both cameras; a larger one is one person
     under camera a and another one under camera b. The data set uses the 178 of these 200 persons
     who have at least 27 frames under both cameras. (Wang et al., ECCV 2014, write "more than 21",
-    which up to 183 persons have, but their splits divide 178.) The queries are of camera a, the
-    gallery is of camera b.
+    which up to 183 persons have, but their splits divide 178.) The queries are of camera a,
+    and the gallery is of camera b.
 
     The splits are read from splits_prid2011.json, a list of {"train": [...], "test": [...]}, or
     from train_test_splits_prid.mat, which comes with the archive of iLIDS-VID. Either file is
@@ -1102,7 +1102,7 @@ def _two_camera_tracks(folder, cams, min_frames):
 
 def _two_camera_dataset(name, tracks, train, test):
     """The data set for the result of `_two_camera_tracks` and a split into training and test
-    persons. The queries are of the first camera, the gallery is of the second."""
+    persons. The queries are of the first camera, and the gallery is of the second."""
     def tracklets(persons, cam):
         ordered = sorted(persons, key=natural_key)
         return [Tracklet(tracks[person][cam - 1], person, cam) for person in ordered]
@@ -1163,7 +1163,8 @@ class Source(NamedTuple):
     """How a data set is read.
 
     Args:
-        load: its loader, a function of (folder, name).
+        load: its loader, a function of (folder, name). Some loaders have a further keyword, which
+            load_dataset gives them.
         folders: names of its top-level folders; a folder with any of them is taken for the data
             set.
         counts: the published numbers of training, query and gallery tracklets, None where there

@@ -486,7 +486,7 @@ class GlobalContextBlock(nn.Module):
 
     Args:
         channels: C.
-        reduction: ratio by which the two layers reduce the channels, 1 to C.
+        reduction: C divided by the number of channels between the two layers, 1 to C.
 
     Raises ValueError for another reduction.
     """
@@ -586,8 +586,8 @@ class SINet(nn.Module):
         reduction: c / c' and m / m' of the IDMs.
         projection: False leaves out the linear layer for L_mi, and its output.
         pool: "max" or "avg", the pooling over the positions of each frame's last map.
-        weights: of the backbone: "imagenet" (torchvision's), "none" (random), a state_dict of
-            torchvision's resnet50, or a file with one.
+        weights: initial weights of the backbone: "imagenet" (torchvision's), "none" (random), a
+            state_dict of torchvision's resnet50, or a file with one.
         release: True takes the form of the authors' release, which their trained networks need:
             its IDM, CAL and CPM, max pooling without padding in the stem, and a classifier with
             biases.
@@ -989,7 +989,8 @@ def fold_biases(state, names, model):
 
 
 def released_settings(state, names):
-    """Returns (name of the variant in ROWS, {setting: value}) of the authors' network."""
+    """Returns (name of the variant in ROWS, {setting: value}) of the authors' network, inferred
+    from its names and shapes. A network that is no variant is "sinet" with other settings."""
     # {"layer2_2", ...}: the blocks that an inserted module follows
     places = {name.split(".")[1] for name in names.values() if name.startswith("after.")}
     idms = sum(place.startswith("layer2") for place in places)
@@ -1025,9 +1026,8 @@ RELEASE = Release(
 
 
 def build(args, num_classes: int):
-    """The network with the settings of a run. The backbone starts from random weights where a
-    checkpoint is resumed, because that holds the weights of the whole network, the backbone
-    included."""
+    """Builds the network with the settings of a run. With --resume its backbone starts from random
+    weights, because the checkpoint holds the weights of the whole network."""
     return SINet(
         num_classes,
         frames=args.frames,
