@@ -682,42 +682,51 @@ RECIPE = {
     "frames": (8, 3, "number of adjacent frames in a clip, T (Implementation Details, Table 1)"),
     "height": (256, 128, "height of the resized frames (Implementation Details)"),
     "width": (128, 64, "width of the resized frames (Implementation Details)"),
-    "ids": (24, 8, "a batch has ids x clips tracklets (the paper: 24 for T = 8, 12 for T = 16; "
-                   "Implementation Details)"),
+    "ids": (24, 8,
+            "a batch has ids x clips tracklets (the paper: 24 for T = 8, 12 for T = 16; "
+            "Implementation Details)"),
     "clips": (1, 1, "see --ids (our choice)"),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (400, 3, "number of epochs (Implementation Details)"),
     "lr": (0.01, 0.0015, "initial learning rate of SGD (Implementation Details)"),
-    "lr_step": (300, 2, "divide the learning rate by 10 after every N epochs (Implementation "
-                        "Details)"),
+    "lr_step": (300, 2,
+                "divide the learning rate by 10 after every N epochs (Implementation Details)"),
     "momentum": (0.9, 0.9, "momentum of SGD (our choice)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of SGD (our choice)"),
-    "weights": ("imagenet", "none", "initial weights of each ResNet-50: imagenet, none or a file "
-                                    "(below Eq. 6)"),
+    "weights": ("imagenet", "none",
+                "initial weights of each ResNet-50: imagenet, none or a file (below Eq. 6)"),
     "pool": ("avg", "max", "pooling over the positions of the last map (our choice)",
              ("avg", "max")),
     "stream": ("two", "two", "which streams: spatial (2D), temporal (M3D) or two (Fig. 3, Table 2)",
                ("two", "spatial", "temporal")),
     "layer": ("m3d", "m3d", "convolutions of the temporal stream (Fig. 2, Table 1)",
               ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c")),
-    "all_blocks": (False, False, "M3D layers in every block of ResNet-50 instead of in the first "
-                                 "one of each stage (text about Table 1)"),
-    "per_tap": (False, False, "in M3D layers, a matrix for each of the three taps of a temporal "
-                              "kernel instead of one matrix for all three (Eq. 5)"),
-    "p3d_a_linear": (False, False, "with --layer p3d-a: no BatchNorm and ReLU between the spatial "
-                                   "and the temporal convolution (our choice)"),
-    "ral": (("s", "c", "t"), ("s", "c", "t"), "masks of the residual attention layers: spatial, "
-            "channel, temporal; without a value there are no such layers (Table 2)",
+    "all_blocks": (False, False,
+                   "M3D layers in every block of ResNet-50 instead of in the first one of each "
+                   "stage (text about Table 1)"),
+    "per_tap": (False, False,
+                "in M3D layers, a matrix for each of the three taps of a temporal kernel instead "
+                "of one matrix for all three (Eq. 5)"),
+    "p3d_a_linear": (False, False,
+                     "with --layer p3d-a: no BatchNorm and ReLU between the spatial and the "
+                     "temporal convolution (our choice)"),
+    "ral": (("s", "c", "t"), ("s", "c", "t"),
+            "masks of the residual attention layers: spatial, channel, temporal; without a value "
+            "there are no such layers (Table 2)",
             ("s", "c", "t")),
-    "reduction": (16, 16, "r: the channel branch of a residual attention layer reduces C channels "
-                          "to C/r (Eq. 12)"),
-    "init_2d": (None, None, "last.pt of a run of --variant 2d, from which the temporal stream "
-                            "starts (below Eq. 6)"),
-    "in_stages": (True, False, "with --stream two: first train the 2D stream, by the recipe of "
-                               "--variant 2d, then the M3D stream, starting from it; ignored if "
-                               "--init or --init-2d is given (below Eq. 6)"),
-    "join": ((), (), "with --evaluate or --figure: last.pt of a 2D stream and last.pt of a "
-                     "temporal stream, which become one network (Eq. 1)"),
+    "reduction": (16, 16,
+                  "r: the channel branch of a residual attention layer reduces C channels to C/r "
+                  "(Eq. 12)"),
+    "init_2d": (None, None,
+                "last.pt of a run of --variant 2d, from which the temporal stream starts (below "
+                "Eq. 6)"),
+    "in_stages": (True, False,
+                  "with --stream two: first train the 2D stream, by the recipe of --variant 2d, "
+                  "then the M3D stream, starting from it; ignored if --init or --init-2d is given "
+                  "(below Eq. 6)"),
+    "join": ((), (),
+             "with --evaluate or --figure: last.pt of a 2D stream and last.pt of a temporal "
+             "stream, which become one network (Eq. 1)"),
 }
 # a batch: ids x clips different tracklets, drawn without regard to their identities
 SAMPLER = TrackletSampler
@@ -725,50 +734,103 @@ SAMPLE = sample_adjacent       # a training clip: T adjacent frames from a rando
 SPLIT = split_whole            # the test: the first floor(L / T) clips; with T = 1 every frame
 METRIC = "euclidean"           # distance of the test
 
-# variant: Row(its place in the paper, the settings that it changes, (mAP, rank-1) in the paper by
-# data set, and the megabytes in Table 1 beyond those of its 2D network)
 ROWS = {
-    # Tables 3 and 4 also give rank-5 of the two-stream network: MARS 93.84, PRID-2011 100.00,
-    # iLIDS-VID 94.33; and rank-20: MARS 97.74
-    "two-stream": Row("Tables 2-4: Two-stream M3D", stream="two", layer="m3d", ral=("s", "c", "t"),
-                      mars=(74.06, 84.39), prid=(None, 94.40), ilids=(None, 74.00)),
-    "2d": Row("Tables 1, 2: 2D CNN, on images", stream="spatial", layer="2d", ral=(), frames=1,
-              ids=128, lr=0.001, lr_step=10, epochs=20, mars=(62.54, 76.43), prid=(None, 82.02),
-              ilids=(None, 49.33)),
-    "m3d": Row("Tables 1, 2: M3D, 8 frames", stream="temporal", layer="m3d", ral=(),
-               mars=(69.90, 81.01), prid=(None, 87.64), ilids=(None, 70.00), more_megabytes=4.2),
-    # Table 2: attention
-    "m3d+ral-s": Row("Table 2: M3D+RAL(s)", stream="temporal", layer="m3d", ral=("s",),
-                     mars=(71.04, 82.19), prid=(None, 89.89), ilids=(None, 71.33)),
-    "m3d+ral-t": Row("Table 2: M3D+RAL(t)", stream="temporal", layer="m3d", ral=("t",),
-                     mars=(70.66, 81.81), prid=(None, 88.76), ilids=(None, 71.33)),
-    "m3d+ral-c": Row("Table 2: M3D+RAL(c)", stream="temporal", layer="m3d", ral=("c",),
-                     mars=(71.30, 82.13), prid=(None, 89.89), ilids=(None, 72.00)),
-    "m3d+ral": Row("Table 2: M3D+RAL", stream="temporal", layer="m3d", ral=("s", "c", "t"),
-                   mars=(71.76, 82.79), prid=(None, 91.03), ilids=(None, 72.67)),
+    # Each entry of a variant has its place in the paper, the settings of RECIPE that define it
+    # (those equal to RECIPE's may be repeated for clarity), the paper's (mAP, rank-1), and how many
+    # megabytes the network has in Table 1 beyond those of the 2D network.
+
+    # Tables 1 to 4: the whole network and its two streams. Tables 3 and 4 also give rank-5 of the
+    # two-stream network: MARS 93.84, PRID-2011 100.00, iLIDS-VID 94.33; and rank-20: MARS 97.74.
+    "two-stream": Row(
+        "Tables 2-4: Two-stream M3D",
+        stream="two", layer="m3d", ral=("s", "c", "t"),
+        mars=(74.06, 84.39), prid=(None, 94.40), ilids=(None, 74.00),
+    ),
+    "2d": Row(
+        "Tables 1, 2: 2D CNN, on images",
+        stream="spatial", layer="2d", ral=(), frames=1, ids=128, lr=0.001, lr_step=10, epochs=20,
+        mars=(62.54, 76.43), prid=(None, 82.02), ilids=(None, 49.33),
+    ),
+    "m3d": Row(
+        "Tables 1, 2: M3D, 8 frames",
+        stream="temporal", layer="m3d", ral=(),
+        mars=(69.90, 81.01), prid=(None, 87.64), ilids=(None, 70.00), more_megabytes=4.2,
+    ),
+
+    # Table 2: M3D with residual attention layers
+    "m3d+ral-s": Row(
+        "Table 2: M3D+RAL(s)",
+        stream="temporal", layer="m3d", ral=("s",),
+        mars=(71.04, 82.19), prid=(None, 89.89), ilids=(None, 71.33),
+    ),
+    "m3d+ral-t": Row(
+        "Table 2: M3D+RAL(t)",
+        stream="temporal", layer="m3d", ral=("t",),
+        mars=(70.66, 81.81), prid=(None, 88.76), ilids=(None, 71.33),
+    ),
+    "m3d+ral-c": Row(
+        "Table 2: M3D+RAL(c)",
+        stream="temporal", layer="m3d", ral=("c",),
+        mars=(71.30, 82.13), prid=(None, 89.89), ilids=(None, 72.00),
+    ),
+    "m3d+ral": Row(
+        "Table 2: M3D+RAL",
+        stream="temporal", layer="m3d", ral=("s", "c", "t"),
+        mars=(71.76, 82.79), prid=(None, 91.03), ilids=(None, 72.67),
+    ),
+
     # Table 1: 3D convolutions, without attention. It also gives clips/s of a GTX TITAN X: M3D 98.3
     # for 8 and 49.1 for 16 frames, I3D 81.0 and 38.7, P3D-A 90.1 and 46.9, P3D-B 93.9 and 48.7,
-    # P3D-C 87.6 and 45.4; the 2D network has 796 frames/s
-    "m3d-t16": Row("Table 1: M3D, 16 frames", stream="temporal", layer="m3d", ral=(), frames=16,
-                   ids=12, mars=(66.23, 80.13), more_megabytes=4.2),
-    "i3d": Row("Table 1: I3D, 8 frames", stream="temporal", layer="i3d", ral=(),
-               mars=(62.84, 76.62), more_megabytes=90.6),
-    "i3d-t16": Row("Table 1: I3D, 16 frames", stream="temporal", layer="i3d", ral=(), frames=16,
-                   ids=12, mars=(61.58, 75.11), more_megabytes=90.6),
-    "p3d-a": Row("Table 1: P3D-A, 8 frames", stream="temporal", layer="p3d-a", ral=(),
-                 mars=(60.69, 75.08), more_megabytes=15.2),
-    "p3d-a-t16": Row("Table 1: P3D-A, 16 frames", stream="temporal", layer="p3d-a", ral=(),
-                     frames=16, ids=12, mars=(60.52, 75.69), more_megabytes=15.2),
-    "p3d-b": Row("Table 1: P3D-B, 8 frames", stream="temporal", layer="p3d-b", ral=(),
-                 mars=(67.03, 79.06), more_megabytes=15.2),
-    "p3d-b-t16": Row("Table 1: P3D-B, 16 frames", stream="temporal", layer="p3d-b", ral=(),
-                     frames=16, ids=12, mars=(65.07, 77.63), more_megabytes=15.2),
-    "p3d-c": Row("Table 1: P3D-C, 8 frames", stream="temporal", layer="p3d-c", ral=(),
-                 mars=(67.06, 79.08), more_megabytes=15.2),
-    "p3d-c-t16": Row("Table 1: P3D-C, 16 frames", stream="temporal", layer="p3d-c", ral=(),
-                     frames=16, ids=12, mars=(65.17, 79.44), more_megabytes=15.2),
-    "m3d-all-blocks": Row('text on Table 1: M3D for "all the 2D convolution layers"',
-                          stream="temporal", layer="m3d", ral=(), all_blocks=True),
+    # P3D-C 87.6 and 45.4; the 2D network has 796 frames/s.
+    "m3d-t16": Row(
+        "Table 1: M3D, 16 frames",
+        stream="temporal", layer="m3d", ral=(), frames=16, ids=12,
+        mars=(66.23, 80.13), more_megabytes=4.2,
+    ),
+    "i3d": Row(
+        "Table 1: I3D, 8 frames",
+        stream="temporal", layer="i3d", ral=(),
+        mars=(62.84, 76.62), more_megabytes=90.6,
+    ),
+    "i3d-t16": Row(
+        "Table 1: I3D, 16 frames",
+        stream="temporal", layer="i3d", ral=(), frames=16, ids=12,
+        mars=(61.58, 75.11), more_megabytes=90.6,
+    ),
+    "p3d-a": Row(
+        "Table 1: P3D-A, 8 frames",
+        stream="temporal", layer="p3d-a", ral=(),
+        mars=(60.69, 75.08), more_megabytes=15.2,
+    ),
+    "p3d-a-t16": Row(
+        "Table 1: P3D-A, 16 frames",
+        stream="temporal", layer="p3d-a", ral=(), frames=16, ids=12,
+        mars=(60.52, 75.69), more_megabytes=15.2,
+    ),
+    "p3d-b": Row(
+        "Table 1: P3D-B, 8 frames",
+        stream="temporal", layer="p3d-b", ral=(),
+        mars=(67.03, 79.06), more_megabytes=15.2,
+    ),
+    "p3d-b-t16": Row(
+        "Table 1: P3D-B, 16 frames",
+        stream="temporal", layer="p3d-b", ral=(), frames=16, ids=12,
+        mars=(65.07, 77.63), more_megabytes=15.2,
+    ),
+    "p3d-c": Row(
+        "Table 1: P3D-C, 8 frames",
+        stream="temporal", layer="p3d-c", ral=(),
+        mars=(67.06, 79.08), more_megabytes=15.2,
+    ),
+    "p3d-c-t16": Row(
+        "Table 1: P3D-C, 16 frames",
+        stream="temporal", layer="p3d-c", ral=(), frames=16, ids=12,
+        mars=(65.17, 79.44), more_megabytes=15.2,
+    ),
+    "m3d-all-blocks": Row(
+        'text on Table 1: M3D for "all the 2D convolution layers"',
+        stream="temporal", layer="m3d", ral=(), all_blocks=True,
+    ),
 }
 RELEASE = None                 # the authors offer no trained weights
 

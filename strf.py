@@ -714,10 +714,12 @@ FACTORS = ("t-dynamic", "t-static", "s-fine", "s-coarse")
 # flag: (the paper's value or our choice, the quick run's value, help text[, choices])
 RECIPE = {
     "frames": (8, 4, "number of frames in a clip, T (8 in the last map, Sec. 4.2)"),
-    "height": (224, 128, "height of the frames (our choice: 16 x 14, where 14 is the height of the "
-                         "last map in Sec. 4.2)"),
-    "width": (112, 64, "width of the frames (our choice: 16 x 7, where 7 is the width of the last "
-                       "map in Sec. 4.2)"),
+    "height": (224, 128,
+               "height of the frames (our choice: 16 x 14, where 14 is the height of the last map "
+               "in Sec. 4.2)"),
+    "width": (112, 64,
+              "width of the frames (our choice: 16 x 7, where 7 is the width of the last map in "
+              "Sec. 4.2)"),
     "ids": (8, 4, "number of identities in a batch, P (our choice)"),
     "clips": (4, 2, "number of clips of each identity in a batch, K (our choice)"),
     "epoch": ("tracklets", "identities",
@@ -740,13 +742,13 @@ RECIPE = {
                "stages with STRF; give no number for the baseline (Sec. 4.2, Table 5)",
                range(1, 5)),
     "blocks": ((1, 3, 5), (1, 3, 5),
-               "which blocks of a 3D stage are 3D (deviates from the paper, where all are: Sec. "
-               "4.1)",
+               "which blocks of a 3D stage are 3D (deviates from the paper, where all are: "
+               "Sec. 4.1)",
                range(1, 7)),
     "attention": ("strf", "strf", "module in front of the temporal convolutions (Sec. 3.3)",
                   ("strf", "nonlocal")),
-    "fam": (True, True, "use FAM in STRF, instead of the product of a map with itself "
-            "(Sec. 4.2, Fig. 6 a)"),
+    "fam": (True, True,
+            "use FAM in STRF, instead of the product of a map with itself (Sec. 4.2, Fig. 6 a)"),
     "factors": (FACTORS, FACTORS, "masks of STRF (Sec. 3.1, Table 4)", FACTORS),
     "resolutions": ((1, 3), (1, 3),
                     "window sizes r_tau and r_sigma of the masks, two odd numbers (Eq. 4, 6, "
@@ -770,57 +772,106 @@ SAMPLE = sample_strided        # a training clip: T frames, 4 apart, from a rand
 SPLIT = split_consecutive      # the test: all frames of a tracklet, in clips of T consecutive ones
 METRIC = "cosine"              # the test's distance between the mean embeddings of tracklets
 
-ROWS = {  # variant: its place in the paper, settings that it changes, the paper's (mAP, rank-1)
-    # On Duke, Table 3 reports the values of strf-p3db for STRF.
-    "strf-p3dc": Row("Tables 2-5: P3DC + STRF, the best", layer="p3d-c", stages=(2, 3),
-                     mars=(86.10, 90.30), duke=(96.20, 97.20), ilids=(None, 89.30),
-                     million_parameters=25.53),
-    "strf-i3d": Row("Table 2: I3D + STRF", layer="i3d", stages=(2, 3), mars=(83.10, 88.70),
-                    duke=(95.20, 95.90), million_parameters=28.97),
-    "strf-p3da": Row("Table 2: P3DA + STRF", layer="p3d-a", stages=(2, 3), mars=(85.40, 89.80),
-                     duke=(95.60, 96.00), million_parameters=25.53),
-    "strf-p3db": Row("Table 2: P3DB + STRF", layer="p3d-b", stages=(2, 3), mars=(85.60, 90.30),
-                     duke=(96.40, 97.40), million_parameters=25.53),
-    "i3d": Row("Table 2: I3D", layer="i3d", stages=(), mars=(82.70, 88.50), duke=(95.20, 95.40),
-               million_parameters=28.92),
-    "p3da": Row("Table 2: P3DA", layer="p3d-a", stages=(), mars=(83.20, 88.90), duke=(95.00, 95.00),
-                million_parameters=25.48),
-    "p3db": Row("Table 2: P3DB", layer="p3d-b", stages=(), mars=(83.00, 88.80), duke=(95.40, 95.30),
-                million_parameters=25.48),
-    "p3dc": Row("Tables 2, 4, 5: P3DC, the baseline", layer="p3d-c", stages=(), mars=(83.10, 88.50),
-                duke=(95.30, 95.30), million_parameters=25.48),
-    "p3dc+nonlocal": Row("Sec. 3.3: P3DC + Non-local", attention="nonlocal",
-                         mars=(84.80, 89.90)),
-    # With the resolutions (1, 3), p3dc+fine and p3dc+dynamic are one architecture.
+ROWS = {
+    # Each entry of a variant has its place in the paper, the settings of RECIPE that it changes, and
+    # the paper's (mAP, rank-1) and parameters. same="NAME" says that the variant is the same as the
+    # variant NAME.
+
+    # Tables 2 and 3: four 3D networks with and without STRF. On Duke, Table 3 reports the values of
+    # strf-p3db for STRF.
+    "strf-p3dc": Row(
+        "Tables 2-5: P3DC + STRF, the best",
+        layer="p3d-c", stages=(2, 3),
+        mars=(86.10, 90.30), duke=(96.20, 97.20), ilids=(None, 89.30), million_parameters=25.53,
+    ),
+    "strf-i3d": Row(
+        "Table 2: I3D + STRF",
+        layer="i3d", stages=(2, 3),
+        mars=(83.10, 88.70), duke=(95.20, 95.90), million_parameters=28.97,
+    ),
+    "strf-p3da": Row(
+        "Table 2: P3DA + STRF",
+        layer="p3d-a", stages=(2, 3),
+        mars=(85.40, 89.80), duke=(95.60, 96.00), million_parameters=25.53,
+    ),
+    "strf-p3db": Row(
+        "Table 2: P3DB + STRF",
+        layer="p3d-b", stages=(2, 3),
+        mars=(85.60, 90.30), duke=(96.40, 97.40), million_parameters=25.53,
+    ),
+    "i3d": Row(
+        "Table 2: I3D",
+        layer="i3d", stages=(),
+        mars=(82.70, 88.50), duke=(95.20, 95.40), million_parameters=28.92,
+    ),
+    "p3da": Row(
+        "Table 2: P3DA",
+        layer="p3d-a", stages=(),
+        mars=(83.20, 88.90), duke=(95.00, 95.00), million_parameters=25.48,
+    ),
+    "p3db": Row(
+        "Table 2: P3DB",
+        layer="p3d-b", stages=(),
+        mars=(83.00, 88.80), duke=(95.40, 95.30), million_parameters=25.48,
+    ),
+    "p3dc": Row(
+        "Tables 2, 4, 5: P3DC, the baseline",
+        layer="p3d-c", stages=(),
+        mars=(83.10, 88.50), duke=(95.30, 95.30), million_parameters=25.48,
+    ),
+
+    # Sec. 3.3: a Non-local block in the place of each STRF
+    "p3dc+nonlocal": Row("Sec. 3.3: P3DC + Non-local", attention="nonlocal", mars=(84.80, 89.90)),
+
+    # Table 4: some of the four masks. With the resolutions (1, 3), p3dc+fine and p3dc+dynamic are
+    # one architecture.
     "p3dc+fine": Row("Table 4: (s, tau)", factors=("s-fine",), mars=(85.20, 89.70)),
     "p3dc+coarse": Row("Table 4: (s, sigma)", factors=("s-coarse",), mars=(85.10, 89.90)),
     "p3dc+dynamic": Row("Table 4: (t, tau)", factors=("t-dynamic",), mars=(85.20, 89.90)),
     "p3dc+static": Row("Table 4: (t, sigma)", factors=("t-static",), mars=(85.10, 90.00)),
-    "p3dc+fine+coarse": Row("Table 4: (s, tau), (s, sigma)", factors=("s-fine", "s-coarse"),
-                            mars=(85.50, 90.10)),
-    "p3dc+dynamic+static": Row("Table 4: (t, tau), (t, sigma)", factors=("t-dynamic", "t-static"),
-                               mars=(85.30, 89.70)),
-    "p3dc+fine+dynamic": Row("Table 4: (s, tau), (t, tau)", factors=("s-fine", "t-dynamic"),
-                             mars=(85.40, 90.00)),
-    "p3dc+coarse+static": Row("Table 4: (s, sigma), (t, sigma)", factors=("s-coarse", "t-static"),
-                              mars=(85.70, 90.10)),
-    # In every variant of Table 5, stages 2 and 3 are 3D.
+    "p3dc+fine+coarse": Row(
+        "Table 4: (s, tau), (s, sigma)",
+        factors=("s-fine", "s-coarse"),
+        mars=(85.50, 90.10),
+    ),
+    "p3dc+dynamic+static": Row(
+        "Table 4: (t, tau), (t, sigma)",
+        factors=("t-dynamic", "t-static"),
+        mars=(85.30, 89.70),
+    ),
+    "p3dc+fine+dynamic": Row(
+        "Table 4: (s, tau), (t, tau)",
+        factors=("s-fine", "t-dynamic"),
+        mars=(85.40, 90.00),
+    ),
+    "p3dc+coarse+static": Row(
+        "Table 4: (s, sigma), (t, sigma)",
+        factors=("s-coarse", "t-static"),
+        mars=(85.70, 90.10),
+    ),
+
+    # Table 5: the stages with STRF. In every variant, stages 2 and 3 are 3D.
     "stage1": Row("Table 5: STRF in stage 1", stages=(1,), mars=(83.40, 88.80)),
     "stage12": Row("Table 5: STRF in stages 1, 2", stages=(1, 2), mars=(83.60, 89.00)),
-    "stage23": Row("Table 5: STRF in stages 2, 3", "strf-p3dc"),
+    "stage23": Row("Table 5: STRF in stages 2, 3", same="strf-p3dc"),
     "stage123": Row("Table 5: STRF in stages 1, 2, 3", stages=(1, 2, 3), mars=(84.70, 89.30)),
     "stage234": Row("Table 5: STRF in stages 2, 3, 4", stages=(2, 3, 4), mars=(85.50, 90.00)),
-    "stage1234": Row("Table 5: STRF in stages 1, 2, 3, 4", stages=(1, 2, 3, 4),
-                     mars=(83.70, 88.70)),
+    "stage1234": Row(
+        "Table 5: STRF in stages 1, 2, 3, 4",
+        stages=(1, 2, 3, 4),
+        mars=(83.70, 88.70),
+    ),
+
+    # Fig. 4 and 6 (a): window sizes, pooling and order of the masks, and STRF without FAM
     "resolutions-11": Row("Fig. 4a: r_tau, r_sigma = 1, 1", resolutions=(1, 1)),
-    "resolutions-13": Row("Fig. 4a: r_tau, r_sigma = 1, 3", "strf-p3dc"),
+    "resolutions-13": Row("Fig. 4a: r_tau, r_sigma = 1, 3", same="strf-p3dc"),
     "resolutions-15": Row("Fig. 4a: r_tau, r_sigma = 1, 5; 0.2 mAP below 1, 3", resolutions=(1, 5)),
     "resolutions-35": Row("Fig. 4a: r_tau, r_sigma = 3, 5; 0.4 mAP below 1, 3", resolutions=(3, 5)),
-    "pool-t-max-s-max": Row("Fig. 4b: max pooling for t, max for s", "strf-p3dc"),
+    "pool-t-max-s-max": Row("Fig. 4b: max pooling for t, max for s", same="strf-p3dc"),
     "pool-t-max-s-avg": Row("Fig. 4b: max pooling for t, average for s", pools=("max", "avg")),
     "pool-t-avg-s-max": Row("Fig. 4b: average pooling for t, max for s", pools=("avg", "max")),
     "pool-t-avg-s-avg": Row("Fig. 4b: average pooling for t, average for s", pools=("avg", "avg")),
-    "order-ts": Row("Fig. 4c: time, then space", "strf-p3dc"),
+    "order-ts": Row("Fig. 4c: time, then space", same="strf-p3dc"),
     "order-st": Row("Fig. 4c: space, then time", order="st"),
     "order-parallel": Row("Fig. 4c: in parallel; about 0.4 mAP below the best", order="parallel"),
     "strf-nofam": Row("Fig. 6a: without FAM", fam=False),

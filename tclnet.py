@@ -722,50 +722,66 @@ RECIPE = {  # flag: (the paper's value, or ours; the small run's; meaning and so
     "height": (256, 128, "height of the resized frames in pixels (Sec. 4.1)"),
     "width": (128, 64, "width of the resized frames in pixels (Sec. 4.1)"),
     "ids": (8, 4, "identities in a batch, P (Sec. 4.1: batches of 32 clips; P is our choice)"),
-    "clips": (4, 2, "clips of each identity in a batch, K (Sec. 4.1: batches of 32 clips; K is our "
+    "clips": (4, 2,
+              "clips of each identity in a batch, K (Sec. 4.1: batches of 32 clips; K is our "
               "choice)"),
-    "epoch": ("tracklets", "identities", "what an epoch shows: all training tracklets, or every "
-              "identity once (our choice, as in the authors' release)",
+    "epoch": ("tracklets", "identities",
+              "what an epoch shows: all training tracklets, or every identity once (our choice, as "
+              "in the authors' release)",
               ("tracklets", "identities")),
     "erase": (0.0, 0.0, "probability of random erasing, in the input frames (Sec. 4.1, Table 4a)"),
     "epochs": (150, 8, "number of training epochs (Sec. 4.1)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
-    "lr_step": (40, 7, "number of epochs after which the learning rate is divided by 10 "
-                "(Sec. 4.1)"),
+    "lr_step": (40, 7,
+                "number of epochs after which the learning rate is divided by 10 (Sec. 4.1)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of Adam (our choice)"),
-    "weights": ("imagenet", "none", "initial weights of ResNet-50: imagenet, none, or the path "
-                "of a state_dict of torchvision's resnet50 (Sec. 3.3)"),
+    "weights": ("imagenet", "none",
+                "initial weights of ResNet-50: imagenet, none, or the path of a state_dict of "
+                "torchvision's resnet50 (Sec. 3.3)"),
     "pool": ("avg", "max", "pooling of a frame's last map: average (GAP, Eq. 1-2) or maximum",
              ("avg", "max")),
-    "learners": (2, 2, "number of learners of temporal saliency erasing (TSE), and of frames in a "
+    "learners": (2, 2,
+                 "number of learners of temporal saliency erasing (TSE), and of frames in a "
                  "segment, N; 1 for a network without erasing (Sec. 4.1, Table 3a)"),
-    "seo": (True, True, "erase from a frame what the previous frames' learners attended to; "
-            "--no-seo keeps the learners and erases nothing (Table 2: TSE-wo-SEO)"),
-    "h_e": (3, 3, "height of the block that is erased from a frame's feature map, in rows of a map "
-            "with 16 rows; it is scaled to maps of other heights (Sec. 4.1, Table 3b)"),
-    "w_e": (8, 8, "width of the block that is erased from a frame's feature map, in columns of a "
-            "map with 8 columns; it is scaled to maps of other widths (Sec. 4.1)"),
-    "s_h": (1, 1, "vertical stride of the sliding block: it is placed at every s_h-th row "
+    "seo": (True, True,
+            "erase from a frame what the previous frames' learners attended to; --no-seo keeps the "
+            "learners and erases nothing (Table 2: TSE-wo-SEO)"),
+    "h_e": (3, 3,
+            "height of the block that is erased from a frame's feature map, in rows of a map with "
+            "16 rows; it is scaled to maps of other heights (Sec. 4.1, Table 3b)"),
+    "w_e": (8, 8,
+            "width of the block that is erased from a frame's feature map, in columns of a map "
+            "with 8 columns; it is scaled to maps of other widths (Sec. 4.1)"),
+    "s_h": (1, 1,
+            "vertical stride of the sliding block: it is placed at every s_h-th row (Sec. 4.1)"),
+    "s_w": (1, 1,
+            "horizontal stride of the sliding block: it is placed at every s_w-th column "
             "(Sec. 4.1)"),
-    "s_w": (1, 1, "horizontal stride of the sliding block: it is placed at every s_w-th column "
-            "(Sec. 4.1)"),
-    "scaled": (True, True, "divide the correlation maps of Eq. 3 by sqrt(D), where D is the number "
-               "of channels of a frame's map, so that the softmax of Eq. 5 does not saturate; "
-               "--no-scaled is the paper's form (our choice, as in the authors' release)"),
-    "stop_gradient": (True, True, "stop the gradient of Eq. 3 at the previous frames' vectors f_k, "
-                      "so that it does not reach their learners; --no-stop-gradient is the paper's "
-                      "form (our choice, as in the authors' release)"),
-    "tsb": ((2,), (2,), "stages of ResNet-50 (from 1, 2 and 3) after which a module for "
-            "temporal saliency boosting (TSB) is inserted (Sec. 4.1, Table 2)"),
-    "tau": (5.0, 5.0, "temperature of TSB's softmax: the larger it is, the more the best matches "
-            "count (Eq. 6; the value is our choice)"),
-    "extra": ("none", "none", "the alternative of Table 4 to TSE and TSB: nl (a Non-local block "
-              "after stage 3), dropblock (after stages 3 and 4), 3d (3x1x1 convolutions in all "
-              "residual blocks) or none", ("none", "nl", "dropblock", "3d")),
-    "loss": ("xent+tri", "xent+tri", "objective: cross entropy, alone (xent) or with the triplet "
-             "loss (xent+tri) (Sec. 3.3)", ("xent", "xent+tri")),
-    "margin": (0.4, 0.4, "margin of the triplet loss, whose distance is the cosine distance (our "
-               "choice)"),
+    "scaled": (True, True,
+               "divide the correlation maps of Eq. 3 by sqrt(D), where D is the number of channels "
+               "of a frame's map, so that the softmax of Eq. 5 does not saturate; --no-scaled is "
+               "the paper's form (our choice, as in the authors' release)"),
+    "stop_gradient": (True, True,
+                      "stop the gradient of Eq. 3 at the previous frames' vectors f_k, so that it "
+                      "does not reach their learners; --no-stop-gradient is the paper's form (our "
+                      "choice, as in the authors' release)"),
+    "tsb": ((2,), (2,),
+            "stages of ResNet-50 (from 1, 2 and 3) after which a module for temporal saliency "
+            "boosting (TSB) is inserted (Sec. 4.1, Table 2)"),
+    "tau": (5.0, 5.0,
+            "temperature of TSB's softmax: the larger it is, the more the best matches count "
+            "(Eq. 6; the value is our choice)"),
+    "extra": ("none", "none",
+              "the alternative of Table 4 to TSE and TSB: nl (a Non-local block after stage 3), "
+              "dropblock (after stages 3 and 4), 3d (3x1x1 convolutions in all residual blocks) or "
+              "none",
+              ("none", "nl", "dropblock", "3d")),
+    "loss": ("xent+tri", "xent+tri",
+             "objective: cross entropy, alone (xent) or with the triplet loss (xent+tri) "
+             "(Sec. 3.3)",
+             ("xent", "xent+tri")),
+    "margin": (0.4, 0.4,
+               "margin of the triplet loss, whose distance is the cosine distance (our choice)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities
 SAMPLE = functools.partial(sample_strided, stride=8)  # a training clip: T frames, 8 apart
@@ -775,58 +791,134 @@ METRIC = "cosine"              # the test: distance between the vectors v that T
 ROWS = {
     # Each entry of a variant has its place and name in the paper, the settings of RECIPE that
     # define it (those equal to RECIPE's may be repeated for clarity), and the paper's (mAP, rank-1)
-    # and costs. A second text names the variant that it is the same as.
-    "tclnet": Row("Table 1: TCLNet-tri, with triplet loss", learners=2, seo=True, tsb=(2,),
-                  loss="xent+tri", mars=(85.1, 89.8), duke=(96.2, 96.9), ilids=(None, 86.6),
-                  gflops_of_4_frames=16.259, million_parameters=29.9),
-    # The variants from here on are trained with the cross entropy alone (Sec. 4.3).
-    "tclnet-xent": Row("Tables 1, 2, 4b: TCLNet (TSE+TSB)", learners=2, seo=True, tsb=(2,),
-                       loss="xent", mars=(83.0, 88.8), duke=(95.2, 96.3), ilids=(None, 84.3),
-                       gflops_of_4_frames=16.259, million_parameters=29.9),
-    "base": Row("Tables 2-4: base.", learners=1, tsb=(), loss="xent", mars=(79.6, 86.8),
-                gflops_of_4_frames=16.246, million_parameters=23.5),
-    "base+tse-wo-seo": Row("Table 2: base.+TSE-wo-SEO", learners=2, seo=False, tsb=(), loss="xent",
-                           mars=(80.9, 87.2), gflops_of_4_frames=16.246, million_parameters=27.9),
-    "base+tse": Row("Tables 2-4: base.+TSE", learners=2, seo=True, tsb=(), loss="xent",
-                    mars=(82.5, 88.2), gflops_of_4_frames=16.251, million_parameters=29.9),
-    "base+tsb": Row("Tables 2, 4b: base.+TSB", learners=1, tsb=(2,), loss="xent", mars=(82.3, 87.6),
-                    gflops_of_4_frames=16.254, million_parameters=23.5),
-    "tclnet-tsb1": Row("Table 2: TCLNet (TSE+TSB-stage1)", learners=2, seo=True, tsb=(1,),
-                       loss="xent", mars=(82.2, 87.4), gflops_of_4_frames=16.267,
-                       million_parameters=29.9),
-    "tclnet-tsb2": Row("Table 2: TCLNet (TSE+TSB-stage2)", "tclnet-xent"),
-    "tclnet-tsb3": Row("Table 2: TCLNet (TSE+TSB-stage3)", learners=2, seo=True, tsb=(3,),
-                       loss="xent", mars=(82.6, 88.2), gflops_of_4_frames=16.255,
-                       million_parameters=29.9),
-    "tclnet-tsb23": Row("Table 2: TCLNet (TSE+TSB-stage23)", learners=2, seo=True, tsb=(2, 3),
-                        loss="xent", mars=(82.7, 88.2), gflops_of_4_frames=16.263,
-                        million_parameters=29.9),
-    "base+tse-n1": Row("Table 3a: 1 learner (base.)", "base"),
-    "base+tse-n2": Row("Table 3a: N = 2 learners", "base+tse"),
-    "base+tse-n3": Row("Table 3a: N = 3 learners", learners=3, frames=3, tsb=(), loss="xent",
-                       mars=(82.4, 88.4), gflops_of_4_frames=16.252, million_parameters=34.5),
-    "base+tse-n4": Row("Table 3a: N = 4 learners", learners=4, frames=4, tsb=(), loss="xent",
-                       mars=(81.0, 87.0), gflops_of_4_frames=16.253, million_parameters=38.9),
-    "base+tse-he2": Row("Table 3b: erased height h_e = 2", learners=2, seo=True, h_e=2, tsb=(),
-                        loss="xent", mars=(81.8, 87.2)),
-    "base+tse-he3": Row("Table 3b: erased height h_e = 3", "base+tse"),
-    "base+tse-he4": Row("Table 3b: erased height h_e = 4", learners=2, seo=True, h_e=4, tsb=(),
-                        loss="xent", mars=(82.0, 87.4)),
-    "base+tse-he5": Row("Table 3b: erased height h_e = 5", learners=2, seo=True, h_e=5, tsb=(),
-                        loss="xent", mars=(81.7, 87.2)),
-    "base+dropblock": Row("Table 4a: base.+DropBlock", learners=1, tsb=(), extra="dropblock",
-                          loss="xent", mars=(79.8, 86.9)),
-    "base+re": Row("Table 4a: base.+RE, random erasing", learners=1, tsb=(), erase=0.5, loss="xent",
-                   mars=(81.5, 86.6)),
-    "base+tse+re": Row("Table 4a: base.+TSE+RE", learners=2, seo=True, tsb=(), erase=0.5,
-                       loss="xent", mars=(82.9, 88.1)),
-    "base+3d": Row("Table 4b: base.+3D", learners=1, tsb=(), extra="3d", loss="xent",
-                   mars=(80.0, 86.1), gflops_of_4_frames=22.756, million_parameters=33.7),
-    "base+nl": Row("Table 4b: base.+NL, Non-local", learners=1, tsb=(), extra="nl", loss="xent",
-                   mars=(82.4, 87.6), gflops_of_4_frames=21.615, million_parameters=25.6),
-    "base+tse+nl": Row("Table 4b: base.+TSE+NL", learners=2, seo=True, tsb=(), extra="nl",
-                       loss="xent", mars=(82.6, 87.6), gflops_of_4_frames=21.619,
-                       million_parameters=32.1),
+    # and costs. same="NAME" says that the variant is the same as the variant NAME.
+
+    # Tables 1 and 2: the whole network and its components. Only the variant tclnet has the triplet
+    # loss. All others, also those of Tables 3 and 4, have the cross entropy alone (Sec. 4.3).
+    "tclnet": Row(
+        "Table 1: TCLNet-tri, with triplet loss",
+        learners=2, seo=True, tsb=(2,), loss="xent+tri",
+        mars=(85.1, 89.8), duke=(96.2, 96.9), ilids=(None, 86.6),
+        gflops_of_4_frames=16.259, million_parameters=29.9,
+    ),
+    "tclnet-xent": Row(
+        "Tables 1, 2, 4b: TCLNet (TSE+TSB)",
+        learners=2, seo=True, tsb=(2,), loss="xent",
+        mars=(83.0, 88.8), duke=(95.2, 96.3), ilids=(None, 84.3),
+        gflops_of_4_frames=16.259, million_parameters=29.9,
+    ),
+    "base": Row(
+        "Tables 2-4: base.",
+        learners=1, tsb=(), loss="xent",
+        mars=(79.6, 86.8), gflops_of_4_frames=16.246, million_parameters=23.5,
+    ),
+    "base+tse-wo-seo": Row(
+        "Table 2: base.+TSE-wo-SEO",
+        learners=2, seo=False, tsb=(), loss="xent",
+        mars=(80.9, 87.2), gflops_of_4_frames=16.246, million_parameters=27.9,
+    ),
+    "base+tse": Row(
+        "Tables 2-4: base.+TSE",
+        learners=2, seo=True, tsb=(), loss="xent",
+        mars=(82.5, 88.2), gflops_of_4_frames=16.251, million_parameters=29.9,
+    ),
+    "base+tsb": Row(
+        "Tables 2, 4b: base.+TSB",
+        learners=1, tsb=(2,), loss="xent",
+        mars=(82.3, 87.6), gflops_of_4_frames=16.254, million_parameters=23.5,
+    ),
+    "tclnet-tsb1": Row(
+        "Table 2: TCLNet (TSE+TSB-stage1)",
+        learners=2, seo=True, tsb=(1,), loss="xent",
+        mars=(82.2, 87.4), gflops_of_4_frames=16.267, million_parameters=29.9,
+    ),
+    "tclnet-tsb2": Row(
+        "Table 2: TCLNet (TSE+TSB-stage2)",
+        same="tclnet-xent",
+    ),
+    "tclnet-tsb3": Row(
+        "Table 2: TCLNet (TSE+TSB-stage3)",
+        learners=2, seo=True, tsb=(3,), loss="xent",
+        mars=(82.6, 88.2), gflops_of_4_frames=16.255, million_parameters=29.9,
+    ),
+    "tclnet-tsb23": Row(
+        "Table 2: TCLNet (TSE+TSB-stage23)",
+        learners=2, seo=True, tsb=(2, 3), loss="xent",
+        mars=(82.7, 88.2), gflops_of_4_frames=16.263, million_parameters=29.9,
+    ),
+
+    # Table 3a: number N of learners
+    "base+tse-n1": Row(
+        "Table 3a: 1 learner (base.)",
+        same="base",
+    ),
+    "base+tse-n2": Row(
+        "Table 3a: N = 2 learners",
+        same="base+tse",
+    ),
+    "base+tse-n3": Row(
+        "Table 3a: N = 3 learners",
+        learners=3, frames=3, tsb=(), loss="xent",
+        mars=(82.4, 88.4), gflops_of_4_frames=16.252, million_parameters=34.5,
+    ),
+    "base+tse-n4": Row(
+        "Table 3a: N = 4 learners",
+        learners=4, frames=4, tsb=(), loss="xent",
+        mars=(81.0, 87.0), gflops_of_4_frames=16.253, million_parameters=38.9,
+    ),
+
+    # Table 3b: height h_e of the erased block; 3 is the default
+    "base+tse-he2": Row(
+        "Table 3b: erased height h_e = 2",
+        learners=2, seo=True, h_e=2, tsb=(), loss="xent",
+        mars=(81.8, 87.2),
+    ),
+    "base+tse-he3": Row(
+        "Table 3b: erased height h_e = 3",
+        same="base+tse",
+    ),
+    "base+tse-he4": Row(
+        "Table 3b: erased height h_e = 4",
+        learners=2, seo=True, h_e=4, tsb=(), loss="xent",
+        mars=(82.0, 87.4),
+    ),
+    "base+tse-he5": Row(
+        "Table 3b: erased height h_e = 5",
+        learners=2, seo=True, h_e=5, tsb=(), loss="xent",
+        mars=(81.7, 87.2),
+    ),
+
+    # Table 4: TSE and other ways to erase (a), TSB and other ways to propagate features (b)
+    "base+dropblock": Row(
+        "Table 4a: base.+DropBlock",
+        learners=1, tsb=(), extra="dropblock", loss="xent",
+        mars=(79.8, 86.9),
+    ),
+    "base+re": Row(
+        "Table 4a: base.+RE, random erasing",
+        learners=1, tsb=(), erase=0.5, loss="xent",
+        mars=(81.5, 86.6),
+    ),
+    "base+tse+re": Row(
+        "Table 4a: base.+TSE+RE",
+        learners=2, seo=True, tsb=(), erase=0.5, loss="xent",
+        mars=(82.9, 88.1),
+    ),
+    "base+3d": Row(
+        "Table 4b: base.+3D",
+        learners=1, tsb=(), extra="3d", loss="xent",
+        mars=(80.0, 86.1), gflops_of_4_frames=22.756, million_parameters=33.7,
+    ),
+    "base+nl": Row(
+        "Table 4b: base.+NL, Non-local",
+        learners=1, tsb=(), extra="nl", loss="xent",
+        mars=(82.4, 87.6), gflops_of_4_frames=21.615, million_parameters=25.6,
+    ),
+    "base+tse+nl": Row(
+        "Table 4b: base.+TSE+NL",
+        learners=2, seo=True, tsb=(), extra="nl", loss="xent",
+        mars=(82.6, 87.6), gflops_of_4_frames=21.619, million_parameters=32.1,
+    ),
 }
 RELEASE = None                 # the authors offer no trained weights
 
