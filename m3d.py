@@ -20,12 +20,13 @@ Eq. 1, Fig. 3              TwoStreamM3D: f_st = [f_s, f_t]
 Eq. 2, 3                   Stream: f_s of the 2D stream, f_t of the M3D stream (the temporal one)
 Eq. 4-6, Fig. 4            M3DLayer, in the first block of each stage of ResNet-50
 Eq. 7-12, Fig. 5           ResidualAttentionLayer (RAL), after stages 1, 2 and 3; Eq. 7 and 8 are in
-                           attend, Eq. 9 is mean_over_frames
+                           apply_masks, Eq. 9 is mean_over_frames
 Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, P3D-B and P3D-C)
 Comparison with Recent Work
   "softmax loss"           losses
   "Euclidean distance"     METRIC
 Implementation Details     RECIPE (3D networks), ROWS["2d"] (2D network), SAMPLER, SAMPLE
+  SGD and its schedule     make_optimizer; train divides the learning rate in steps (StepLR)
   stream after stream      train_in_stages
   features in the test     TwoStreamM3D.test_parts, SPLIT
 Tables 1 to 4              ROWS; T = 16 of Table 1: the variants that end in -t16
@@ -140,6 +141,7 @@ def shift_frames(clips, offset: int):
     F.pad with a negative number at one end leaves maps and gradients in channels_last_3d, whereas
     slices leave gradients in another layout, which later layers would have to copy.
     """
+    # F.pad starts with the last dimension: W, H, T. A negative number removes frames.
     return F.pad(clips, (0, 0, 0, 0, -offset, offset))
 
 
@@ -171,33 +173,34 @@ class M3DLayer(nn.Module):
         self.per_tap = per_tap
         self.temporal = nn.ModuleList()
         C = conv.out_channels
-        options = {"bias": False, "device": conv.weight.device, "dtype": conv.weight.dtype}
+        conv_options = {"bias": False, "device": conv.weight.device, "dtype": conv.weight.dtype}
         n = (frames - 1) // 2                                                     # Eq. 6
         for i in range(1, n + 1):
             if per_tap:
-                kernel = nn.Conv3d(C, C, (3, 1, 1), padding=(i, 0, 0), dilation=(i, 1, 1),
-                                   **options)
+                temporal_conv = nn.Conv3d(C, C, (3, 1, 1), padding=(i, 0, 0), dilation=(i, 1, 1),
+                                          **conv_options)
             else:
-                kernel = nn.Conv2d(C, C, 1, **options)                            # W^(i)
-            nn.init.zeros_(kernel.weight)
-            self.temporal.append(kernel)
+                # A 1x1 convolution multiplies all positions of all frames by the matrix W^(i).
+                temporal_conv = nn.Conv2d(C, C, 1, **conv_options)
+            nn.init.zeros_(temporal_conv.weight)
+            self.temporal.append(temporal_conv)
 
     def convolve_in_time(self, s, i: int):
         """T^(i)(s), Eq. 5, for frames s (B*T, C', H', W') and the dilation i."""
-        kernel = self.temporal[i - 1]
+        temporal_conv = self.temporal[i - 1]
         clips = frames_to_clips(s, self.frames)
         if self.per_tap:
-            return clips_to_frames(kernel(clips))
+            return clips_to_frames(temporal_conv(clips))
         # Eq. 5: y_t = sum over a = -1, 0, 1 of s_{t + a i} W^(i). The taps share W^(i), so the
         # three shifted clips are added first and multiplied by W^(i) once.
-        taps = shift_frames(clips, -i) + clips + shift_frames(clips, i)
-        return kernel(clips_to_frames(taps))
+        sum_of_taps = shift_frames(clips, -i) + clips + shift_frames(clips, i)
+        return temporal_conv(clips_to_frames(sum_of_taps))
 
     def forward(self, x):
         if x.shape[1] != self.spatial.in_channels or x.shape[0] % self.frames != 0:
             raise ValueError(f"an M3D layer takes {self.spatial.in_channels} channels and a "
-                             f"multiple of {self.frames} frames, not {x.shape[1]} and "
-                             f"{x.shape[0]}")
+                             f"multiple of {self.frames} frames, not {x.shape[1]} channels and "
+                             f"{x.shape[0]} frames")
         s = self.spatial(x)
         y = s
         for i in range(1, len(self.temporal) + 1):
@@ -213,10 +216,13 @@ def mean_over_frames(x):
     x is channels_last in memory, so we sum a view with the channels last. x.mean(1) would return
     another layout and is much slower, and so is its gradient.
     """
-    return x.movedim(2, 4).sum(1).movedim(3, 1) / x.shape[1]
+    T = x.shape[1]
+    channels_at_the_end = x.movedim(2, 4)                       # (B, T, H, W, C)
+    total = channels_at_the_end.sum(1)                          # (B, H, W, C)
+    return total.movedim(3, 1) / T
 
 
-def attend(x, s_m, c_m, t_m):
+def apply_masks(x, s_m, c_m, t_m):
     """Eq. 7 and 8: y = x / 2 + M x, where M = sigmoid(S_m C_m T_m), for x (B, T, C, H, W).
 
     S_m T_m has one value for each position of each frame, C_m one for each channel. We write
@@ -232,8 +238,9 @@ def attend(x, s_m, c_m, t_m):
     B, T, C, H, W = x.shape
     column = (s_m * t_m).expand(B, T, H, W, 1).reshape(B, T * H * W, 1)
     row = c_m.expand(B, 1, 1, 1, C).reshape(B, 1, C)
-    m = (column @ row).sigmoid_().to(x.dtype)                   # M = sigmoid(S_m C_m T_m),  Eq. 8
-    m = m.view(B, T, H, W, C).movedim(4, 2)
+    product = column @ row                                      # S_m C_m T_m: (B, T*H*W, C)
+    m = product.sigmoid_().to(x.dtype)                          # M = sigmoid(S_m C_m T_m),  Eq. 8
+    m = m.view(B, T, H, W, C).movedim(4, 2)                     # (B, T, C, H, W)
     return x * (m + 0.5)                                        # y = x / 2 + M x,  Eq. 7
 
 
@@ -253,17 +260,18 @@ class ResidualAttentionLayer(nn.Module):
     Raises ValueError on invalid branches or an invalid reduction, and on an input whose T or C is
     not `frames` or `channels`.
 
-    Copy along: mean_over_frames, attend.
+    Copy along: mean_over_frames, apply_masks.
     """
 
     def __init__(self, channels: int, frames: int, *, reduction: int = 16,
                  branches: str | tuple[str, ...] = "sct"):
         super().__init__()
-        if not branches or not set(branches) <= {"s", "c", "t"}:
+        unknown_branches = set(branches) - {"s", "c", "t"}
+        if not branches or unknown_branches:
             raise ValueError(f"RAL takes at least one of the branches s, c and t, not {branches}")
         if not 1 <= reduction <= channels:
             raise ValueError(f"RAL takes a reduction of 1 to {channels}, not {reduction}")
-        self.size = (frames, channels)
+        self.frames_and_channels = (frames, channels)
         self.branches = nn.ModuleDict()
         if "s" in branches:
             self.branches["s"] = nn.Sequential(
@@ -271,28 +279,34 @@ class ResidualAttentionLayer(nn.Module):
                 nn.Conv2d(1, 1, 1))
         # on pooled vectors, the 1x1 convolutions of the other two branches are linear layers
         if "c" in branches:
-            inner = channels // reduction
+            hidden_channels = channels // reduction
             self.branches["c"] = nn.Sequential(
-                nn.Linear(channels, inner, bias=False), nn.BatchNorm1d(inner), nn.ReLU(),
-                nn.Linear(inner, channels))
+                nn.Linear(channels, hidden_channels, bias=False), nn.BatchNorm1d(hidden_channels),
+                nn.ReLU(), nn.Linear(hidden_channels, channels))
         if "t" in branches:
-            inner = max(frames // 2, 1)
+            hidden_frames = max(frames // 2, 1)
             self.branches["t"] = nn.Sequential(
-                nn.Linear(frames, inner, bias=False), nn.BatchNorm1d(inner), nn.ReLU(),
-                nn.Linear(inner, frames))
+                nn.Linear(frames, hidden_frames, bias=False), nn.BatchNorm1d(hidden_frames),
+                nn.ReLU(), nn.Linear(hidden_frames, frames))
         # The first mask starts at 0 and the others at 1: their product is 0, hence M = 1/2, and
         # gradients reach the first branch, which they would not if all masks were 0.
-        for branch in self.branches.values():
-            nn.init.zeros_(branch[-1].weight)
-            nn.init.ones_(branch[-1].bias)
-        first = next(iter(self.branches.values()))
-        nn.init.zeros_(first[-1].bias)
+        for i, branch in enumerate(self.branches.values()):
+            last_layer = branch[-1]
+            nn.init.zeros_(last_layer.weight)
+            if i == 0:
+                nn.init.zeros_(last_layer.bias)
+            else:
+                nn.init.ones_(last_layer.bias)
 
     def forward(self, x):
         B, T, C, H, W = x.shape
-        if (T, C) != self.size:
-            raise ValueError(f"RAL was built for (T, C) = {self.size}, not ({T}, {C})")
-        s_m = c_m = t_m = x.new_ones(())
+        if (T, C) != self.frames_and_channels:
+            raise ValueError(f"RAL was built for (T, C) = {self.frames_and_channels}, not "
+                             f"({T}, {C})")
+        one = x.new_ones(())                        # the value of a mask that is left out
+        s_m = one
+        c_m = one
+        t_m = one
         x_s = mean_over_frames(x)                                                 # Eq. 9
         if "s" in self.branches:
             s_m = self.branches["s"](x_s).view(B, 1, H, W, 1)                     # Eq. 10
@@ -304,9 +318,10 @@ class ResidualAttentionLayer(nn.Module):
             # mean, here over channels and positions, followed by two layers.
             # The sum is taken in float32 or more, because it can overflow float16.
             dtype = torch.promote_types(x.dtype, torch.float32)
-            x_t = (x.sum((2, 3, 4), dtype=dtype) / (C * H * W)).to(x.dtype)
+            total = x.sum((2, 3, 4), dtype=dtype)                                 # (B, T)
+            x_t = (total / (C * H * W)).to(x.dtype)
             t_m = self.branches["t"](x_t).view(B, T, 1, 1, 1)
-        return attend(x, s_m, c_m, t_m)                                           # Eq. 7, 8
+        return apply_masks(x, s_m, c_m, t_m)                                      # Eq. 7, 8
 
 
 # ----------------------------------- Fig. 2: the 3D convolutions that the paper compares M3D with
@@ -329,10 +344,11 @@ class InflatedConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, frames: int):
         super().__init__()
-        if (conv.bias is not None or conv.groups != 1 or conv.dilation != (1, 1)
-                or conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
-            raise ValueError("I3D inflates convolutions without bias, groups and dilation, padded "
-                             f"by a number of zeros, not {conv}")
+        plain = conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1)
+        zero_padded = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        if not plain or not zero_padded:
+            raise ValueError("I3D inflates only convolutions with dilation 1, zero padding whose "
+                             f"size is a number, one group and no bias, not {conv}")
         self.frames = frames
         self.conv = nn.Conv3d(conv.in_channels, conv.out_channels,
                               kernel_size=(3, *conv.kernel_size), stride=(1, *conv.stride),
@@ -350,8 +366,10 @@ def keeps_map_size(conv: nn.Conv2d):
     """Whether a convolution changes height and width by its stride only."""
     if isinstance(conv.padding, str):
         return conv.padding == "same"
-    sizes = zip(conv.padding, conv.dilation, conv.kernel_size)
-    return all(2 * padding == dilation * (kernel - 1) for padding, dilation, kernel in sizes)
+    for padding, dilation, kernel_size in zip(conv.padding, conv.dilation, conv.kernel_size):
+        if 2 * padding != dilation * (kernel_size - 1):
+            return False
+    return True
 
 
 class P3DConv(nn.Module):
@@ -381,8 +399,8 @@ class P3DConv(nn.Module):
         if kind not in ("a", "b", "c"):
             raise ValueError(f"P3D is of kind a, b or c, not {kind}")
         if kind == "b" and not keeps_map_size(conv):
-            raise ValueError("P3D-B adds S(x) and T(x), and takes an S that keeps the size of maps "
-                             f"up to its stride, not {conv}")
+            raise ValueError("P3D-B adds S(x) and T(x), so S must be padded such that only its "
+                             f"stride changes the size of maps, not as in {conv}")
         self.spatial = conv
         self.frames = frames
         self.kind = kind
@@ -390,14 +408,18 @@ class P3DConv(nn.Module):
             self.between = nn.Identity()
         else:
             self.between = nn.Sequential(bn, nn.ReLU())
-        in_channels, stride = conv.out_channels, (1, 1, 1)
         if kind == "b":
-            in_channels, stride = conv.in_channels, (1, *conv.stride)
+            in_channels = conv.in_channels
+            stride = (1, *conv.stride)
+        else:
+            in_channels = conv.out_channels
+            stride = (1, 1, 1)
         self.temporal = nn.Conv3d(in_channels, conv.out_channels, kernel_size=(3, 1, 1),
                                   stride=stride, padding=(1, 0, 0), bias=False,
                                   device=conv.weight.device, dtype=conv.weight.dtype)
         nn.init.zeros_(self.temporal.weight)
         if kind == "a":
+            # The centre tap is the identity: zeros would remove the output of S.
             nn.init.eye_(self.temporal.weight.data[:, :, 1, 0, 0])
 
     def convolve_in_time(self, x):
@@ -427,12 +449,12 @@ def identity_batchnorm_after_relu(bn: nn.BatchNorm2d):
     mean = mu * share_above_zero + sigma * density_at_zero
     mean_of_squares = (mu ** 2 + sigma ** 2) * share_above_zero + mu * sigma * density_at_zero
     var = (mean_of_squares - mean ** 2).clamp(min=0)
-    identity = copy.deepcopy(bn)
-    identity.running_mean.copy_(mean)
-    identity.running_var.copy_(var)
-    identity.weight.copy_((var + bn.eps).sqrt())
-    identity.bias.copy_(mean)
-    return identity
+    new_bn = copy.deepcopy(bn)
+    new_bn.running_mean.copy_(mean)
+    new_bn.running_var.copy_(var)
+    new_bn.weight.copy_((var + bn.eps).sqrt())
+    new_bn.bias.copy_(mean)
+    return new_bn
 
 
 # ------------------------------------------------------------- Eq. 1-3, Fig. 3: two-stream network
@@ -513,19 +535,25 @@ class Stream(nn.Module):
             try:
                 net.load_state_dict(init_2d)
             except RuntimeError as error:
-                reason = " ".join(str(error).split())[:160]
+                reason = " ".join(str(error).split())   # in one line
+                reason = reason[:160]                   # a long one lists all layers
                 raise ValueError(f"init_2d does not fit the 2D stream ({reason} ...)") from None
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-            for number, block in enumerate(stage):
-                if layer == "m3d" and (all_blocks or number == 0):
-                    block.conv2 = M3DLayer(block.conv2, frames, per_tap=per_tap)
+            for index, block in enumerate(stage):
+                if layer == "m3d":
+                    if all_blocks or index == 0:
+                        block.conv2 = M3DLayer(block.conv2, frames, per_tap=per_tap)
                 elif layer == "i3d":
                     block.conv2 = InflatedConv(block.conv2, frames)
-                elif layer == "p3d-a" and not p3d_a_linear:
+                elif layer == "p3d-a" and p3d_a_linear:
+                    block.conv2 = P3DConv(block.conv2, frames, kind="a")
+                elif layer == "p3d-a":
                     block.conv2 = P3DConv(block.conv2, frames, kind="a", bn=block.bn2)
                     block.bn2 = identity_batchnorm_after_relu(block.bn2)
-                elif layer in ("p3d-a", "p3d-b", "p3d-c"):
-                    block.conv2 = P3DConv(block.conv2, frames, kind=layer[-1])
+                elif layer == "p3d-b":
+                    block.conv2 = P3DConv(block.conv2, frames, kind="b")
+                elif layer == "p3d-c":
+                    block.conv2 = P3DConv(block.conv2, frames, kind="c")
         if layer == "i3d":
             net.conv1 = InflatedConv(net.conv1, frames)
         self.net = net
@@ -545,7 +573,7 @@ class Stream(nn.Module):
             x = getattr(net, name)(x)
             if name in self.ral:
                 x = self.ral[name](x.unflatten(0, (B, T))).flatten(0, 1)
-        x = x.to(net.bn1.weight.dtype)
+        x = x.to(net.bn1.weight.dtype)                  # from autocast's bfloat16 to float32
         if self.pool == "avg":
             x = x.mean((2, 3))
         else:
@@ -597,7 +625,7 @@ class TwoStreamM3D(nn.Module):
         if stream not in ("two", "spatial", "temporal"):
             raise ValueError(f"the streams are spatial, temporal or two, not {stream}")
         if stream == "spatial" and init_2d is not None:
-            raise ValueError("init_2d is for the temporal stream, which stream spatial leaves out")
+            raise ValueError("init_2d is for the temporal stream, but stream is spatial")
         self.frames = frames
         self.streams = nn.ModuleDict()
         if stream != "temporal":
@@ -828,7 +856,7 @@ ROWS = {
         mars=(65.17, 79.44), more_megabytes=15.2,
     ),
     "m3d-all-blocks": Row(
-        'text on Table 1: M3D for "all the 2D convolution layers"',
+        'Text about Table 1: M3D for "all the 2D convolution layers"',
         stream="temporal", layer="m3d", ral=(), all_blocks=True,
     ),
 }
@@ -838,13 +866,17 @@ RELEASE = None                 # the authors offer no trained weights
 def build(args, num_classes):
     """Builds the network that the settings `args` describe. With --resume or --join it gets no
     initial weights, because all weights come from the checkpoints."""
-    weights, join, init_2d = args.weights, args.join, None
+    weights = args.weights
+    join = args.join
+    init_2d = None
     if args.resume:
-        weights, join = "none", ()
+        weights = "none"
+        join = ()
     elif join:
-        if not args.evaluate or len(join) != 2 or args.stream != "two":
-            raise ValueError("--join takes two checkpoints, with --evaluate or --figure and with "
-                             "--stream two")
+        can_join = len(join) == 2 and args.stream == "two" and args.evaluate  # also with --figure
+        if not can_join:
+            raise ValueError("--join takes two checkpoints, and needs --stream two and one of "
+                             "--evaluate and --figure")
         weights = "none"
     elif args.init_2d:
         init_2d = load_part(args.init_2d, "streams.spatial.net.")
@@ -869,7 +901,7 @@ def build(args, num_classes):
             load_part(path, f"neck.{stream}.", model.neck[stream])
         model.origin = f"joined from {join[0]} and {join[1]}"
     elif init_2d is not None:
-        model.origin = f"untrained but for the 2D stream of {args.init_2d}"
+        model.origin = f"untrained except for the 2D stream of {args.init_2d}"
     return model
 
 
@@ -935,13 +967,15 @@ def train_in_stages(args):
     file_2d = f"{args.output}/2d/last.pt"
     file_temporal = f"{args.output}/temporal/last.pt"
     two_streams = args.stream == "two"
-    names_a_checkpoint = args.resume or args.init or args.join
-    if two_streams and args.evaluate and not names_a_checkpoint:
+    has_checkpoint = args.resume or args.init or args.join
+    if two_streams and args.evaluate and not has_checkpoint:
         if os.path.exists(file_2d) and os.path.exists(file_temporal):
             print("to evaluate the two trained streams as one network, add "
                   f"--join {file_2d} {file_temporal}")
-    starts_from_others = args.init or args.init_2d
-    if not two_streams or not args.in_stages or args.evaluate or starts_from_others:
+    has_initial_checkpoint = args.init or args.init_2d
+    trains = not args.evaluate and not has_initial_checkpoint
+    trains_in_stages = two_streams and args.in_stages and trains
+    if not trains_in_stages:
         return train(args)
     train(part_of(args, ROWS, "2d", variant="2d", chunk=1))
     train(part_of(args, ROWS, "temporal", variant="m3d+ral", layer=args.layer, ral=args.ral,
@@ -986,36 +1020,45 @@ def picture(model, clips, images):
         stream = model.streams["spatial"]
     net = stream.net
     rals = [*stream.ral.values()]
-    first_convs = [stage[0].conv2 for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
-    m3d_layers = [conv for conv in first_convs
-                  if isinstance(conv, M3DLayer) and len(conv.temporal) > 0]
-    watched = [net.layer4]
+    drawn_m3d_layers = []           # those in the first block of each stage, with temporal kernels
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        conv = stage[0].conv2
+        if isinstance(conv, M3DLayer) and len(conv.temporal) > 0:
+            drawn_m3d_layers.append(conv)
+    modules = [net.layer4]
     for ral in rals:
-        watched.extend(ral.branches.values())
-    for layer in m3d_layers:
-        watched.extend([layer.spatial, *layer.temporal])
-    outputs = {}
-    for module, calls in zip(watched, watch(stream, clips, *watched)):
-        _, outputs[module] = calls[0]
-    spatial_masks = [outputs[ral.branches["s"]][0, 0].float() for ral in rals
-                     if "s" in ral.branches]
-    temporal_masks = [outputs[ral.branches["t"]][0].float() for ral in rals if "t" in ral.branches]
+        modules.extend(ral.branches.values())
+    for layer in drawn_m3d_layers:
+        modules.extend([layer.spatial, *layer.temporal])
+    output_of = {}                  # {module: its output}
+    for module, calls in zip(modules, watch(stream, clips, *modules)):
+        _, output = calls[0]        # (inputs, output) of the only call
+        output_of[module] = output
+    spatial_masks = []
+    temporal_masks = []
+    for ral in rals:
+        if "s" in ral.branches:
+            spatial_masks.append(output_of[ral.branches["s"]][0, 0].float())
+        if "t" in ral.branches:
+            temporal_masks.append(output_of[ral.branches["t"]][0].float())
 
     stages = ["stage 1", "stage 2", "stage 3", "stage 4"]
-    last_map = energy(outputs[net.layer4])
+    last_map = energy(output_of[net.layer4])
     rows = {"last map, divided by its mean": overlays(images, last_map)}
-    if m3d_layers:
-        added = sum(outputs[kernel] for kernel in m3d_layers[0].temporal)
-        if m3d_layers[0].per_tap:
+    if drawn_m3d_layers:
+        first_layer = drawn_m3d_layers[0]
+        added = sum(output_of[kernel] for kernel in first_layer.temporal)
+        if first_layer.per_tap:
             added = clips_to_frames(added)
-        rows["sum of stage 1's temporal kernels, divided by its mean"] = overlays(
-            images, energy(added))
-        norms = []
-        for layer in m3d_layers:
-            of_kernels = torch.stack([outputs[kernel].float().norm() for kernel in layer.temporal])
-            norms.append(of_kernels / outputs[layer.spatial].float().norm())
-        rows["norm of each temporal kernel's output, divided by that of S, by dilation"] = bars(
-            norms, stages)
+        label = "stage 1: sum of the temporal kernels' outputs, divided by its mean"
+        rows[label] = overlays(images, energy(added))
+        relative_norms = []
+        for layer in drawn_m3d_layers:
+            kernel_norms = [output_of[kernel].float().norm() for kernel in layer.temporal]
+            spatial_norm = output_of[layer.spatial].float().norm()
+            relative_norms.append(torch.stack(kernel_norms) / spatial_norm)
+        label = "norm of each temporal kernel's output relative to that of S, for each dilation"
+        rows[label] = bars(relative_norms, stages)
     if spatial_masks:
         first_image = images[:1].expand(len(spatial_masks), -1, -1, -1)
         rows["spatial masks of the RALs, on the first frame"] = overlays(

@@ -22,7 +22,8 @@ Where the parts of the paper are:
   Sec. 3.2, Fig. 3 (B)        InflatedConv (I3D), P3DConv (P3D-A, P3D-B, P3D-C)
   Sec. 3.2, Eq. 9             losses
   Sec. 3.3                    NonLocalBlock, with which the paper compares STRF
-  Sec. 4                      RECIPE; the paper prints only a part of it
+  Sec. 4                      RECIPE; the paper prints only a part of it. The optimiser (Adam) is in
+                              make_optimizer, the schedule of the learning rate (StepLR) in train
   Sec. 4.1, Fig. 3 (A)        STRFNet, with its shapes and a sketch of where a unit is
   Sec. 4.2, Fig. 6 (a)        SelfProductMask, which replaces FAM in this ablation
   Tables 2-5, Fig. 4, 6 (a)   ROWS
@@ -150,7 +151,9 @@ def as_maps(matrix, shape):
     layers would copy them.
     """
     B, T, C, H, W = shape
-    return matrix.reshape(B, C, T, H, W).permute(0, 2, 3, 4, 1).contiguous().movedim(4, 2)
+    maps = matrix.reshape(B, C, T, H, W)
+    channels_at_the_end = maps.permute(0, 2, 3, 4, 1).contiguous()        # (B, T, H, W, C)
+    return channels_at_the_end.movedim(4, 2)
 
 
 class FeatureFactorizationModule(nn.Module):
@@ -188,17 +191,18 @@ def pool_keeping_size(x, window, pool):
     """
     if max(window) == 1:  # a window of a single position changes nothing
         return x
-    x = x.transpose(1, 2)
-    t, h, w = (size // 2 for size in window)
+    x = x.transpose(1, 2)                                                 # (B, C, T, H, W)
+    half_t, half_h, half_w = (size // 2 for size in window)
     if pool == "max":
-        return F.max_pool3d(x, window, stride=1, padding=(t, h, w)).transpose(1, 2)
+        padding = (half_t, half_h, half_w)
+        return F.max_pool3d(x, window, stride=1, padding=padding).transpose(1, 2)
     # avg_pool3d raises an error if the window is larger than the unpadded map, so we pad with zeros
     # ourselves, and divide by the fraction of each window that is not padding.
-    padding = (w, w, h, h, t, t)
-    inside = torch.ones_like(x[:1, :1])
+    padding = (half_w, half_w, half_h, half_h, half_t, half_t)            # F.pad's order: W, H, T
+    ones = torch.ones_like(x[:1, :1])
     average = F.avg_pool3d(F.pad(x, padding), window, stride=1)
-    share = F.avg_pool3d(F.pad(inside, padding), window, stride=1)
-    return (average / share).transpose(1, 2)
+    fraction_inside = F.avg_pool3d(F.pad(ones, padding), window, stride=1)
+    return (average / fraction_inside).transpose(1, 2)
 
 
 class FactorizedAttentionMask(nn.Module):
@@ -230,7 +234,7 @@ class FactorizedAttentionMask(nn.Module):
         if pool not in ("max", "avg"):
             raise ValueError(f"the pooling of a mask must be max or avg, not {pool}")
         if resolution < 1 or resolution % 2 == 0:
-            raise ValueError(f"a resolution must be an odd number from 1, not {resolution}")
+            raise ValueError(f"a resolution must be an odd number, at least 1, not {resolution}")
         if not 1 <= reduction <= channels:
             raise ValueError(f"the reduction of {channels} channels must be from 1 to {channels}, "
                              f"not {reduction}")
@@ -248,9 +252,10 @@ class FactorizedAttentionMask(nn.Module):
         if f.shape[2] != self.h.in_channels:
             raise ValueError("FactorizedAttentionMask was built for maps with "
                              f"{self.h.in_channels} channels, not {f.shape[2]}")
-        reduced = self.h(f.flatten(0, 1)).unflatten(0, f.shape[:2])       # (B, T, C/n, H, W)
-        features = pool_keeping_size(reduced, self.window, self.pool)     # T = G(H(f)), Eq. 2
-        features = as_matrix(features)                                    # (B, C/n * T, H*W)
+        reduced_frames = self.h(f.flatten(0, 1))                          # (B*T, C/n, H, W)
+        reduced = reduced_frames.unflatten(0, f.shape[:2])                # (B, T, C/n, H, W)
+        pooled = pool_keeping_size(reduced, self.window, self.pool)       # T = G(H(f)), Eq. 2
+        features = as_matrix(pooled)                                      # (B, C/n * T, H*W)
         # at least float32, because eps=1e-12 below is zero in float16
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         if self.normalize:
@@ -278,13 +283,15 @@ class SelfProductMask(nn.Module):
         self.normalize = normalize
 
     def forward(self, f):
-        f = as_matrix(f)                                                  # (B, C * T, H*W)
+        columns = as_matrix(f)                                            # (B, C * T, H*W)
         # at least float32, because eps=1e-12 below is zero in float16
-        f = f.to(torch.promote_types(f.dtype, torch.float32))
+        columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
         if self.normalize:
-            f = F.normalize(f, dim=1, eps=1e-12)
-        f = f / f.shape[2] ** 0.5   # dividing before the product keeps its sums small
-        return f.transpose(1, 2) @ f
+            columns = F.normalize(columns, dim=1, eps=1e-12)
+        positions = columns.shape[2]                                      # H*W
+        # M = f^T f / (H W). Dividing both factors before the product keeps its sums small.
+        columns = columns / positions ** 0.5
+        return columns.transpose(1, 2) @ columns
 
 
 class STRF(nn.Module):
@@ -324,7 +331,8 @@ class STRF(nn.Module):
             raise ValueError("the resolutions must be two numbers r_tau <= r_sigma, not "
                              f"{resolutions}")
         if len(pools) != 2:
-            raise ValueError(f"the pools must be one for time and one for space, not {pools}")
+            raise ValueError("the pools must be two, one for time and one for space, not "
+                             f"{pools}")
         r_tau, r_sigma = resolutions
         resolution_of = {"t-dynamic": r_tau, "t-static": r_sigma,
                          "s-fine": r_tau, "s-coarse": r_sigma}
@@ -338,8 +346,8 @@ class STRF(nn.Module):
         self.order = order
         self.ffm = nn.ModuleDict()
         for dimension, pool in (("t", pools[0]), ("s", pools[1])):
-            chosen = [name for name in factors if name.startswith(f"{dimension}-")]
-            if not chosen:
+            mask_names = [name for name in factors if name.startswith(f"{dimension}-")]
+            if not mask_names:
                 continue
             if fam:
                 masks = [
@@ -352,7 +360,7 @@ class STRF(nn.Module):
                         kappa=kappa,
                         normalize=normalize,
                     )
-                    for name in chosen
+                    for name in mask_names
                 ]
             else:
                 masks = [SelfProductMask(normalize=normalize)]
@@ -410,8 +418,8 @@ class InflatedConv(nn.Module):
         plain = conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1)
         zero_padded = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
         if not plain or not zero_padded:
-            raise ValueError("I3D inflates convolutions without bias, groups and dilation, and "
-                             f"with a number of zeros as padding, not {conv}")
+            raise ValueError("I3D inflates only convolutions with dilation 1, zero padding whose "
+                             f"size is a number, one group and no bias, not {conv}")
         self.frames = frames
         self.strf = strf
         self.conv = nn.Conv3d(
@@ -468,9 +476,9 @@ class P3DConv(nn.Module):
         if kind not in ("a", "b", "c"):
             raise ValueError(f"P3D is of kind a, b or c, not {kind}")
         if kind == "b" and not keeps_map_size(conv):
-            raise ValueError("P3D-B adds the outputs of both convolutions, so that it needs a "
-                             "spatial one that keeps the size of maps apart from its stride, not "
-                             f"{conv}")
+            raise ValueError("P3D-B adds the outputs of both convolutions, so the spatial one must "
+                             "be padded such that only its stride changes the size of maps, not "
+                             f"as in {conv}")
         if kind == "b":
             in_channels = conv.in_channels
             stride = (1, *conv.stride)
@@ -492,16 +500,17 @@ class P3DConv(nn.Module):
             dtype=conv.weight.dtype,
         )
         nn.init.zeros_(self.temporal.weight)
-        if kind == "a":  # the identity: a zero would remove the spatial convolution
+        if kind == "a":
+            # The centre tap is the identity: zeros would remove the spatial convolution's output.
             nn.init.eye_(self.temporal.weight.data[:, :, 1, 0, 0])
 
     def forward(self, x):
-        spatial = self.spatial(x)
+        spatial_output = self.spatial(x)
         if self.kind == "a":
-            return self.strf_then_temporal(spatial)
+            return self.strf_then_temporal(spatial_output)
         if self.kind == "b":
-            return spatial + self.strf_then_temporal(x)
-        return spatial + self.strf_then_temporal(spatial)
+            return spatial_output + self.strf_then_temporal(x)
+        return spatial_output + self.strf_then_temporal(spatial_output)
 
     def strf_then_temporal(self, x):
         return strf_then_conv3d(x, self.frames, self.strf, self.temporal)
@@ -530,13 +539,14 @@ class NonLocalBlock(nn.Module):
     def forward(self, f):
         B, T, C, H, W = f.shape
 
-        def positions_of(layer):
-            maps = layer(f.flatten(0, 1)).movedim(1, 3)
-            return maps.reshape(B, 1, T * H * W, -1)                      # (B, 1, T*H*W, C/2)
+        def project_positions(convolution):
+            maps = convolution(f.flatten(0, 1)).movedim(1, 3)             # (B*T, H, W, C/2)
+            return maps.reshape(B, 1, T * H * W, -1)                      # (B, heads, T*H*W, C/2)
 
-        # y = softmax(theta phi^T) g
-        y = F.scaled_dot_product_attention(
-            positions_of(self.theta), positions_of(self.phi), positions_of(self.g), scale=1.0)
+        theta = project_positions(self.theta)
+        phi = project_positions(self.phi)
+        g = project_positions(self.g)
+        y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)      # softmax(theta phi^T) g
         y = y.reshape(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + f
 
@@ -636,8 +646,8 @@ class STRFNet(nn.Module):
         if attention not in ("strf", "nonlocal"):
             raise ValueError(f"the attention must be strf or nonlocal, not {attention}")
         if attention == "nonlocal" and not strf_options.get("fam", True):
-            raise ValueError("a non-local block has no FAM to leave out: fam=False needs the "
-                             "attention strf")
+            raise ValueError("fam=False needs the attention strf, because a non-local block has "
+                             "no FAM to leave out")
         self.frames = frames
         self.pool = pool
         net = resnet50(weights)
@@ -647,12 +657,15 @@ class STRFNet(nn.Module):
         self.layer3 = net.layer3
         self.layer4 = net.layer4
         for stage in sorted({2, 3, *stages}):  # stages 2 and 3 are 3D in every variant
-            all_blocks = getattr(self, f"layer{stage}")
-            chosen = [block for number, block in enumerate(all_blocks, 1) if number in blocks]
-            if stage in stages and not chosen:
-                raise ValueError(f"stage {stage} has blocks 1 to {len(all_blocks)}, and none of "
+            stage_blocks = getattr(self, f"layer{stage}")
+            blocks_3d = []
+            for block_number, block in enumerate(stage_blocks, start=1):
+                if block_number in blocks:
+                    blocks_3d.append(block)
+            if stage in stages and not blocks_3d:
+                raise ValueError(f"stage {stage} has blocks 1 to {len(stage_blocks)}, and none of "
                                  f"{blocks} is among them")
-            for block in chosen:
+            for block in blocks_3d:
                 conv = block.conv2
                 if stage not in stages:
                     unit = None
@@ -663,7 +676,8 @@ class STRFNet(nn.Module):
                 if layer == "i3d":
                     block.conv2 = InflatedConv(conv, frames, strf=unit)
                 else:
-                    block.conv2 = P3DConv(conv, frames, kind=layer[-1], strf=unit)
+                    block.conv2 = P3DConv(conv, frames, kind=layer.removeprefix("p3d-"),
+                                          strf=unit)
         self.neck = nn.BatchNorm1d(2048)
         self.classifier = nn.Linear(2048, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
@@ -675,7 +689,7 @@ class STRFNet(nn.Module):
             raise ValueError(f"STRFNet was built for clips of {self.frames} frames, not {T}")
         x = self.stem(clips.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = x.to(self.neck.weight.dtype)
+        x = x.to(self.neck.weight.dtype)                # from autocast's bfloat16 to float32
         if self.pool == "avg":
             x = x.mean((2, 3))
         else:
@@ -773,9 +787,9 @@ SPLIT = split_consecutive      # the test: all frames of a tracklet, in clips of
 METRIC = "cosine"              # the test's distance between the mean embeddings of tracklets
 
 ROWS = {
-    # Each entry of a variant has its place in the paper, the settings of RECIPE that it changes, and
-    # the paper's (mAP, rank-1) and parameters. same="NAME" says that the variant is the same as the
-    # variant NAME.
+    # Each entry of a variant has its place in the paper, the settings of RECIPE that it changes,
+    # and the paper's (mAP, rank-1) and parameters. same="NAME" says that the variant is the same as
+    # the variant NAME.
 
     # Tables 2 and 3: four 3D networks with and without STRF. On Duke, Table 3 reports the values of
     # strf-p3db for STRF.
@@ -968,40 +982,42 @@ def main():  # same in every script
 
 # ------------------------------------------------------------------------------------- the picture
 
-def picture(model, clips, frames):
+def picture(model, clips, images):
     """The picture of --figure: the last map, as in Fig. 5, and for the first STRF of each stage the
     centre column of each mask: how much each position contributes to the output at the centre.
 
     Args:
         model: an STRFNet.
         clips: a normalised clip, (1, T, 3, H, W).
-        frames: the same clip as images, (T, 3, H, W), uint8.
+        images: the frames of this clip, (T, 3, H, W), uint8.
 
     Returns a title and the rows of the picture, {label: row}.
     """
     calls_of_stage_4 = watch(model, clips, model.layer4)[0]
-    _, last_map = calls_of_stage_4[0]
-    rows = {"last map, relative to its mean": overlays(frames, energy(last_map))}
-    for number, stage in enumerate((model.layer1, model.layer2, model.layer3, model.layer4), 1):
+    _, last_map = calls_of_stage_4[0]                   # (inputs, output) of the only call
+    rows = {"last map, divided by its mean": overlays(images, energy(last_map))}
+    stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+    for stage_number, stage in enumerate(stages, start=1):
         units = [module for module in stage.modules() if isinstance(module, STRF)]
         if not units:
             continue
-        masks, heads = [], []
+        mask_modules = []
+        captions = []
         for dimension, ffm in units[0].ffm.items():
-            for mask in ffm.masks:
-                masks.append(mask)
-                heads.append(f"{dimension} r={mask.resolution}")
-        weights = []
-        for calls in watch(model, clips, *masks):
+            for mask_module in ffm.masks:
+                mask_modules.append(mask_module)
+                captions.append(f"{dimension} r={mask_module.resolution}")
+        centre_columns = []
+        for calls in watch(model, clips, *mask_modules):
             inputs, mask = calls[0]
             H, W = inputs[0].shape[3:]
             centre = (H // 2) * W + W // 2
-            weight = mask[0, :, centre].view(H, W).clone()
-            weight[H // 2, W // 2] = torch.nan  # drawn in black
-            weights.append(weight)
-        first_frame = frames[:1].expand(len(masks), -1, -1, -1)
-        label = f"stage {number}: mask weights for the centre position (black)"
-        rows[label] = overlays(first_frame, weights, heads)
+            column = mask[0, :, centre].view(H, W).clone()
+            column[H // 2, W // 2] = torch.nan          # drawn in black
+            centre_columns.append(column)
+        first_image = images[:1].expand(len(mask_modules), -1, -1, -1)
+        label = f"stage {stage_number}: mask weights for the centre position (black)"
+        rows[label] = overlays(first_image, centre_columns, captions)
     return "STRF: last maps, and the weights of the attention masks", rows
 
 

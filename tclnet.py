@@ -26,7 +26,8 @@ Where the paper's parts are:
             Sec. 3.3, Fig. 4      TCLNet builds the backbone and computes v_1 ... v_N;
                                   TCLNet.finish computes the v that the test compares
             Sec. 3.3              loss_weights, losses: the objective function
-            Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE, SPLIT, METRIC
+            Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE, SPLIT, METRIC;
+                                  make_optimizer: Adam; train: the learning rate's steps (StepLR)
             Tables 1-4            ROWS: the variants; --complexity prints parameters and GFLOPs as
                                   we count them, beside the paper's
             Sec. 4.3              single-shot re-ID: --variant base+tse --frames 1 gives one image
@@ -175,17 +176,18 @@ class CorrelationLayer(nn.Module):
         self.scaled = scaled
         self.stop_gradient = stop_gradient
 
-    def forward(self, x, previous):
+    def forward(self, x, previous_vectors):
         D, H, W = x.shape[1:]
-        if D != self.w.out_features or previous.shape[2] != self.w.in_features:
+        feature_size = previous_vectors.shape[2]
+        if D != self.w.out_features or feature_size != self.w.in_features:
             raise ValueError(f"SEO was built for maps with {self.w.out_features} channels and "
-                             f"vectors of length {self.w.in_features}, not {D} and "
-                             f"{previous.shape[2]}")
+                             f"vectors of length {self.w.in_features}, not for maps with {D} "
+                             f"channels and vectors of length {feature_size}")
         if self.stop_gradient:
-            previous = previous.detach()
+            previous_vectors = previous_vectors.detach()
         # R = F^T (w^T f). We divide by sqrt(D) before the product with F, because without it the
         # sums could overflow float16.
-        projected = self.w(previous) / math.sqrt(D)
+        projected = self.w(previous_vectors) / math.sqrt(D)
         r = projected @ x.flatten(2)                                      # Eq. 3, over sqrt(D)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
         if not self.scaled:
@@ -210,9 +212,9 @@ class BlockBinarization(nn.Module):
 
     def __init__(self, erased_block: tuple[int, int], *, block_stride: tuple[int, int] = (1, 1)):
         super().__init__()
-        if min(*erased_block, *block_stride) < 1:
-            raise ValueError("SEO takes blocks and strides of at least 1x1, not "
-                             f"{erased_block[0]}x{erased_block[1]} and "
+        if min(erased_block) < 1 or min(block_stride) < 1:
+            raise ValueError("SEO takes blocks and strides of at least 1x1, not a block of "
+                             f"{erased_block[0]}x{erased_block[1]} and a stride of "
                              f"{block_stride[0]}x{block_stride[1]}")
         self.erased_block = tuple(erased_block)
         self.block_stride = tuple(block_stride)
@@ -228,9 +230,11 @@ class BlockBinarization(nn.Module):
         # sum. `means` has one value for each of the N_pos positions of the sliding block.
         means = F.avg_pool2d(r.reshape(-1, 1, H, W), self.erased_block, self.block_stride)
         best = means.flatten(1).argmax(1).view(-1, 1, 1)
-        positions_in_a_row = means.shape[-1]
-        top = best // positions_in_a_row * s_h
-        left = best % positions_in_a_row * s_w
+        blocks_in_a_row = means.shape[-1]
+        block_row = best // blocks_in_a_row
+        block_column = best % blocks_in_a_row
+        top = block_row * s_h
+        left = block_column * s_w
         row = torch.arange(H, device=r.device).view(H, 1)
         column = torch.arange(W, device=r.device)
         in_rows = (row >= top) & (row < top + h_e)                        # (maps, H, 1)
@@ -270,18 +274,18 @@ class SaliencyErasingOperation(nn.Module):
         self.bn = nn.BatchNorm1d(channels)
         nn.init.zeros_(self.bn.weight)
 
-    def forward(self, x, previous):
+    def forward(self, x, previous_vectors):
         B, D, H, W = x.shape
-        if previous.shape[1] == 0:
+        if previous_vectors.shape[1] == 0:
             # For the first frame both products are empty and thus 1. They are written out because
             # ONNX cannot export a product over an empty dimension.
             dtype = torch.promote_types(x.dtype, torch.float32)
             r = x.new_ones(B, H, W, dtype=dtype)
             b = x.new_ones(B, H, W, dtype=dtype)                          # B_1 = 1
         else:
-            r_k = self.correlation(x, previous)                           # R_n1, R_n2 ..., Eq. 3
-            r = r_k.prod(1)                                               # R_n1 * R_n2 * ...
-            b = self.binarization(r_k).prod(1)                            # B_n, Eq. 4
+            correlation_maps = self.correlation(x, previous_vectors)      # R_n1, R_n2 ..., Eq. 3
+            r = correlation_maps.prod(1)                                  # R_n1 * R_n2 * ...
+            b = self.binarization(correlation_maps).prod(1)               # B_n, Eq. 4
         g = r.flatten(1).softmax(1) * b.flatten(1)                        # G_n, Eq. 5; (B, H*W)
         # the erased map: F_n * B_n + BN(sum over all positions of G_n * F_n)
         attended = x.flatten(2) @ g.to(x.dtype).unsqueeze(2)              # (B, D, 1)
@@ -297,8 +301,12 @@ def unbind_frames(x):
     gradient is in channels_last, too. Otherwise the preceding layers would have to copy every map
     in the backward pass.
     """
-    frames = [frame.movedim(3, 1) for frame in x.movedim(2, 4).unbind(1)]
-    return [frame.contiguous(memory_format=torch.channels_last) for frame in frames]
+    channels_at_the_end = x.movedim(2, 4)                                 # (B, T, H, W, C)
+    frames = []
+    for frame in channels_at_the_end.unbind(1):                           # (B, H, W, C)
+        frame = frame.movedim(3, 1)                                       # (B, C, H, W)
+        frames.append(frame.contiguous(memory_format=torch.channels_last))
+    return frames
 
 
 class TemporalSaliencyErasing(nn.Module):
@@ -357,17 +365,17 @@ class TemporalSaliencyErasing(nn.Module):
         if T % N != 0:
             raise ValueError(f"TSE with {N} learners needs a multiple of {N} frames, not {T}")
         segments = x.reshape(B * T // N, N, D, H, W)                      # C_k, all in one batch
-        previous = x.new_empty(B * T // N, 0, self.feature_size)          # f_1 ... f_(n-1)
+        previous_vectors = x.new_empty(B * T // N, 0, self.feature_size)  # f_1 ... f_(n-1)
         vectors = []
         for learner, frame in zip(self.learners, unbind_frames(segments)):
             if self.seo is not None:
-                frame = self.seo(frame, previous)                         # the erased map, Eq. 2
+                frame = self.seo(frame, previous_vectors)                 # the erased map, Eq. 2
             y = learner(self.shared(frame))                               # L_n
             if y.shape[1] != self.feature_size:
                 raise ValueError("TSE was built for learners whose outputs have "
                                  f"{self.feature_size} channels, not {y.shape[1]}")
             f_n = y.mean((2, 3))                                          # GAP(L_n), Eq. 1-2
-            previous = torch.cat([previous, f_n.unsqueeze(1)], dim=1)
+            previous_vectors = torch.cat([previous_vectors, f_n.unsqueeze(1)], dim=1)
             if self.pool == "max":
                 vectors.append(y.amax((2, 3)))
             else:
@@ -399,15 +407,15 @@ def probability_map(query, memory, *, tau: float = 5.0):
         tau: the temperature: the larger it is, the more A prefers the best matches.
     """
     T = query.shape[1]
-    positions = memory.shape[1] // T
+    positions_per_frame = memory.shape[1] // T
     dtype = torch.promote_types(memory.dtype, torch.float32)
     q = F.normalize(query.to(dtype), dim=2)
     m = F.normalize(memory.to(dtype), dim=2)
     # A_i = exp(tau q^T m_i) / sum over j of exp(tau q^T m_j)            # Eq. 6
     exponents = tau * q @ m.transpose(1, 2)                               # (B, T, T*H*W)
-    same_frame = torch.eye(T, dtype=torch.bool, device=memory.device)
-    query_itself = same_frame.repeat_interleave(positions, dim=1)         # (T, T*H*W)
-    return exponents.masked_fill(query_itself, -math.inf).softmax(2)
+    is_own_frame = torch.eye(T, dtype=torch.bool, device=memory.device)
+    is_own_position = is_own_frame.repeat_interleave(positions_per_frame, dim=1)  # (T, T*H*W)
+    return exponents.masked_fill(is_own_position, -math.inf).softmax(2)
 
 
 class TemporalSaliencyBoosting(nn.Module):
@@ -433,7 +441,8 @@ class TemporalSaliencyBoosting(nn.Module):
     def forward(self, x):
         B, T, D = x.shape[:3]
         if T < 2:
-            raise ValueError(f"TSB needs at least 2 frames, not {T}: a query and its memory")
+            raise ValueError(f"TSB needs at least 2 frames, not {T}, because it looks for the "
+                             "salient part of each frame in the others")
         if D != self.bn.num_features:
             raise ValueError(f"TSB was built for maps with {self.bn.num_features} channels, "
                              f"not {D}")
@@ -465,7 +474,7 @@ class NonLocalBlock(nn.Module):
         self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1), nn.BatchNorm2d(channels))
         nn.init.zeros_(self.out[1].weight)
 
-    def embed(self, layer, x):
+    def project_positions(self, layer, x):
         """Applies a 1x1 convolution to X and lists all positions: (B, 1, T*H*W, C / 2)."""
         B, T, C, H, W = x.shape
         y = layer(x.flatten(0, 1)).view(B, T, -1, H, W)
@@ -473,9 +482,9 @@ class NonLocalBlock(nn.Module):
 
     def forward(self, x):
         B, T, C, H, W = x.shape
-        theta = self.embed(self.theta, x)
-        phi = self.embed(self.phi, x)
-        g = self.embed(self.g, x)
+        theta = self.project_positions(self.theta, x)
+        phi = self.project_positions(self.phi, x)
+        g = self.project_positions(self.g, x)
         y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)      # softmax(theta^T phi) g
         y = y.reshape(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + x
@@ -498,9 +507,10 @@ class TemporalConv(nn.Module):
         super().__init__()
         is_1x1 = conv.kernel_size == (1, 1) and conv.stride == (1, 1)
         has_no_padding = conv.padding in ((0, 0), "valid", "same")
-        if not is_1x1 or not has_no_padding or conv.bias is not None or conv.groups != 1:
-            raise ValueError("TemporalConv takes 1x1 convolutions without bias, groups, stride and "
-                             f"padding, not {conv}")
+        is_plain = is_1x1 and has_no_padding and conv.bias is None and conv.groups == 1
+        if not is_plain:
+            raise ValueError("TemporalConv takes only 1x1 convolutions with stride 1, no padding, "
+                             f"one group and no bias, not {conv}")
         self.frames = frames
         self.conv = nn.Conv3d(conv.in_channels, conv.out_channels, (3, 1, 1), padding=(1, 0, 0),
                               bias=False, device=conv.weight.device, dtype=conv.weight.dtype)
@@ -599,21 +609,25 @@ class TCLNet(nn.Module):
             raise ValueError(f"{learners} learners take clips of {learners}, {2 * learners}, "
                              f"{3 * learners} ... frames, not {frames}")
         if tsb and frames < 2:
-            raise ValueError(f"TSB needs at least 2 frames, not {frames}: a query and its memory")
+            raise ValueError(f"TSB needs at least 2 frames, not {frames}, because it looks for the "
+                             "salient part of each frame in the others")
         if extra == "3d" and learners > 1:
             raise ValueError(f'extra "3d" takes one learner, not {learners}')
         if extra == "nl" and 3 in tsb:
-            raise ValueError('extra "nl" takes the place of the TSB after stage 3: tsb must be '
-                             f"without 3, not {tsb}")
-        if not (1 <= erased_block[0] <= 16 and 1 <= erased_block[1] <= 8):
-            raise ValueError("the erased block must have 1x1 to 16x8 positions of a 16x8 map, not "
+            raise ValueError('extra "nl" takes the place of the TSB after stage 3: remove 3 from '
+                             f"tsb, which is {tsb}")
+        fits_into_16x8 = 1 <= erased_block[0] <= 16 and 1 <= erased_block[1] <= 8
+        if not fits_into_16x8:
+            raise ValueError("the erased block, which is given for a map of 16x8 positions, must "
+                             "have 1x1 to 16x8 positions itself, not "
                              f"{erased_block[0]}x{erased_block[1]}")
         map_height = math.ceil(height / 16)             # of the maps that TSE takes
         map_width = math.ceil(width / 16)
         h_e, w_e = scale_block(erased_block, map_height, map_width)
         blocks_to_cover_the_map = math.ceil(map_height / h_e) * math.ceil(map_width / w_e)
-        if seo and learners - 1 >= blocks_to_cover_the_map:
-            raise ValueError(f"{learners - 1} erased block(s) of {h_e}x{w_e} can cover the whole "
+        erased_blocks = learners - 1                    # the most that a map can lose
+        if seo and erased_blocks >= blocks_to_cover_the_map:
+            raise ValueError(f"{erased_blocks} erased block(s) of {h_e}x{w_e} can cover the whole "
                              f"{map_height}x{map_width} map of {height}x{width} frames: take a "
                              "smaller block, larger frames or fewer learners")
         net = resnet50(weights)
@@ -633,10 +647,10 @@ class TCLNet(nn.Module):
         # Stage 4: the learners share the first two blocks, and each has its own copy of the last.
         *shared, last = net.layer4
         if extra == "dropblock":
-            size = min(7, map_height, map_width)
-            if size % 2 == 0:                           # DropBlock takes odd sizes
-                size = size - 1
-            drop = torchvision.ops.DropBlock2d(0.1, size)
+            block_size = min(7, map_height, map_width)
+            if block_size % 2 == 0:                     # DropBlock takes odd sizes
+                block_size = block_size - 1
+            drop = torchvision.ops.DropBlock2d(0.1, block_size)
             shared = [drop, *shared]                    # after stage 3
             last = nn.Sequential(last, drop)            # after stage 4
         self.tse = TemporalSaliencyErasing(
@@ -708,11 +722,12 @@ def losses(outputs, pids, args):
     embeddings, logits = outputs
     weights = loss_weights(args)
     logits = at_least_float32(logits)
-    parts = {"xent": weights["xent"] * sum(F.cross_entropy(x, pids) for x in logits.unbind(1))}
+    cross_entropies = [F.cross_entropy(x, pids) for x in logits.unbind(1)]  # one for each learner
+    loss_terms = {"xent": weights["xent"] * sum(cross_entropies)}
     if weights["triplet"] > 0:
-        triplet = sum(batch_hard_triplet(x, pids, args.margin) for x in embeddings.unbind(1))
-        parts["triplet"] = weights["triplet"] * triplet
-    return parts
+        triplets = [batch_hard_triplet(x, pids, args.margin) for x in embeddings.unbind(1)]
+        loss_terms["triplet"] = weights["triplet"] * sum(triplets)
+    return loss_terms
 
 
 # ----------------------------------------------------------------------------- Sec. 4.1: the recipe
@@ -1030,7 +1045,11 @@ def picture(model, clips, frames):
     def in_order_of_frames(maps):
         """Takes a tensor (segments, h, w) for each learner, and returns a list of the frames'
         maps in temporal order."""
-        return [maps[n][segment] for segment in range(len(maps[0])) for n in range(N)]
+        in_order = []
+        for segment in range(len(maps[0])):
+            for maps_of_learner in maps:
+                in_order.append(maps_of_learner[segment])
+        return in_order
 
     learner_maps = []
     for calls in watch(model, clips, *learners):
@@ -1043,12 +1062,14 @@ def picture(model, clips, frames):
     label = "map of the frame's learner, divided by its mean"
     rows = {label: overlays(frames, energy(maps), captions)}
     if model.tse.seo is not None:
-        no_maps = [None] * (len(maps) // N)             # the first learner's frames have none
-        correlations = [no_maps]
-        erased = [no_maps]
+        first_learner_maps = [None] * (len(maps) // N)  # its frames have no correlation maps
+        correlations = [first_learner_maps]
+        erased = [first_learner_maps]
         seo = model.tse.seo
         r_calls, b_calls = watch(model, clips, seo.correlation, seo.binarization)
-        for (_, r), (_, b) in zip(r_calls, b_calls):
+        for r_call, b_call in zip(r_calls, b_calls):    # one call for each further learner
+            _, r = r_call                               # (inputs, output)
+            _, b = b_call
             correlations.append(r.mean(1))              # over the previous frames
             erased.append(1 - b.prod(1))                # 1 - B_n
         rows["R: similarity to what the previous learners attended to"] = overlays(
@@ -1058,12 +1079,16 @@ def picture(model, clips, frames):
         if not isinstance(tsb, TemporalSaliencyBoosting):
             continue
         calls = watch(model, clips, tsb)[0]
-        (x,), _ = calls[0]                              # the maps that TSB was given
+        inputs, _ = calls[0]
+        x = inputs[0]                                   # the maps that TSB was given
         T, _, h, w = x.shape[1:]
-        a = probability_map(*query_and_memory(x), tau=tsb.tau)
-        first = a[0, 0].view(T, h, w)                   # the first frame is the query
-        rows[f"A of the TSB after {stage}: similarity to the first frame, the query"] = overlays(
-            frames, [None, *first[1:]])                 # the query is not in its own memory
+        query, memory = query_and_memory(x)
+        a = probability_map(query, memory, tau=tsb.tau)
+        maps_of_first_query = a[0, 0].view(T, h, w)     # the first frame is the query
+        drawn_maps = [None]                             # the query is not in its own memory
+        drawn_maps.extend(maps_of_first_query[1:])
+        label = f"A of the TSB after {stage}, for the first frame as the query"
+        rows[label] = overlays(frames, drawn_maps)
     return "TCLNet: what the learners see", rows
 
 

@@ -258,7 +258,7 @@ def test_constant_input_stays_finite(value, dtype):
 
 def test_layers_refuse():
     for wrong in (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, bias=False, groups=4)):
-        with pytest.raises(ValueError, match="without bias, groups and dilation"):
+        with pytest.raises(ValueError, match="one group and no bias"):
             InflatedConv(wrong, 4)
     with pytest.raises(ValueError, match="kind a, b or c, not d"):
         P3DConv(nn.Conv2d(4, 4, 3, bias=False), 4, "d")
@@ -519,7 +519,7 @@ def test_the_picture_has_a_map_for_each_frame(per_tap, one_backbone):
     nn.init.normal_(model.streams["temporal"].net.layer1[0].conv2.temporal[0].weight, std=0.1)
     images = torch.randint(0, 256, (4, 3, 64, 32), dtype=torch.uint8)
     rows = m3d.picture(model, normalize(images[None]), images)[1]
-    (label,) = [label for label in rows if label.startswith("sum of stage 1's temporal kernels")]
+    (label,) = [label for label in rows if label.startswith("stage 1: sum of the temporal kernels")]
     maps, *_ = rows[label]
     assert [m.shape for m in maps] == 4 * [(16, 8)]
 
@@ -578,7 +578,7 @@ def test_stages(run, small_root, tmp_path):
     assert results == [
         "2d, untrained",
         "2d, after epoch 1",
-        "m3d+ral, untrained but for the 2D stream of x/2d/last.pt",
+        "m3d+ral, untrained except for the 2D stream of x/2d/last.pt",
         "m3d+ral, after epoch 1",
         f"two-stream, joined from {joined[0]} and {joined[1]}",
     ]

@@ -198,7 +198,7 @@ def test_inflated_convolutions_start_as_the_2d_one(twin, options):
     dict(padding_mode="replicate"),
 ])
 def test_inflated_convolutions_refuse_what_they_would_drop(twin, options):
-    with pytest.raises(ValueError, match="without bias, groups.*not Conv2d"):
+    with pytest.raises(ValueError, match="one group and no bias, not Conv2d"):
         twin(conv(**options), 4)
 
 
@@ -225,7 +225,7 @@ def test_p3d_refuses(twin):
         twin(conv(), 4, "d")
     for options in (dict(padding=0), dict(dilation=2), dict(size=2), dict(padding="valid")):
         twin(conv(**options), 4, "c")
-        with pytest.raises(ValueError, match="keeps the size of maps"):
+        with pytest.raises(ValueError, match="only its stride changes the size of maps"):
             twin(conv(**options), 4, "b")
 
 
@@ -271,9 +271,11 @@ REFUSED = [
     (lambda: tse(seo=False), [(2, 4, 8, 8, 4)], "16 channels, not 8"),
     (lambda: tse(features=24), [(2, 4, 16, 8, 4)], "24 channels, not 32"),
     (lambda: tclnet.SaliencyErasingOperation(16, 32, erased_block=(2, 2)),
-     [(2, 8, 8, 4), (2, 1, 32)], "16 channels and vectors of length 32, not 8 and 32"),
+     [(2, 8, 8, 4), (2, 1, 32)],
+     "vectors of length 32, not for maps with 8 channels and vectors of length 32"),
     (lambda: tclnet.SaliencyErasingOperation(16, 32, erased_block=(2, 2)),
-     [(2, 16, 8, 4), (2, 1, 24)], "16 channels and vectors of length 32, not 16 and 24"),
+     [(2, 16, 8, 4), (2, 1, 24)],
+     "vectors of length 32, not for maps with 16 channels and vectors of length 24"),
     (lambda: tclnet.TemporalSaliencyBoosting(16), [(2, 4, 8, 8, 4)], "16 channels, not 8"),
     (lambda: bicnet_tks.CrossScalePath(16, alpha=3), [(2, 1, 8, 8, 4), (2, 3, 8, 4, 2)],
      r"16 channels.*\(1, 8, 8, 4\)"),
@@ -284,9 +286,9 @@ REFUSED = [
      r"\(4, 16, 8, 4\), not \(4, 8, 8, 4\)"),
     (lambda: bicnet_tks.TemporalKernelSelection(16), [(2, 4, 8, 8, 4)], "16 channels, not 8"),
     (lambda: m3d.M3DLayer(nn.Conv2d(16, 8, 3, padding=1), 4), [(8, 8, 8, 4)],
-     "16 channels and a multiple of 4 frames, not 8 and 8"),
+     "16 channels and a multiple of 4 frames, not 8 channels and 8 frames"),
     (lambda: m3d.M3DLayer(nn.Conv2d(16, 8, 3, padding=1), 4, per_tap=True), [(6, 16, 8, 4)],
-     "16 channels and a multiple of 4 frames, not 16 and 6"),
+     "16 channels and a multiple of 4 frames, not 16 channels and 6 frames"),
     (lambda: m3d.ResidualAttentionLayer(16, 4), [(2, 4, 8, 8, 4)], r"\(4, 16\), not \(4, 8\)"),
     (lambda: m3d.ResidualAttentionLayer(16, 4), [(2, 3, 16, 8, 4)], r"\(4, 16\), not \(3, 16\)"),
     (lambda: strf.STRF(16), [(2, 4, 8, 8, 4)], "16 channels, not 8"),

@@ -609,7 +609,7 @@ def test_learners_without_erasing_start_as_the_baseline():
         ((4, 256, 128), dict(erased_block=(17, 8)), "1x1 to 16x8 positions .* not 17x8"),
         ((4, 256, 128), dict(erased_block=(3, 9)), "1x1 to 16x8 positions .* not 3x9"),
         ((4, 256, 128), dict(erased_block=(0, 8)), "1x1 to 16x8 positions .* not 0x8"),
-        ((4, 256, 128), dict(block_stride=(0, 1)), "strides of at least 1x1, not 3x8 and 0x1"),
+        ((4, 256, 128), dict(block_stride=(0, 1)), "a block of 3x8 and a stride of 0x1"),
         ((6, 32, 16), dict(learners=3), "2 erased block.s. of 1x1 can cover the whole 2x1 map"),
         (
             (6, 256, 128),
