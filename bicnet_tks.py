@@ -24,7 +24,8 @@ Where the parts of the paper are:
   Sec. 3.2, Eq. 6-8, Fig. 4   TemporalKernelSelection (TKS), after stage 2
   Sec. 3.3, Fig. 3a           BiCnet
   Sec. 4.3.1                  losses
-  Sec. 4.1                    RECIPE, SAMPLER, SAMPLE, SPLIT, METRIC and make_optimizer
+  Sec. 4.1                    RECIPE, SAMPLER, SAMPLE, SPLIT, METRIC
+  Sec. 4.1, Adam              make_optimizer; train divides the learning rate in steps (StepLR)
   Tables 1 to 6               ROWS
 
 Shapes of the maps for a clip of 8 frames of 256 x 128 pixels and alpha = 3, as frames x channels x

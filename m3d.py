@@ -26,7 +26,7 @@ Comparison with Recent Work
   "softmax loss"           losses
   "Euclidean distance"     METRIC
 Implementation Details     RECIPE (3D networks), ROWS["2d"] (2D network), SAMPLER, SAMPLE
-  SGD and its schedule     make_optimizer; train divides the learning rate in steps (StepLR)
+  "SGD"                    make_optimizer; train divides the learning rate in steps (StepLR)
   stream after stream      train_in_stages
   features in the test     TwoStreamM3D.test_parts, SPLIT
 Tables 1 to 4              ROWS; T = 16 of Table 1: the variants that end in -t16

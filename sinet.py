@@ -27,6 +27,7 @@ Where each part of the paper is:
   Sec. 3.3, Eq. 8            losses, mutual_information_loss
   Sec. 4.2                   RECIPE, SAMPLER, SAMPLE, SPLIT, METRIC (flips and erasing: TrainClips
                              in data.py; means of clips and ranking: evaluate in common.py)
+  Sec. 4.2, Adam             make_optimizer; train divides the learning rate in steps (StepLR)
   Tables 1-3, Fig. 5         ROWS
   Fig. 1, Fig. 6             picture
 Every class can be copied into another project. The docstring says what to copy with it.

@@ -22,8 +22,8 @@ Where the parts of the paper are:
   Sec. 3.2, Fig. 3 (B)        InflatedConv (I3D), P3DConv (P3D-A, P3D-B, P3D-C)
   Sec. 3.2, Eq. 9             losses
   Sec. 3.3                    NonLocalBlock, with which the paper compares STRF
-  Sec. 4                      RECIPE; the paper prints only a part of it. The optimiser (Adam) is in
-                              make_optimizer, the schedule of the learning rate (StepLR) in train
+  Sec. 4                      RECIPE; the paper prints only a part of it
+  (our choice: Adam)          make_optimizer; train divides the learning rate in steps (StepLR)
   Sec. 4.1, Fig. 3 (A)        STRFNet, with its shapes and a sketch of where a unit is
   Sec. 4.2, Fig. 6 (a)        SelfProductMask, which replaces FAM in this ablation
   Tables 2-5, Fig. 4, 6 (a)   ROWS

@@ -26,8 +26,8 @@ Where the paper's parts are:
             Sec. 3.3, Fig. 4      TCLNet builds the backbone and computes v_1 ... v_N;
                                   TCLNet.finish computes the v that the test compares
             Sec. 3.3              loss_weights, losses: the objective function
-            Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE, SPLIT, METRIC;
-                                  make_optimizer: Adam; train: the learning rate's steps (StepLR)
+            Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE, SPLIT, METRIC
+            Sec. 4.1, Adam        make_optimizer; train divides the learning rate in steps (StepLR)
             Tables 1-4            ROWS: the variants; --complexity prints parameters and GFLOPs as
                                   we count them, beside the paper's
             Sec. 4.3              single-shot re-ID: --variant base+tse --frames 1 gives one image
