@@ -186,7 +186,7 @@ class M3DLayer(nn.Module):
             self.temporal.append(temporal_conv)
 
     def convolve_in_time(self, s, i: int):
-        """T^(i)(s), Eq. 5, for frames s (B*T, C', H', W') and the dilation i."""
+        """Returns T^(i)(s), Eq. 5, for frames s (B*T, C', H', W') and the dilation i."""
         temporal_conv = self.temporal[i - 1]
         clips = frames_to_clips(s, self.frames)
         if self.per_tap:
@@ -211,7 +211,7 @@ class M3DLayer(nn.Module):
 # -------------------------------------------------------------- Eq. 7-12: residual attention layer
 
 def mean_over_frames(x):
-    """Eq. 9: x_s = sum over t of x_t / T, for x (B, T, C, H, W); returns (B, C, H, W).
+    """Computes Eq. 9: x_s = sum over t of x_t / T, for x (B, T, C, H, W); returns (B, C, H, W).
 
     x is channels_last in memory, so we sum a view with the channels last. x.mean(1) would return
     another layout and is much slower, and so is its gradient.
@@ -223,7 +223,7 @@ def mean_over_frames(x):
 
 
 def apply_masks(x, s_m, c_m, t_m):
-    """Eq. 7 and 8: y = x / 2 + M x, where M = sigmoid(S_m C_m T_m), for x (B, T, C, H, W).
+    """Computes Eq. 7 and 8: y = x / 2 + M x, where M = sigmoid(S_m C_m T_m), for x (B, T, C, H, W).
 
     S_m T_m has one value for each position of each frame, C_m one for each channel. We write
     S_m T_m as a column and C_m as a row, so that S_m C_m T_m is one matrix product. Its gradients
@@ -363,7 +363,7 @@ class InflatedConv(nn.Module):
 
 
 def keeps_map_size(conv: nn.Conv2d):
-    """Whether a convolution changes height and width by its stride only."""
+    """Returns whether a convolution changes height and width by its stride only."""
     if isinstance(conv.padding, str):
         return conv.padding == "same"
     for padding, dilation, kernel_size in zip(conv.padding, conv.dilation, conv.kernel_size):
@@ -536,7 +536,7 @@ class Stream(nn.Module):
                 net.load_state_dict(init_2d)
             except RuntimeError as error:
                 reason = " ".join(str(error).split())   # in one line
-                reason = reason[:160]                   # a long one lists all layers
+                reason = reason[:160]                   # the whole message names every layer
                 raise ValueError(f"init_2d does not fit the 2D stream ({reason} ...)") from None
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
             for index, block in enumerate(stage):
@@ -682,7 +682,7 @@ class TwoStreamM3D(nn.Module):
 # -------------------------------------------------------------------------------------- the losses
 
 def loss_weights(args):
-    """The weight of each stream's loss, {name: weight}. All are 1: as the streams share no
+    """Returns the weight of each stream's loss, {name: weight}. All are 1: as the streams share no
     parameters, there is nothing to balance."""
     if args.stream == "two":
         return {"xent-spatial": 1.0, "xent-temporal": 1.0}
@@ -690,8 +690,8 @@ def loss_weights(args):
 
 
 def losses(outputs, pids, args):
-    """The cross entropy of each stream (in the paper: "softmax loss"), as {name: scalar}. Their sum
-    is minimised.
+    """Returns the cross entropy of each stream (in the paper: "softmax loss"), {name: scalar}.
+    Training minimises their sum.
 
     Args:
         outputs: the logits of each stream, {"spatial" or "temporal": (B, num_classes)}.
@@ -1002,9 +1002,8 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, images):
-    """The rows of panels that --figure draws: the last map, the sum of the temporal kernels'
-    outputs (see Fig. 4) and their norms, and the spatial and temporal masks of the RALs (see
-    Fig. 5).
+    """Prepares what --figure draws: the last map, the sum of the temporal kernels' outputs (see
+    Fig. 4) and their norms, and the spatial and temporal masks of the RALs (see Fig. 5).
 
     Args:
         model: a TwoStreamM3D; the picture shows its temporal stream, or the spatial one if it has

@@ -182,7 +182,7 @@ class FeatureFactorizationModule(nn.Module):
 # --------------------------------------------------- Sec. 3.2: factorized attention masks and STRF
 
 def pool_keeping_size(x, window, pool):
-    """Max or average pooling with stride 1, which returns a tensor of the shape of x.
+    """Pools with stride 1, and pads so that the result has the shape of x.
 
     Args:
         x: maps (B, T, C, H, W); they may be smaller than the window.
@@ -441,7 +441,7 @@ class InflatedConv(nn.Module):
 
 
 def keeps_map_size(conv):
-    """Whether a Conv2d changes height and width by its stride only."""
+    """Returns whether a Conv2d changes height and width by its stride only."""
     if isinstance(conv.padding, str):
         return conv.padding == "same"
     for padding, dilation, kernel_size in zip(conv.padding, conv.dilation, conv.kernel_size):
@@ -703,12 +703,12 @@ class STRFNet(nn.Module):
 # ---------------------------------------------------------------------- Sec. 3.2, Eq. 9: the losses
 
 def loss_weights(args):
-    """The weights of the two losses in Eq. 9, {name: weight}. Both are 1."""
+    """Returns the weights of the two losses in Eq. 9, {name: weight}. Both are 1."""
     return {"xent": 1.0, "triplet": 1.0}
 
 
 def losses(outputs, pids, args):
-    """Eq. 9: the losses times their weights, {name: scalar}. Training minimises their sum.
+    """Returns the losses of Eq. 9 times their weights, {name: scalar}. Training minimises the sum.
 
     Args:
         outputs: (embeddings, logits) of an STRFNet in train mode.
@@ -983,8 +983,8 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, images):
-    """The picture of --figure: the last map, as in Fig. 5, and for the first STRF of each stage the
-    centre column of each mask: how much each position contributes to the output at the centre.
+    """Prepares what --figure draws: the last map, as in Fig. 5, and for the first STRF of a stage
+    the centre column of each mask: how much each position contributes to the output at the centre.
 
     Args:
         model: an STRFNet.

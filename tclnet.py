@@ -395,7 +395,7 @@ def query_and_memory(x):
 
 
 def probability_map(query, memory, *, tau: float = 5.0):
-    """Eq. 6: for each frame as the query, how well every position of the other frames matches it.
+    """Computes Eq. 6: how well each position of the other frames matches a frame, the query.
 
     Returns A, (B, T, T*H*W), in float32 (in float64 for a float64 memory). For each query the
     T*H*W probabilities sum to 1. They are 0 at the query's own positions, because its memory holds
@@ -692,7 +692,7 @@ class TCLNet(nn.Module):
         return torch.stack(embeddings, 1), torch.stack(logits, 1)
 
     def finish(self, embeddings):
-        """Sec. 3.3: the video representation v = [v_1 / |v_1|, ..., v_N / |v_N|] of the test.
+        """Computes the video representation v = [v_1 / |v_1|, ..., v_N / |v_N|] of Sec. 3.3.
 
         Takes the outputs of eval mode, averaged over the clips of each tracklet, (B, N * 2048).
         Returns v of the same shape, in which the part of each learner has the length 1.
@@ -705,19 +705,19 @@ class TCLNet(nn.Module):
 # ----------------------------------------------------------------------------- Sec. 3.3: the losses
 
 def loss_weights(args):
-    """The weights of a learner's losses, {name: weight}: the cross entropy, and the triplet loss
-    with --loss xent+tri."""
+    """Returns the weights of the two losses of each learner, {name: weight}. The triplet loss has
+    the weight 0 unless --loss is xent+tri."""
     if args.loss == "xent+tri":
         return {"xent": 1.0, "triplet": 1.0}
     return {"xent": 1.0, "triplet": 0.0}
 
 
 def losses(outputs, pids, args):
-    """Sec. 3.3: the losses of the learners' video vectors, summed over the learners.
+    """Returns the losses of Sec. 3.3, {name: weighted scalar}. Each is summed over the learners.
+    A loss whose weight is 0 is left out. Training minimises their sum.
 
     Takes the network's outputs in train mode, embeddings (B, N, 2048) and logits
-    (B, N, num_classes), and the identities of the clips, (B,). Returns {name: weighted scalar}.
-    Losses whose weight is 0 are left out. Training minimises the sum.
+    (B, N, num_classes), and the identities of the clips, (B,).
     """
     embeddings, logits = outputs
     weights = loss_weights(args)
@@ -1031,7 +1031,7 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, frames):
-    """For --figure: maps of the modules over the frames of a clip, after Figures 2, 3 (b) and 5.
+    """Prepares what --figure draws: maps over the frames of a clip, like Fig. 2, 3 (b) and 5.
 
     Each frame has the map of its learner. Frames of the second and later learners also have the
     correlation R and the erased block. Each TSB has A for the first frame as the query.
