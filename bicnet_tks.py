@@ -968,7 +968,7 @@ def picture(model, clips, frames):
 
     captions = []
     for i, num_frames in enumerate(model.frames_per_branch):
-        caption = "big"
+        caption = "full size"
         if i > 0:
             caption = f"1/{2 ** i} size"
         captions += [caption] * num_frames
@@ -980,7 +980,7 @@ def picture(model, clips, frames):
             for frame_attention in attention[0]:
                 # A_k sums to 1, so that its mean is 1 / numel.
                 attention_maps.append(frame_attention * frame_attention.numel())
-        rows["attention A_k, divided by its mean"] = overlays(frames, attention_maps, captions)
+        rows["attention map of each frame, divided by its mean"] = overlays(frames, attention_maps, captions)
     last_maps = []
     for _, x in layer4_calls:  # one call for each branch
         last_maps += energy(x)

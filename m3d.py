@@ -1049,21 +1049,24 @@ def picture(model, clips, images):
         added = sum(output_of[kernel] for kernel in first_layer.temporal)
         if first_layer.per_tap:
             added = clips_to_frames(added)
-        label = "stage 1: sum of the temporal kernels' outputs, divided by its mean"
+        label = "stage 1: what the temporal kernels add, divided by its mean"
         rows[label] = overlays(images, energy(added))
         relative_norms = []
         for layer in drawn_m3d_layers:
             kernel_norms = [output_of[kernel].float().norm() for kernel in layer.temporal]
             spatial_norm = output_of[layer.spatial].float().norm()
             relative_norms.append(torch.stack(kernel_norms) / spatial_norm)
-        label = "norm of each temporal kernel's output relative to that of S, for each dilation"
-        rows[label] = bars(relative_norms, stages)
+        what = "what the temporal kernels add, relative to the spatial convolution"
+        if len(relative_norms[0]) > 1:
+            rows[f"{what}, by dilation"] = bars(relative_norms, stages)
+        else:
+            rows[f"{what}, by stage"] = bars([torch.cat(relative_norms)], [""])
     if spatial_masks:
         first_image = images[:1].expand(len(spatial_masks), -1, -1, -1)
-        rows["spatial masks of the RALs, on the first frame"] = overlays(
+        rows["spatial masks of the attention layers, on frame 1"] = overlays(
             first_image, spatial_masks, stages)
     if temporal_masks:
-        rows["temporal masks of the RALs, by frame"] = bars(temporal_masks, stages)
+        rows["temporal masks of the attention layers, by frame"] = bars(temporal_masks, stages)
     return "M3D: last maps, temporal kernels and attention masks", rows
 
 

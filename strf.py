@@ -1006,7 +1006,11 @@ def picture(model, clips, images):
         for dimension, ffm in units[0].ffm.items():
             for mask_module in ffm.masks:
                 mask_modules.append(mask_module)
-                captions.append(f"{dimension} r={mask_module.resolution}")
+                r = mask_module.resolution
+                window = f"space, {r} x {r}"
+                if dimension == "t":
+                    window = f"time, {r}"
+                captions.append(window)
         centre_columns = []
         for calls in watch(model, clips, *mask_modules):
             inputs, mask = calls[0]
@@ -1016,7 +1020,8 @@ def picture(model, clips, images):
             column[H // 2, W // 2] = torch.nan          # drawn in black
             centre_columns.append(column)
         first_image = images[:1].expand(len(mask_modules), -1, -1, -1)
-        label = f"stage {stage_number}: mask weights for the centre position (black)"
+        label = (f"stage {stage_number}: positions that the masks mix into the black one, by "
+                 "factor and window")
         rows[label] = overlays(first_image, centre_columns, captions)
     return "STRF: last maps, and the weights of the attention masks", rows
 

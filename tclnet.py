@@ -1072,9 +1072,9 @@ def picture(model, clips, frames):
             _, b = b_call
             correlations.append(r.mean(1))              # over the previous frames
             erased.append(1 - b.prod(1))                # 1 - B_n
-        rows["R: similarity to what the previous learners attended to"] = overlays(
+        rows["similarity to what the previous learners attend to"] = overlays(
             frames, in_order_of_frames(correlations))
-        rows["erased block, where B is 0"] = overlays(frames, in_order_of_frames(erased))
+        rows["block that is erased from the frame"] = overlays(frames, in_order_of_frames(erased))
     for stage, tsb in model.after.items():
         if not isinstance(tsb, TemporalSaliencyBoosting):
             continue
@@ -1087,7 +1087,7 @@ def picture(model, clips, frames):
         maps_of_first_query = a[0, 0].view(T, h, w)     # the first frame is the query
         drawn_maps = [None]                             # the query is not in its own memory
         drawn_maps.extend(maps_of_first_query[1:])
-        label = f"A of the TSB after {stage}, for the first frame as the query"
+        label = f"TSB after {stage}: similarity to frame 1, the query"
         rows[label] = overlays(frames, drawn_maps)
     return "TCLNet: what the learners see", rows
 

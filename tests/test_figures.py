@@ -116,11 +116,11 @@ def test_heads_of_columns(one_backbone):
     frames = random_frames()
     clips = normalize(frames[None])
     for name, label, heads in (
-        ("bicnet_tks", "last map", ["big"] + 3 * ["1/2 size"] + [""]),
+        ("bicnet_tks", "last map", ["full size"] + 3 * ["1/2 size"] + [""]),
         ("tclnet", "map of the frame's learner", 2 * ["learner 1", "learner 2"] + [""]),
-        ("strf", "stage 3", ["t r=1", "t r=3", "s r=1", "s r=3", ""]),
-        ("m3d", "spatial masks of the RALs", ["stage 1", "stage 2", "stage 3", ""]),
-        ("m3d", "norm of each temporal kernel", ["stage 1", "stage 2", "stage 3", "stage 4"]),
+        ("strf", "stage 3", ["time, 1", "time, 3", "space, 1 x 1", "space, 3 x 3", ""]),
+        ("m3d", "spatial masks", ["stage 1", "stage 2", "stage 3", ""]),
+        ("m3d", "what the temporal kernels add", [""]),
     ):
         script, model = network(name)
         rows = script.picture(model, clips, frames)[1]
@@ -148,7 +148,7 @@ def test_tclnets_picture_shows_the_erased_block(one_backbone):
     script, model = network("tclnet")
     frames = random_frames()
     rows = script.picture(model, normalize(frames[None]), frames)[1]
-    maps, _, panels = rows["erased block, where B is 0"]
+    maps, _, panels = rows["block that is erased from the frame"]
     # of the second and the fourth frame; 1 of 4 rows of the map are erased
     assert [m.sum().item() / m.numel() for m in maps] == [0.25, 0.25]
     assert [bool(axes_of(p).patches[0].get_hatch()) for p in panels(0, 1)[:-1]] == 2 * [True, False]
