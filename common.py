@@ -105,14 +105,19 @@ def distance_blocks(a, b, metric="cosine", *, block_size=512):
             # The operations below are in place, which is much faster.
             if metric == "cosine":
                 # 1 - a b / (|a| |b|)
-                block.div_(norm.clamp(min=1e-12)).div_(norm_b[columns].clamp(min=1e-12))
-                block.neg_().add_(1)
+                block.div_(norm.clamp(min=1e-12))
+                block.div_(norm_b[columns].clamp(min=1e-12))
+                block.neg_()
+                block.add_(1)
                 block.masked_fill_(block < ROUNDING, 0)
             else:
                 # |a|^2 + |b|^2 - 2 a b
                 squared_norms = norm ** 2 + norm_b[columns] ** 2
-                block.mul_(-2).add_(squared_norms)
-                block.masked_fill_(block < squared_norms.mul_(ROUNDING), 0).sqrt_()
+                block.mul_(-2)
+                block.add_(squared_norms)
+                rounding_error = squared_norms.mul_(ROUNDING)
+                block.masked_fill_(block < rounding_error, 0)
+                block.sqrt_()
             distances[:, columns] = block
         yield rows, distances
 
@@ -127,7 +132,7 @@ def to_numpy(values):
     return values.numpy(force=True)
 
 
-def in_ranking(pid, cam, g_pids, g_cams):
+def ranked_entries(pid, cam, g_pids, g_cams):
     """Returns which gallery entries a query is ranked against, a boolean array (G,).
 
     This is MARS' protocol: entries of the query's own identity and camera are left out, and so is
@@ -140,7 +145,7 @@ def in_ranking(pid, cam, g_pids, g_cams):
 
 def match_ranks(distances, q_pids, q_cams, g_pids, g_cams):
     """Returns the ranks of the true matches of each query, a list of ascending integer arrays. The
-    best rank is 0. Ties rank in gallery order. The entries that `in_ranking` leaves out are not
+    best rank is 0. Ties rank in gallery order. The entries that `ranked_entries` leaves out are not
     ranked.
 
     Args:
@@ -158,9 +163,9 @@ def match_ranks(distances, q_pids, q_cams, g_pids, g_cams):
         if not np.isfinite(row).all():
             raise UserError(f"the distances of a query (identity {pid}, camera {cam}) contain NaN "
                             "or infinity and cannot be ranked; check that the features are finite")
-        kept = in_ranking(pid, cam, g_pids, g_cams)
-        row = row[kept]
-        is_match = g_pids[kept] == pid
+        is_ranked = ranked_entries(pid, cam, g_pids, g_cams)
+        row = row[is_ranked]
+        is_match = g_pids[is_ranked] == pid
         # np.sort and searchsorted are faster than a stable argsort, which only ties need
         ranking = np.sort(row)
         matches = np.sort(row[is_match])
@@ -181,17 +186,14 @@ def average_precision(ranks):
 def distances_and_ranks(distances, q_pids, q_cams, g_pids, g_cams):
     """Yields (distances to the gallery, ranks of the true matches) for each query.
 
-    distances: a (Q, G) matrix, or its blocks, as `distance_blocks` yields them. The other
-    arguments are those of `match_ranks`.
+    distances: a (Q, G) matrix, also as a list of its rows, or its blocks, as `distance_blocks`
+    yields them. The other arguments are those of `match_ranks`.
     """
     q_pids, q_cams, g_pids, g_cams = map(to_numpy, (q_pids, q_cams, g_pids, g_cams))
-    blocks = distances
     is_matrix = hasattr(distances, "shape")
-    # A list holds either the rows of the matrix, or blocks, which are pairs (slice, distances).
     if isinstance(distances, (list, tuple)):
-        is_matrix = not isinstance(distances[0], tuple)
-    if is_matrix:
-        blocks = [(slice(None), distances)]
+        is_matrix = not isinstance(distances[0], tuple)  # a block is a pair (slice, distances)
+    blocks = [(slice(None), distances)] if is_matrix else distances
     for rows, block in blocks:
         block = to_numpy(block)
         ranks = match_ranks(block, q_pids=q_pids[rows], q_cams=q_cams[rows],
@@ -216,7 +218,8 @@ def cmc_and_map(distances, q_pids, q_cams, g_pids, g_cams, *, top=20):
         raise UserError("no query has a match in the gallery; a match is an entry of the same "
                         "identity from another camera")
     first_ranks = np.array([ranks[0] for ranks in found])
-    cmc = (first_ranks[:, None] < np.arange(1, top + 1)).mean(0)
+    is_among_first_k = first_ranks[:, None] < np.arange(1, top + 1)  # (queries, top)
+    cmc = is_among_first_k.mean(0)
     mean_ap = float(np.mean([average_precision(ranks) for ranks in found]))
     return cmc, mean_ap, len(found)
 
@@ -227,9 +230,10 @@ def smallest_indices(distances, k):
     take any order."""
     values, indices = distances.topk(min(k + 1, distances.shape[1]), largest=False)
     tied = (values[:, 1:] == values[:, :-1]).any(1)
-    # Read as integers, the bits of two floats compare like the floats, unless both floats are
-    # negative; here at most one entry of a row is. Shifted by 32 bits, with the index in the lower
-    # bits, they make keys that are never equal.
+    # Rows with equal entries are sorted by integers instead. Read as integers, the bits of two
+    # floats compare like the floats, unless both floats are negative; here at most one entry of a
+    # row is. Shifted by 32 bits, with the index in the lower bits, they make keys that are never
+    # equal.
     bits = distances[tied].view(torch.int32).long()
     keys = bits * 2 ** 32 + torch.arange(distances.shape[1], device=distances.device)
     indices[tied] = keys.topk(indices.shape[1], largest=False).indices
@@ -267,37 +271,40 @@ def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, or
         return csr_array((values, (rows, columns)), shape=(n, n))
 
     neighbours = torch.empty(n, k1 + 1, dtype=torch.long)
-    farthest = torch.empty(n)
+    largest_distance = torch.empty(n)
     for rows, d in distance_blocks(x, x, metric):
-        # -1: a sample comes before its exact duplicates
-        d[torch.arange(len(d)), torch.arange(rows.start, rows.stop)] = -1
+        own_columns = torch.arange(rows.start, rows.stop)
+        d[torch.arange(len(d)), own_columns] = -1  # a sample comes before its exact duplicates
         neighbours[rows] = smallest_indices(d, k1 + 1).cpu()
-        farthest[rows] = d.amax(1).cpu() ** exponent
-    if not farthest.any():  # all features are equal: neighbours are arbitrary, all distances 0
+        largest_distance[rows] = d.amax(1).cpu() ** exponent
+    if not largest_distance.any():  # all features are equal: all distances are 0
         return np.zeros((Q, n - Q), np.float32)
-    farthest[farthest == 0] = 1
+    largest_distance[largest_distance == 0] = 1
     neighbours = neighbours.numpy()
-    farthest = farthest.numpy()
+    largest_distance = largest_distance.numpy()
 
     def reciprocal(k):
         """R(p, k): the neighbours of p that have p among their own k nearest neighbours."""
         nearest = neighbours[:, :k + 1]
-        of_neighbours = nearest[nearest]  # (n, k + 1, k + 1): the neighbours of each neighbour
-        mutual = (of_neighbours == np.arange(n)[:, None, None]).any(2)
-        p = np.repeat(np.arange(n), mutual.sum(1))
-        return sparse(np.ones(len(p), np.float32), p, nearest[mutual])
+        neighbours_of_neighbours = nearest[nearest]  # (n, k + 1, k + 1)
+        sample = np.arange(n)[:, None, None]
+        is_mutual = (neighbours_of_neighbours == sample).any(2)
+        p = np.repeat(np.arange(n), is_mutual.sum(1))
+        return sparse(np.ones(len(p), np.float32), p, nearest[is_mutual])
 
-    full = reciprocal(k1)
-    half = reciprocal(round(k1 / 2))
+    R_full = reciprocal(k1)
+    R_half = reciprocal(round(k1 / 2))
     # how many of R(q, k1/2) are in R(p, k1), for each q in R(p, k1)
-    overlap = (full @ half.T).multiply(full).tocoo()
-    is_large = overlap.data >= 2 / 3 * half.sum(1)[overlap.col]
+    overlap = (R_full @ R_half.T).multiply(R_full).tocoo()
+    needed = 2 / 3 * R_half.sum(1)
+    is_large = overlap.data >= needed[overlap.col]
     expansion = sparse(overlap.data[is_large], overlap.row[is_large], overlap.col[is_large])
     # R*(p, k1) is R(p, k1) together with every R(q, k1/2), q in R(p, k1), that has at least 2/3 of
     # its members in R(p, k1)
-    p, members = (full + expansion @ half).nonzero()
+    p, members = (R_full + expansion @ R_half).nonzero()
     weights = np.empty(len(p), np.float32)
-    for chunk in np.array_split(np.arange(len(p)), 1 + len(p) // 1000):
+    num_chunks = 1 + len(p) // 1000  # in pieces, because the features of all pairs need much memory
+    for chunk in np.array_split(np.arange(len(p)), num_chunks):
         a = x[p[chunk]].double()
         b = x[members[chunk]].double()
         if metric == "cosine":
@@ -305,21 +312,22 @@ def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, or
             d[d < ROUNDING] = 0
         else:
             d = (a - b).square().sum(1)
-        weights[chunk] = np.exp(-d.cpu().numpy() / farthest[p[chunk]])
+        weights[chunk] = np.exp(-d.cpu().numpy() / largest_distance[p[chunk]])
     V = sparse(weights, p, members)
     # local query expansion: the mean of V over the k2 nearest
     p = np.repeat(np.arange(n), k2)
-    V = sparse(np.full(n * k2, 1 / k2, V.dtype), p, neighbours[:, :k2].ravel()) @ V
+    mean_of_nearest = sparse(np.full(n * k2, 1 / k2, V.dtype), p, neighbours[:, :k2].ravel())
+    V = mean_of_nearest @ V
 
     gallery_columns = V[Q:].tocsc()
     total = V.sum(1)
     reranked = np.empty((Q, n - Q), np.float32)
     for rows, d in distance_blocks(x[:Q], x[Q:], metric):
         for query, row in zip(range(rows.start, rows.stop), d.cpu().numpy() ** exponent):
-            entries = slice(V.indptr[query], V.indptr[query + 1])
+            entries = slice(V.indptr[query], V.indptr[query + 1])  # the stored ones of V[query]
             minima = sums_of_minima(V.data[entries], gallery_columns[:, V.indices[entries]])
             jaccard = 1 - minima / (total[query] + total[Q:] - minima)
-            original = original_weight * row / farthest[query]
+            original = original_weight * row / largest_distance[query]
             reranked[query] = original + (1 - original_weight) * jaccard
     return reranked
 
@@ -414,8 +422,10 @@ def extract(model, tracklets, *, split_clips, clip_length, size, batch_size=32, 
             raise_if_stopped()
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x = model(normalize(images.to(device, non_blocking=True))).float()
-            if world_size() > 1:  # the last batch may be smaller, but all must have one shape
-                x = gather(F.pad(x, (0, 0, 0, batch_size - len(x))))
+            if world_size() > 1:
+                # the last batch may be smaller, but all must have one shape: add rows of zeros
+                missing = batch_size - len(x)
+                x = gather(F.pad(x, (0, 0, 0, missing)))
             if sums is None:
                 sums = x.new_zeros(len(tracklets), x.shape[1])
             sums.index_add_(0, owners, x[:len(owners)])
@@ -435,10 +445,10 @@ def networks_of_test(model, clip_length):
     return [(model, clip_length)]
 
 
-def tracklet_features(model, dataset, *, split_clips, clip_length, size, **extraction):
+def tracklet_features(model, dataset, *, split_clips, clip_length, size, **extract_options):
     """Returns the features of the query tracklets (Q, D) and of the gallery tracklets (G, D).
 
-    dataset: a `Dataset`. The other arguments are those of `extract`. Raises UserError for features
+    dataset: a `Dataset`. The other arguments are passed to `extract`. Raises UserError for features
     that are not finite.
     """
     # keyed by the first frame, so that a query that is also in the gallery is computed once
@@ -446,7 +456,7 @@ def tracklet_features(model, dataset, *, split_clips, clip_length, size, **extra
     parts = []
     for network, length in networks_of_test(model, clip_length):
         parts.append(extract(network, [*tracklets.values()], split_clips=split_clips,
-                             clip_length=length, size=size, **extraction))
+                             clip_length=length, size=size, **extract_options))
     features = torch.cat(parts, 1)
     if not features.isfinite().all():
         raise UserError("the features are not finite: the weights are damaged or the training "
@@ -460,12 +470,12 @@ def tracklet_features(model, dataset, *, split_clips, clip_length, size, **extra
 
 
 def evaluate(model, dataset, *, split_clips, clip_length, size, metric="cosine", use_rerank=False,
-             label="test", export_folder=None, **extraction):
+             label="test", export_folder=None, **extract_options):
     """Prints mAP and CMC of the test part and returns them, in percent: {"mAP": 84.6, "rank-1":
     88.8, "rank-5": ..., "rank-10": ..., "rank-20": ...}.
 
     Args:
-        model, split_clips, clip_length, size, extraction: arguments of `extract`.
+        model, split_clips, clip_length, size, extract_options: passed to `extract`.
         dataset: a `Dataset` with query and gallery.
         metric: "cosine" or "euclidean".
         use_rerank: True ranks by the distances of `rerank`.
@@ -478,11 +488,14 @@ def evaluate(model, dataset, *, split_clips, clip_length, size, metric="cosine",
     """
     start = time.time()
     queries, gallery = tracklet_features(model, dataset, split_clips=split_clips,
-                                         clip_length=clip_length, size=size, **extraction)
-    reranked = rerank(queries, gallery, metric) if use_rerank else None
+                                         clip_length=clip_length, size=size, **extract_options)
+    if use_rerank:
+        reranked = rerank(queries, gallery, metric)
 
     def distances():
-        return distance_blocks(queries, gallery, metric) if reranked is None else reranked
+        if use_rerank:
+            return reranked
+        return distance_blocks(queries, gallery, metric)
 
     def export():
         if export_folder and process_rank() == 0:
@@ -497,18 +510,20 @@ def evaluate(model, dataset, *, split_clips, clip_length, size, metric="cosine",
     result = {"mAP": 100 * mean_ap}
     for k in (1, 5, 10, 20):
         result[f"rank-{k}"] = 100 * float(cmc[k - 1])
+    # Some scripts test all frames of a tracklet, others drop those at its end that do not fill a
+    # clip. A tracklet of one frame more than a clip shows which this is.
     takes_all_frames = split_clips(clip_length + 1, clip_length).size > clip_length
     if takes_all_frames:
-        how = "all frames"
+        protocol = "all frames"
     else:
-        how = f"whole clips of {clip_length} frames"
+        protocol = f"only whole clips of {clip_length} frames"
     if use_rerank:
-        how += ", re-ranked"
+        protocol += ", re-ranked"
     cmc_text = "  ".join(f"CMC-{k} {result[f'rank-{k}']:.1f}" for k in (1, 5, 10, 20))
     counts = f"{matched:,} queries"
     if matched < len(queries):
-        counts += f", {len(queries) - matched:,} more without a match are not counted"
-    print(f"{label}, {how}:  mAP {result['mAP']:.1f}   {cmc_text}   "
+        counts += f" ({len(queries) - matched:,} others have no match)"
+    print(f"{label}, {protocol}:  mAP {result['mAP']:.1f}   {cmc_text}   "
           f"({counts}, {len(gallery):,} gallery tracklets, {time.time() - start:.0f} s)",
           flush=True)
     export()
@@ -540,8 +555,9 @@ def write_export(folder, dataset, *, query_features, gallery_features, distances
     found = distances_and_ranks(distances, q_pids=q_pids, q_cams=q_cams, g_pids=g_pids,
                                 g_cams=g_cams)
     for i, (row, ranks) in enumerate(found):
-        kept = np.flatnonzero(in_ranking(q_pids[i], q_cams[i], g_pids, g_cams))
-        nearest = [gallery[j] for j in kept[row[kept].argsort(kind="stable")[:10]]]
+        ranked = np.flatnonzero(ranked_entries(q_pids[i], q_cams[i], g_pids, g_cams))
+        order = row[ranked].argsort(kind="stable")
+        nearest = [gallery[j] for j in ranked[order[:10]]]
         line = {"query": queries[i], "AP": "", "rank": ""}
         if len(ranks):
             line["AP"] = 100 * average_precision(ranks)
@@ -552,8 +568,8 @@ def write_export(folder, dataset, *, query_features, gallery_features, distances
     save_rows(lines, folder / "queries.csv")
     note = ""
     if is_reranked:
-        note = ("; queries.csv uses the re-ranked distances, and features.npz holds the features "
-                "alone, whose own distances give another order")
+        note = ("; queries.csv is ranked by the re-ranked distances, and those of the features in "
+                "features.npz give another ranking")
     print(f"wrote features.npz and queries.csv into {folder}{note}", flush=True)
 
 
@@ -1291,7 +1307,8 @@ class Run:
         torch.backends.cudnn.benchmark = True  # worth it, because all clips have the same size
         self.size = (args.height, args.width)
         self.batch_size = args.ids * args.clips
-        self.extraction = {"batch_size": self.batch_size, "workers": args.workers, "amp": args.amp}
+        self.extract_options = {"batch_size": self.batch_size, "workers": args.workers,
+                                "amp": args.amp}
         self.checkpoint_file = Path(args.output) / "last.pt"
         self.log_file = Path(args.output) / "log.csv"
         self.history = self.checkpoint["history"] if self.checkpoint else []
@@ -1578,7 +1595,7 @@ class Run:
         result = evaluate(model, dataset, split_clips=split, clip_length=args.frames,
                           size=self.size, metric=metric, use_rerank=args.rerank,
                           label=f"{args.variant}, {self.origin}",
-                          export_folder=args.export if is_last else None, **self.extraction)
+                          export_folder=args.export if is_last else None, **self.extract_options)
         if result and of_an_epoch:
             self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
             self.save()
@@ -2728,7 +2745,7 @@ def figures(run, model, dataset, split, metric, picture, load):
     q_pids, q_cams, g_pids, g_cams = dataset.ids()
     matched = []
     for i, (pid, cam) in enumerate(zip(q_pids, q_cams)):
-        if (in_ranking(pid, cam, g_pids, g_cams) & (g_pids == pid)).any():
+        if (ranked_entries(pid, cam, g_pids, g_cams) & (g_pids == pid)).any():
             matched.append(i)
     if not matched:
         raise UserError(f"{args.data} in {args.root}: there is no ranking to draw, {NO_MATCH}")
@@ -2755,7 +2772,7 @@ def figures(run, model, dataset, split, metric, picture, load):
 
     query_features, gallery_features = tracklet_features(
         model, dataset, split_clips=split, clip_length=args.frames, size=run.size,
-        **run.extraction)
+        **run.extract_options)
     if process_rank() > 0:
         return
     if args.rerank:
@@ -2857,7 +2874,7 @@ def rows_of_ranking(dataset, i, distances, size):
         who = f"person {tracklet.pid}" if tracklet.pid else "distractor"
         return SheetRow(f"{text}: {who}, camera {tracklet.cam}", [panel])
 
-    kept = np.flatnonzero(in_ranking(q_pids[i], q_cams[i], g_pids, g_cams))
+    kept = np.flatnonzero(ranked_entries(q_pids[i], q_cams[i], g_pids, g_cams))
     ranking = kept[distances[kept].argsort(kind="stable")]  # the order of `match_ranks`
     is_match = g_pids[ranking] == q_pids[i]
     first_match = int(is_match.argmax())
