@@ -568,8 +568,8 @@ def write_export(folder, dataset, *, query_features, gallery_features, distances
     save_rows(lines, folder / "queries.csv")
     note = ""
     if is_reranked:
-        note = ("; queries.csv is ranked by the re-ranked distances, and those of the features in "
-                "features.npz give another ranking")
+        note = ("; queries.csv uses the re-ranked distances, and the features in features.npz "
+                "alone give another ranking")
     print(f"wrote features.npz and queries.csv into {folder}{note}", flush=True)
 
 
@@ -745,13 +745,13 @@ def as_flag(name, value=()):
     if value is True:
         return flag
     if value is False:
-        return flag.replace("--", "--no-", 1)
+        return "--no-" + flag.removeprefix("--")
     if not isinstance(value, (tuple, list)):
         value = [value]
     return " ".join([flag, *map(str, value)])
 
 
-def number_within(name, kind):
+def number_type(name, kind):
     """Returns an argparse type for this setting: a function that converts text to a number and
     checks it against MINIMUM and MAXIMUM. kind: int or float."""
     least = MINIMUM.get(name, 0)
@@ -762,7 +762,7 @@ def number_within(name, kind):
     if name in ABOVE_ZERO:
         wanted = f"a number above {least}, at most {most}"
 
-    def read(text):
+    def convert(text):
         try:
             value = kind(text)
         except ValueError:
@@ -771,7 +771,7 @@ def number_within(name, kind):
         if not is_within or (value == 0 and name in ABOVE_ZERO):
             raise argparse.ArgumentTypeError(f"takes {wanted}, not {text!r}")
         return value
-    return read
+    return convert
 
 
 def add_flag(group, name, default, help_text, *, kind=None, choices=None):
@@ -797,7 +797,7 @@ def add_flag(group, name, default, help_text, *, kind=None, choices=None):
                                   action=argparse.BooleanOptionalAction)
     options = {"choices": choices}
     if kind in (int, float):
-        options["type"] = number_within(name, kind)
+        options["type"] = number_type(name, kind)
     if name in PATH_FLAGS:
         options["type"] = os.path.expanduser
     if isinstance(default, tuple):
@@ -809,20 +809,7 @@ def add_flag(group, name, default, help_text, *, kind=None, choices=None):
     return group.add_argument(as_flag(name), help=help_text, **options)
 
 
-def flag_actions(recipe, rows):
-    """Returns the argparse action of every setting, {name: action}."""
-    parser = Parser()
-    actions = {"variant": add_flag(parser, "variant", None, "", choices=rows)}
-    for name, entry in recipe.items():
-        setting = Setting(*entry)
-        actions[name] = add_flag(parser, name, setting.paper, "", choices=setting.choices)
-    for name, flag in FLAGS.items():
-        actions[name] = add_flag(parser, name, flag.default, "", kind=flag.kind,
-                                 choices=flag.choices)
-    return actions
-
-
-def can_be_given(action, value):
+def flag_accepts(action, value):
     """Returns whether the user could have got this value by typing the flag of this argparse
     action: only such a value may be in a checkpoint."""
     if isinstance(action, argparse.BooleanOptionalAction):
@@ -832,14 +819,14 @@ def can_be_given(action, value):
         if not isinstance(value, (tuple, list)):
             return False
         values = value
-    read = action.type or str
+    convert = action.type or str
     for one in values:
         try:
-            same = read(str(one))
+            typed = convert(str(one))
             os.fsencode(str(one))
         except (argparse.ArgumentTypeError, ValueError):
             return False  # out of range, or not encodable as a file name
-        if type(one) is not type(same) or one != same:
+        if type(one) is not type(typed) or one != typed:
             return False
         if one == "" or "\0" in str(one):
             return False
@@ -864,11 +851,13 @@ def variant_help(rows):
         results += [f"{value} {COSTS[cost]}" for cost, value in row.costs.items()]
         yield indented(f"{name}  {row.about}", "  ")
         yield indented(", ".join(results) or "no result in the paper", "      ")
-        yield indented(" ".join(as_flag(*setting) for setting in row.settings.items()), "      ")
+        flags = [as_flag(setting, value) for setting, value in row.settings.items()]
+        yield indented(" ".join(flags), "      ")
 
 
 def make_parser(recipe, rows, title):
-    """Returns the parser of a script's command line. Flags that are not given get no value."""
+    """Returns the parser of a script's command line, and the argparse action of every setting,
+    {name: action}. Flags that are not given get no value."""
     parser = Parser(
         description=textwrap.fill(title, 79), usage="%(prog)s [--flag value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -879,37 +868,43 @@ def make_parser(recipe, rows, title):
     def shown(value):
         return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
+    actions = {}
     group = parser.add_argument_group(
-        "recipe", "The paper's value, and that of the small run where it is another one.")
+        "recipe", "The default is the paper's value. Where the small run has another, it follows.")
     for name, entry in recipe.items():
         setting = Setting(*entry)
         values = shown(setting.paper)
         if setting.small != setting.paper:
             values += f"; small run {shown(setting.small)}"
-        add_flag(group, name, setting.paper, f"{setting.help} ({values})", choices=setting.choices)
+        actions[name] = add_flag(group, name, setting.paper, f"{setting.help} ({values})",
+                                 choices=setting.choices)
     group = parser.add_argument_group("run")
-    add_flag(group, "variant", None, "variant of the network, listed below (default: the first)",
-             choices=rows)
+    actions["variant"] = add_flag(
+        group, "variant", None, "variant of the network, listed below (default: the first)",
+        choices=rows)
     for name, flag in FLAGS.items():
         text = flag.help
         if flag.default is not None and flag.default is not False:
             text += f" (default: {flag.default})"
-        add_flag(group, name, flag.default, text, kind=flag.kind, choices=flag.choices)
-    return parser
+        actions[name] = add_flag(group, name, flag.default, text, kind=flag.kind,
+                                 choices=flag.choices)
+    return parser, actions
 
 
 def parse_flags(recipe, rows, title):
     """Returns the flags that the user has given, {name: value}; UserError for wrong ones."""
+    parser, _ = make_parser(recipe, rows, title)
     chosen = {}
-    for name, value in vars(make_parser(recipe, rows, title).parse_args()).items():
+    for name, value in vars(parser.parse_args()).items():
         if isinstance(value, list):
             value = tuple(value)
-        if value == "" or isinstance(value, tuple) and "" in value:
-            raise UserError(f"{as_flag(name)}: no such file or name: the value is empty")
+        values = value if isinstance(value, tuple) else (value,)
+        if "" in values:
+            raise UserError(f"{as_flag(name)}: the value is empty")
         chosen[name] = value
     others = [name for name in chosen if name != "complexity"]
     if chosen.get("complexity") and others:
-        raise UserError(f"{as_flag(others[0])}: has no effect with --complexity, which prints one "
+        raise UserError(f"{as_flag(others[0])} has no effect with --complexity, which prints one "
                         "table of all variants")
     return chosen
 
@@ -942,10 +937,11 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     flags = {**defaults, **chosen}
     evaluate = only_evaluates(chosen)
     required = {}  # settings that the authors' weights given to --init require
-    # a run that is resumed does not read the file of --init again: it may be gone
-    is_new = flags["resume"] is None or (flags["init"] and os.path.exists(flags["init"]))
-    if flags["init"] and release and is_new:
-        required = settings_of_release(flags["init"], release, chosen)
+    if flags["init"] and release:
+        # a run that is resumed does not need the file of --init any more
+        is_gone = flags["resume"] is not None and not os.path.exists(flags["init"])
+        if not is_gone:
+            required = settings_of_release(flags["init"], release, chosen)
     data = flags["data"]
     first = next(iter(rows))
     variant = required.get("variant", chosen.get("variant", first))
@@ -960,7 +956,9 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     resume = flags["resume"]
     if resume == "auto":
         last = f"{output}/last.pt"
-        resume = last if evaluate or os.path.exists(last) else None
+        resume = None
+        if evaluate or os.path.exists(last):
+            resume = last
     elif resume and os.path.isdir(resume):
         resume += "/last.pt"
     checkpoint = None
@@ -970,7 +968,7 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
         if evaluate:
             may_differ = MAY_CHANGE_ON_EVALUATE
         checkpoint = load_checkpoint(resume, script=script.name, recipe=recipe, rows=rows,
-                                     expected=chosen, may_differ=may_differ, given=chosen,
+                                     expected=chosen, may_differ=may_differ, chosen=chosen,
                                      for_training=not evaluate, release=release)
         saved = checkpoint["args"]
         output = flags["output"] or str(Path(resume).parent)
@@ -986,26 +984,34 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     if "split" in chosen and data not in SPLIT_SETS:
         raise UserError(f"--split: {data} has no splits, only {' and '.join(SPLIT_SETS)} have")
     if flags["split"] == "all" and evaluate:
-        raise UserError("--split all: is for training, not for --evaluate, --export, --figure")
+        raise UserError("--split all is for training, not for --evaluate, --export, --figure")
 
-    small = saved.get("data", data) == "synthetic"
-    small = chosen.get("small", saved.get("small", small))
+    if "small" in chosen:
+        small = chosen["small"]
+    elif "small" in saved:
+        small = saved["small"]
+    else:
+        small = saved.get("data", data) == "synthetic"
+    # Each of the sources below overrides those above it.
     values = {**defaults, "small": small, "eval_first": data == "synthetic"}
     values["chunk"] = CHUNK.get(data, 0)
     if release and data in release.chunk:
         values["chunk"] = release.chunk[data]
     values.update(vars(settings(recipe, rows, variant, small)))
     if chosen.get("release") and not saved:
-        of_row = row_settings(rows, variant, small)
-        values.update({k: v for k, v in release.settings.items() if k not in of_row})
-    values.update({key: value for key, value in required.items() if key in recipe})
+        values.update(release.settings)
+        values.update(row_settings(rows, variant, small))
+    for name, value in required.items():
+        if name in recipe:
+            values[name] = value
     if flags["init"]:
         values["weights"] = "none"
     values.update(saved)
     values.update(chosen)
+    # These are found out above, or for all runs alike.
     values.update(resume=resume, evaluate=evaluate, output=output, chosen=[*chosen],
                   script=script.name)
-    # these are not settings; `Run` removes them from the Namespace
+    # These are not settings; `Run` removes them from the Namespace.
     values.update(checkpoint=checkpoint, authors_release=release, recipe=recipe,
                   paper_result=row_of(rows, variant).results.get(data))
     return argparse.Namespace(**values)
@@ -1027,21 +1033,10 @@ def settings_of_release(path, release, chosen):
     required = file["args"]
     for key in sorted((chosen.keys() & required.keys()) - {"data", "root", "small"}):
         if chosen[key] != required[key]:
-            raise UserError(f"--init {path}: is a network of {as_flag(key, required[key])}, not "
-                            f"{as_flag(key, chosen[key])}; leave this flag out")
+            raise UserError(f"--init {path}: the network in this file is one with "
+                            f"{as_flag(key, required[key])}; leave out "
+                            f"{as_flag(key, chosen[key])}")
     return required
-
-
-# what a command must do so that a flag has an effect, {flag: condition}
-HAS_EFFECT_IF = {
-    **dict.fromkeys(("beside", "figure_tracklets", "figure_format"), "draws"),
-    **dict.fromkeys((*sorted(TRAINING_ONLY), "chunk", "eval_every", "checkpoint_every",
-                     "eval_first", "tensorboard"), "trains"),
-    **dict.fromkeys(("evaluate", "export", "compile"), "trains or tests"),
-    **dict.fromkeys(("init", "weights"), "begins with new weights"),
-    "seed": "uses random numbers",
-    "resume": "resumes one run",
-}
 
 
 def refuse_flags_without_effect(chosen, *, evaluate, saved, is_resumed):
@@ -1057,37 +1052,42 @@ def refuse_flags_without_effect(chosen, *, evaluate, saved, is_resumed):
     """
     draws = chosen.get("figure") is not None
     # --resume FILE, rather than auto, which continues a run that this command may have started
-    names_a_file = chosen.get("resume") not in (None, "auto")
+    resumes_a_file = chosen.get("resume") not in (None, "auto")
     if draws:
         mode = "--figure"
     elif "evaluate" in chosen:
         mode = "--evaluate"
     else:
         mode = "--export"
-    conditions = {  # condition: (whether it is met, the message otherwise)
-        "draws": (draws, "has no effect without --figure"),
-        "trains": (not evaluate, f"is for training, but with {mode} nothing is trained"),
-        "trains or tests": (not draws, "has no effect with --figure, which only draws"),
-        "begins with new weights": (
-            not is_resumed or (not evaluate and not names_a_file),
-            "has no effect with --resume, because the network is that of the checkpoint"),
-        "uses random numbers": (
-            not is_resumed or not evaluate,
-            f"has no effect with {mode} and --resume, because nothing is random there"),
-        "resumes one run": (
-            not names_a_file or chosen.get("split") != "all",
-            "a file has no effect with --split all, because every split has its own"),
-    }
-    for name, condition in HAS_EFFECT_IF.items():
-        if name not in chosen or chosen[name] is False:
-            continue
-        if name in saved and saved[name] == chosen[name]:
-            continue
-        if is_resumed and name in TRAINING_ONLY and name not in saved:
-            continue
-        is_met, message = conditions[condition]
-        if not is_met:
-            raise UserError(f"{as_flag(name)}: {message}")
+    rules = [  # (flags, whether they have an effect, the message otherwise)
+        (("beside", "figure_tracklets", "figure_format"),
+         draws,
+         "has no effect without --figure"),
+        ((*sorted(TRAINING_ONLY), "chunk", "eval_every", "checkpoint_every", "eval_first",
+          "tensorboard"),
+         not evaluate,
+         f"is for training, but with {mode} nothing is trained"),
+        (("evaluate", "export", "compile"),
+         not draws,
+         "has no effect with --figure, which only draws"),
+        (("init", "weights"),
+         not is_resumed or (not evaluate and not resumes_a_file),
+         "has no effect with --resume, because the network is that of the checkpoint"),
+        (("seed",),
+         not is_resumed or not evaluate,
+         f"has no effect with {mode} and --resume, because nothing is random there"),
+        (("resume",),
+         not resumes_a_file or chosen.get("split") != "all",
+         "FILE has no effect with --split all, because each split resumes from its own last.pt"),
+    ]
+    for names, have_an_effect, message in rules:
+        for name in names:
+            if have_an_effect or name not in chosen or chosen[name] is False:
+                continue
+            repeats_checkpoint = name in saved and saved[name] == chosen[name]
+            is_missing_there = is_resumed and name in TRAINING_ONLY and name not in saved
+            if not (repeats_checkpoint or is_missing_there):
+                raise UserError(f"{as_flag(name)} {message}")
 
 
 def run_script(train, build, *, recipe, rows, release, text, script):
@@ -1102,7 +1102,7 @@ def run_script(train, build, *, recipe, rows, release, text, script):
     if args.complexity:
         print_complexity_table(rows, recipe, build)
         return
-    build_without_memory(build, args, 2)  # refuses wrong combinations before data are read
+    build_on_meta_device(build, args, 2)  # refuses wrong combinations before data are read
     if args.split == "all" and not args.plan:
         train_all_splits(train, args, rows)
     else:
@@ -1139,7 +1139,7 @@ def part_of(args, rows, folder, variant=None, **changes):
     if os.path.exists(last):
         part.checkpoint = load_checkpoint(last, script=args.script, recipe=args.recipe, rows=rows,
                                           expected=vars(part), may_differ=MAY_CHANGE_ON_RESUME,
-                                          given=args.chosen)
+                                          chosen=args.chosen)
         part.resume = last
         epochs = len(part.checkpoint["history"])
         if epochs > part.epochs:
@@ -1163,10 +1163,14 @@ def train_all_splits(train, args, rows):
     mean_ap, rank1 = np.mean(results, 0)
     deviation_of_ap, deviation_of_rank1 = np.std(results, 0, ddof=1)
     print(f"{args.variant}, mean of 10 splits: mAP {mean_ap:.1f} +- {deviation_of_ap:.1f}, "
-          f"rank-1 {rank1:.1f} +- {deviation_of_rank1:.1f}; {in_the_paper(args.paper_result)}")
+          f"rank-1 {rank1:.1f} +- {deviation_of_rank1:.1f}; {paper_result_text(args.paper_result)}")
 
 
-def build_without_memory(build, args, num_classes):
+# the flags to check when a network raises ValueError for its settings; used in error messages
+SIZE_FLAGS = "--frames, --height, --width and the other settings of the recipe"
+
+
+def build_on_meta_device(build, args, num_classes):
     """Returns a script's network for these settings, on the meta device: no memory is taken for its
     weights, and no file is read. Raises UserError for settings that do not go together."""
     args = copy.copy(args)
@@ -1176,10 +1180,6 @@ def build_without_memory(build, args, num_classes):
             return build(args, num_classes)
     except ValueError as error:
         raise UserError(f"{error}; check {SIZE_FLAGS}") from None
-
-
-# the flags to check when a network raises ValueError for its settings; used in error messages
-SIZE_FLAGS = "--frames, --height, --width and the other settings of the recipe"
 
 
 def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
@@ -1194,13 +1194,12 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
         build: function (settings, number of identities) that returns the network.
         loss_weights: function of the settings that returns {name of a loss: weight}.
     """
-    dataset = load_dataset(args.data, args.root,
-                           split=0 if args.split == "all" else int(args.split),
-                           chunk=args.chunk,
-                           # training=True would create a synthetic data set that is missing
-                           training=not args.evaluate and args.data != "synthetic",
-                           images=False)
-    model = build_without_memory(build, args, dataset.num_identities or 1)
+    number = 0 if args.split == "all" else int(args.split)
+    # training=True would create a synthetic data set that is missing
+    training = not args.evaluate and args.data != "synthetic"
+    dataset = load_dataset(args.data, args.root, split=number, chunk=args.chunk,
+                           training=training, images=False)
+    model = build_on_meta_device(build, args, dataset.num_identities or 1)
     print(f"{Path(args.script).stem} {args.variant} on {args.data}: {costs_in_words(model, args)}")
     print(dataset.summary())
     if args.evaluate:
@@ -1208,7 +1207,7 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
     else:
         print_training_plan(args, dataset, sampler, loss_weights(args))
     print_test_plan(args, dataset, split, networks_of_test(model, args.frames), metric=metric)
-    print(in_the_paper(args.paper_result))
+    print(paper_result_text(args.paper_result))
     print("recipe:")
     for key, entry in recipe.items():
         value = getattr(args, key)
@@ -1222,8 +1221,8 @@ def print_training_plan(args, dataset, sampler, weights):
     batch = args.ids * args.clips
     steps = len(make_sampler(sampler, [t.pid for t in dataset.train], args))
     shown = f"all {args.epoch}" if "epoch" in args else "all tracklets once"
-    print(f"an epoch: {steps:,} steps of {batch} clips, which show {shown}: "
-          f"{steps * batch:,} clips, {steps * batch * args.frames:,} frames")
+    print(f"an epoch: {steps:,} steps of {batch} clips, which show {shown}, in all "
+          f"{steps * batch:,} clips with {steps * batch * args.frames:,} frames")
     total = f"in all: {args.epochs:,} epochs, {steps * args.epochs:,} steps"
     if args.split == "all":
         total += " for each of ten splits"
@@ -1258,7 +1257,7 @@ def print_test_plan(args, dataset, split_clips, networks, *, metric):
           f"{num_clips:,} clips, {num_frames:,} frames in all")
 
 
-def in_the_paper(result):
+def paper_result_text(result):
     """Returns what a paper reports for a variant, (mAP, rank-1) or None, in words."""
     reported = []
     for name, value in zip(("mAP", "rank-1"), result or ()):
@@ -1270,6 +1269,9 @@ def in_the_paper(result):
 
 
 # ----------------------------------------------------------------------------------- a training run
+
+IMAGENET_FILE = "resnet50-0676ba61.pth"  # what torchvision downloads for --weights imagenet
+
 
 class Run:
     """The parts of a training loop that are the same for all papers: device, checkpoints, log,
@@ -1320,10 +1322,44 @@ class Run:
         self.num_logged = 0  # rows of the history that are written to TensorBoard for good
         self.can_be_tested = True  # whether any query has a match
 
+    @contextlib.contextmanager
     def setting_up(self):
-        """Returns the context in which a script makes the data set and the network: that of the
-        function `setting_up` below, with the run's settings."""
-        return setting_up(self.args)
+        """A context in which a script makes the data set and the network: the first process of each
+        machine runs it before the others do, because it may download weights or make data.
+
+        On entry the file of --weights is read: inside the context `args.weights` holds its
+        state_dict. Errors about the settings or a download are raised as UserError.
+        """
+        args = self.args
+        weights = args.weights
+        cache = Path(torch.hub.get_dir(), "checkpoints")
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if world_size() > 1 and not is_first:
+            dist.barrier()
+        if not args.resume:  # a checkpoint brings its own weights
+            if weights not in ("imagenet", "none"):
+                args.weights = backbone_weights(weights)  # `resnet50` takes a state_dict, too
+            elif weights == "imagenet" and (cache / IMAGENET_FILE).exists():
+                load_file(cache / IMAGENET_FILE)  # compares checksums, as torchvision does not do
+        try:
+            with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports a download to stderr
+                yield
+        except ValueError as error:
+            raise UserError(f"{error}; check {SIZE_FLAGS}") from None
+        except (OSError, RuntimeError) as error:
+            # torch.hub raises OSError without a connection or disk space, and RuntimeError for a
+            # wrong checksum
+            is_about_file = isinstance(error, OSError) or "hash" in str(error)
+            if args.resume or weights != "imagenet" or not is_about_file:
+                raise
+            raise UserError(f"--weights {weights}: the weights of torchvision's ResNet-50 are not "
+                            f"available ({first_line(error)}): put {IMAGENET_FILE} into {cache}, "
+                            "name the file with --weights, or use --weights none (for the "
+                            "checkpoint of a run there is --resume)") from None
+        finally:
+            args.weights = weights
+        if world_size() > 1 and is_first:
+            dist.barrier()
 
     def num_classes(self, dataset):
         """Returns the number of identities of the classifier: that of the checkpoint, or else that
@@ -1339,14 +1375,27 @@ class Run:
         return self.num_identities
 
     def prepare(self, model):
-        """Returns the network on the device, with the weights of --resume or --init, and compiled
-        with --compile."""
-        model, self.origin = prepare_network(
-            model, self.args, self.device, synchronized=world_size() > 1 and self.cuda,
-            checkpoint=self.checkpoint, authors_release=self.authors_release)
-        if self.args.evaluate and not self.args.resume and self.origin.startswith("untrained"):
-            name_trained_networks(self.args)
-        if self.args.compile and not self.args.figure:
+        """Returns the network on the device, in channels_last, with the weights of --resume or
+        --init, and compiled with --compile."""
+        args = self.args
+        print(f"{args.variant}: {costs_in_words(model, args)}")
+        if world_size() > 1 and self.cuda:
+            # BatchNorm then takes its statistics over the batches of all processes
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        for layer in model.to(self.device).modules():
+            if isinstance(layer, torch.nn.Conv2d):  # the format is for weights of four dimensions
+                layer.to(memory_format=torch.channels_last)
+        if self.checkpoint:
+            restore(args.resume, self.checkpoint, model=model)
+            self.origin = trained_for(self.checkpoint)
+        elif args.init:
+            load_matching_weights(args.init, model, self.authors_release, args)
+            self.origin = f"from {printable(args.init)}"
+        else:
+            self.origin = printable(getattr(model, "origin", "untrained"))
+        if args.evaluate and not args.resume and self.origin.startswith("untrained"):
+            print_trained_checkpoints(args)
+        if args.compile and not args.figure:
             compile_if_possible(model, self.device)
         return model
 
@@ -1416,7 +1465,10 @@ class Run:
 
     def current_epoch(self):
         """Returns the number of the epoch of the last step; 0 before the first step of all."""
-        return len(self.history) + (1 if self.steps else 0)
+        finished = len(self.history)
+        if self.steps:
+            return finished + 1
+        return finished
 
     def batches(self, loader, epoch):
         """Yields the remaining batches of an epoch, moved to the device, and then calls
@@ -1583,8 +1635,8 @@ class Run:
             metric: "cosine" or "euclidean", METRIC of a script.
         """
         args = self.args
-        of_an_epoch = self.states and self.history
-        if of_an_epoch:
+        belongs_to_epoch = bool(self.states and self.history)
+        if belongs_to_epoch:
             self.origin = f"after epoch {len(self.history)}"
         if not self.can_be_tested and not args.export:
             if "evaluate" in args.chosen:
@@ -1596,7 +1648,7 @@ class Run:
                           size=self.size, metric=metric, use_rerank=args.rerank,
                           label=f"{args.variant}, {self.origin}",
                           export_folder=args.export if is_last else None, **self.extract_options)
-        if result and of_an_epoch:
+        if result and belongs_to_epoch:
             self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
             self.save()
             raise_if_stopped()
@@ -1607,7 +1659,7 @@ class Run:
     def print_with_paper(self, result):
         """Prints the result of a trained network next to that in the paper for its variant."""
         print(f"{self.args.variant} on {self.args.data}, {self.origin}: mAP {result['mAP']:.1f}, "
-              f"rank-1 {result['rank-1']:.1f}; {in_the_paper(self.paper_result)}", flush=True)
+              f"rank-1 {result['rank-1']:.1f}; {paper_result_text(self.paper_result)}", flush=True)
 
     def finish(self):
         """Prints the last epoch's result next to that in the paper, and returns it."""
@@ -1616,75 +1668,6 @@ class Run:
             self.origin = f"after epoch {len(self.history)}"
             self.print_with_paper(result)
         return result
-
-
-@contextlib.contextmanager
-def setting_up(args):
-    """A context in which the data set and the network are made: the first process of each machine
-    runs it before the others do, because it may download weights or make data. On entry the file
-    of --weights is read. Errors about the settings or a download are raised as UserError.
-
-    args: the settings; `args.weights` holds the state_dict inside the context.
-    """
-    weights = args.weights
-    cache = Path(torch.hub.get_dir(), "checkpoints")
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if world_size() > 1 and not is_first:
-        dist.barrier()
-    if not args.resume:  # a checkpoint brings its own weights
-        if weights not in ("imagenet", "none"):
-            args.weights = backbone_weights(weights)  # `resnet50` takes a state_dict, too
-        elif weights == "imagenet" and (cache / IMAGENET_FILE).exists():
-            load_file(cache / IMAGENET_FILE)  # compares checksums, which torchvision does not do
-    try:
-        with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports a download to stderr
-            yield
-    except ValueError as error:
-        raise UserError(f"{error}; check {SIZE_FLAGS}") from None
-    except (OSError, RuntimeError) as error:
-        # torch.hub raises OSError without a connection or disk space, and RuntimeError for a wrong
-        # checksum
-        of_the_file = isinstance(error, OSError) or "hash" in str(error)
-        if args.resume or weights != "imagenet" or not of_the_file:
-            raise
-        raise UserError(f"--weights {weights}: the weights of torchvision's ResNet-50 are not "
-                        f"available ({first_line(error)}): put {IMAGENET_FILE} into {cache}, name "
-                        "the file with --weights, or use --weights none (for the checkpoint of a "
-                        "run there is --resume)") from None
-    finally:
-        args.weights = weights
-    if world_size() > 1 and is_first:
-        dist.barrier()
-
-
-IMAGENET_FILE = "resnet50-0676ba61.pth"  # what torchvision downloads for --weights imagenet
-
-
-def prepare_network(model, args, device, *, synchronized, checkpoint, authors_release):
-    """Moves a network to the device, in channels_last, and loads the weights of --resume or --init.
-    Returns the network, and a phrase that says how it was trained.
-
-    Args:
-        model: the network, new.
-        args: the settings of the run.
-        device: the torch device.
-        synchronized: True makes BatchNorm take its statistics over the batches of all processes.
-        checkpoint: that of --resume, or None.
-        authors_release: the script's `Release`, or None.
-    """
-    print(f"{args.variant}: {costs_in_words(model, args)}")
-    if synchronized:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for layer in model.to(device).modules():
-        if isinstance(layer, torch.nn.Conv2d):  # the format is for weights of four dimensions
-            layer.to(memory_format=torch.channels_last)
-    if checkpoint:
-        restore(args.resume, checkpoint, model=model)
-        return model, trained_for(checkpoint)
-    if args.init:
-        load_matching_weights(args.init, model, authors_release, args)
-        return model, f"from {printable(args.init)}"
-    return model, printable(getattr(model, "origin", "untrained"))
 
 
 def compile_if_possible(model, device):
@@ -1696,14 +1679,14 @@ def compile_if_possible(model, device):
         print(f"--compile: failed ({first_line(error)}); the run continues without it", flush=True)
 
 
-def name_trained_networks(args):
+def print_trained_checkpoints(args):
     """Prints that an untrained network is evaluated, and the checkpoints in the output folder of
     these settings: one of them may be what the user had in mind."""
     print(f"{args.variant} is untrained here, because --resume was not given", flush=True)
     folder = Path(args.output)
     for last in sorted([*folder.glob("last.pt"), *folder.glob("*/last.pt")]):
         name = printable(last)
-        print(f"  {name} holds a trained network: take it with --resume {name}", flush=True)
+        print(f"  {name} contains a trained network; to evaluate it: --resume {name}", flush=True)
 
 
 def warn_without_triplets(args):
@@ -1738,9 +1721,10 @@ class RandomStates:
         return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
 
     def load_state_dict(self, states):
-        of_cpu, *of_gpus = states
-        torch.set_rng_state(of_cpu)
-        torch.cuda.set_rng_state_all(of_gpus[:torch.cuda.device_count()])  # there may be fewer now
+        cpu_state, *gpu_states = states
+        torch.set_rng_state(cpu_state)
+        num_gpus = torch.cuda.device_count()
+        torch.cuda.set_rng_state_all(gpu_states[:num_gpus])  # there may be fewer than there were
 
 
 def trained_for(checkpoint):
@@ -1908,7 +1892,7 @@ def read_checkpoint(path, *, script, release):
     return file if converted is None else converted
 
 
-def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, given, for_training=True,
+def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen, for_training=True,
                     release=None):
     """Returns a checkpoint of a script whose contents and settings are checked. Its `args` are the
     settings that a run takes from it.
@@ -1919,7 +1903,7 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, given, 
         recipe, rows: RECIPE and ROWS of the script.
         expected: settings {name: value} that must equal those in the checkpoint where it has them.
         may_differ: names of settings that are exempt from this.
-        given: names of the flags given by the user; a setting of the recipe that an older
+        chosen: names of the flags given by the user; a setting of the recipe that an older
             checkpoint lacks must be among them.
         for_training: whether the states of the optimiser and so on must be there.
         release: the script's `Release`, or None.
@@ -1936,13 +1920,14 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, given, 
         message = f"{path}: not a checkpoint of {script}"
         if "args" not in checkpoint:
             first = next(iter(state_dict_in(checkpoint)), None)
-            message += f" (its first entry is {first!r}); weights without settings go to --init"
+            message += (f" (its first entry is {first!r}); to load weights without settings, use "
+                        "--init")
         raise UserError(message)
-    saved = checkpoint["args"] = settings_in(path, checkpoint, recipe=recipe, rows=rows,
-                                             given=given)
+    saved = checked_settings(path, checkpoint, recipe=recipe, rows=rows, chosen=chosen)
+    checkpoint["args"] = saved
     if for_training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
-        raise UserError(f"{path}: holds the network only, so that it can be evaluated but not "
-                        "resumed; --init starts a new training from it")
+        raise UserError(f"{path}: contains only the network, so that it can be evaluated but "
+                        "not resumed; --init starts a new training from it")
     for name in sorted((expected.keys() & saved.keys()) - may_differ):
         if expected[name] != saved[name]:
             raise UserError(f"{path}: was trained with {as_flag(name, saved[name])}, not "
@@ -1952,7 +1937,7 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, given, 
 
 def is_checkpoint(file, script, rows):
     """Whether a file holds what a run of the script writes. Checks only script, variant, data set,
-    root, progress, history and number of classes; `settings_in` and `restore` check the rest.
+    root, progress, history and number of classes; `checked_settings` and `restore` check the rest.
     Raises exceptions of any kind for other contents."""
     args = file["args"]
     if file["script"] != script or args["variant"] not in rows:
@@ -1982,32 +1967,35 @@ def is_checkpoint(file, script, rows):
     return True
 
 
-def settings_in(path, checkpoint, *, recipe, rows, given):
+def checked_settings(path, checkpoint, *, recipe, rows, chosen):
     """Returns the settings in a checkpoint that a run takes from it, {name: value}.
 
     Raises UserError for a value that the flag of the setting does not take, and when a setting of
-    the recipe is neither in the checkpoint nor among the names of flags in `given`. A file of the
+    the recipe is neither in the checkpoint nor among the names of flags in `chosen`. A file of the
     authors' release has few settings: the others are those of the recipe.
     """
     saved = checkpoint["args"]
     taken = {}
-    for name, action in flag_actions(recipe, rows).items():
+    _, actions = make_parser(recipe, rows, "")
+    for name, action in actions.items():
         if name not in saved or name in NOT_RESTORED:
             continue
         value = saved[name]
-        may_be_none = name == "init" or name in recipe and Setting(*recipe[name]).paper is None
+        may_be_none = name == "init"
+        if name in recipe:
+            may_be_none = Setting(*recipe[name]).paper is None
         is_absent = value is None and may_be_none
         is_all_splits = name == "split" and value == "all"  # which no single run has
-        if is_all_splits or not (is_absent or can_be_given(action, value)):
+        if is_all_splits or not (is_absent or flag_accepts(action, value)):
             shown = textwrap.shorten(repr(value), 60)
             raise UserError(f"{path}: its setting {name} is {shown}, which {as_flag(name)} does "
                             "not take")
         taken[name] = value
-    missing = [as_flag(name) for name in recipe if name not in saved and name not in given]
+    missing = [as_flag(name) for name in recipe if name not in saved and name not in chosen]
     if missing and not checkpoint.get("release"):
-        raise UserError(f"{path}: lacks settings that an earlier version did not have: give them "
-                        f"as flags, {' '.join(missing)}, with the values of that run (in Python as "
-                        "arguments of load)")
+        raise UserError(f"{path}: was written by an earlier version, without these settings: "
+                        f"{' '.join(missing)}. Give them as flags, with the values of that run (in "
+                        "Python as arguments of load)")
     return taken
 
 
@@ -2051,7 +2039,7 @@ def check_restored(target, own):
             if value is not None and value.shape not in ((), parameter.shape):
                 fits = False
     if not fits:
-        raise ValueError("other types or shapes than a run writes")
+        raise ValueError("its types or shapes are not those that a run writes")
 
 
 def load_matching_weights(path, model, release=None, args=None):
@@ -2150,7 +2138,9 @@ def weights_with_prefix(path, checkpoint, prefix, names=()):
             state[str(name).removeprefix(prefix)] = value
     if state:
         return state
-    message = f"holds no {prefix.rstrip('.') or 'network'} of a run"
+    message = f"contains no weights named {prefix}* of a run"
+    if not prefix:
+        message = "contains no weights of a network"
     if names and any(map(torch.is_tensor, model.values())):
         message = f"has no weights that fit this network: {difference(model, names)}"
     elif model:
@@ -2185,7 +2175,7 @@ def load_network(path, build, given=None, *, recipe, rows, release, script):
     if not given.keys() <= recipe.keys():
         raise TypeError(f"load takes settings of the recipe, not {', '.join(given)}")
     checkpoint = load_checkpoint(path, script=Path(script).name, recipe=recipe, rows=rows,
-                                 expected=given, may_differ=set(), given=given,
+                                 expected=given, may_differ=set(), chosen=given,
                                  for_training=False, release=release)
     saved = checkpoint["args"]
     small = saved.get("small", saved["data"] == "synthetic")

@@ -561,7 +561,7 @@ def test_load(name, monkeypatch, tmp_path, one_backbone):
     file = {"script": f"{name}.py", "args": saved, "num_classes": 5, "history": [],
             "model": model.state_dict()}
     torch.save(file, tmp_path / "last.pt")
-    says = "last.pt: lacks settings .*: give them as flags, --pool, w"
+    says = "last.pt: was written by .* settings: --pool. Give them as flags, w"
     with pytest.raises(UserError, match=says):
         script.load(tmp_path / "last.pt")
     loaded = script.load(tmp_path / "last.pt", pool=args.pool)

@@ -503,7 +503,8 @@ def test_init_2d(tmp_path):
         meta("m3d", init_2d=str(path))
     for wrong in ({}, {"model": 3}, {"model": {"streams.temporal.net.x": torch.zeros(1)}}):
         torch.save(wrong, path)
-        with pytest.raises(UserError, match="2d.pt: holds no streams.spatial.net of a run"):
+        says = "2d.pt: contains no weights named streams.spatial.net.. of a run"
+        with pytest.raises(UserError, match=says):
             meta("m3d", init_2d=str(path))
     torch.save({"model": {"streams.spatial.net.x": torch.zeros(1)}}, path)
     with pytest.raises(ValueError, match="init_2d does not fit the 2D stream"):
@@ -619,7 +620,7 @@ def test_join_refuses(refuses, small_root, tmp_path, one_backbone):
         (two, "--join takes two checkpoints"),
         (("--evaluate", "--join", "2d.pt"), "--join takes two checkpoints"),
         (("--evaluate", "--variant", "m3d", *two), "--join takes two checkpoints"),
-        (("--evaluate", *two), "2d.pt: holds no streams.temporal of a run"),
+        (("--evaluate", *two), "2d.pt: contains no weights named streams.temporal.* of a run"),
     ):
         refuses(("--root", small_root, *flags), says, script="m3d.py")
 

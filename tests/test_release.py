@@ -272,7 +272,8 @@ def test_settings_that_a_released_network_does_not_have(released, refuses):
     refuses([*evaluate, "--reduction", 4], "was trained with --reduction 16, not --reduction 4")
     refuses([*evaluate, "--variant", "base"], "--variant base+idm, not --variant base")
     refuses([*evaluate, "--no-release"], "was trained with --release")
-    refuses(["--data", "mars", "--resume", released("idnet")], "holds the network only", "--init")
+    refuses(["--data", "mars", "--resume", released("idnet")], "contains only the network",
+            "--init")
     start = ["--data", "mars", "--init", released("idnet")]
     refuses([*start, "--variant", "sinet"], "--variant base+idm, not --variant sinet")
     refuses([*start, "--idms", 3], "--idms 2, not --idms 3")

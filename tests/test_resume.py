@@ -106,7 +106,7 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
     torch.save(
         {k: v for k, v in state.items() if k not in ("optimizer", "random")}, tmp_path / "slim.pt"
     )
-    refuses(("--resume", "slim.pt", "--epochs", 2), "slim.pt: holds the network only")
+    refuses(("--resume", "slim.pt", "--epochs", 2), "slim.pt: contains only the network")
     for content in (b"", (tmp_path / "a/last.pt").read_bytes()[:-100]):
         (tmp_path / "cut.pt").write_bytes(content)
         refuses(("--resume", "cut.pt"), "cut.pt: not a readable checkpoint")
@@ -133,7 +133,7 @@ def test_the_settings_in_a_checkpoint_are_checked_as_the_flags_are(
     assert resumed("whole.pt", monkeypatch).frames == 4
     values = (None, True, "4", "a", "", "\0", "\ud800", "all", "--help", 0, -1, 10**12, 4.5, -0.5,
               float("nan"), float("inf"), [], [3], (None,), ("s", []), {}, torch.zeros(2), b"4")
-    kinds = common.flag_actions(sinet.RECIPE, sinet.ROWS)
+    _, kinds = common.make_parser(sinet.RECIPE, sinet.ROWS, "")
     read = [key for key in kinds if key not in common.NOT_RESTORED]
     assert {"frames", "beta", "ids", "seed", "amp", "split", "root", "chunk", "variant"} < {*read}
     taken = 0
@@ -154,7 +154,7 @@ def test_the_settings_in_a_checkpoint_are_checked_as_the_flags_are(
             else:
                 assert type(value) is type(right) or key in ("init", "sbm_blocks", "sbm_splits"), (
                     key, value)
-                assert common.can_be_given(kinds[key], getattr(args, key)), (key, value)
+                assert common.flag_accepts(kinds[key], getattr(args, key)), (key, value)
     assert taken > 20
     # what is not a setting, or not read from a file, is left alone
     args = {**state["args"], "output": 3, "resume": [], "chosen": {}, "old": 7, 3: 4}
@@ -207,18 +207,18 @@ def test_a_checkpoint_of_an_earlier_version_lacks_settings(
         del state["args"][key]
     state["args"]["scaled"] = True  # the earlier name
     torch.save(state, tmp_path / "old.pt")
-    says = "old.pt: lacks settings that an earlier version did not have: give them as flags, "
+    says = "old.pt: was written by an earlier version, without these settings: "
     evaluate = ("--evaluate", "--resume", "old.pt")
     draw = ("--figure", "f", "--resume", "old.pt")
     for flags in (evaluate, draw, ("--resume", "old.pt", "--epochs", 3)):
-        refuses(flags, says + "--epoch --scale, with the values of that run")
-    refuses((*evaluate, "--scale", "none"), says + "--epoch, with")
+        refuses(flags, says + "--epoch --scale. Give them as flags, with the values")
+    refuses((*evaluate, "--scale", "none"), says + "--epoch. Give")
     given = ("--scale", "none", "--epoch", "tracklets")
     args = resumed("old.pt", monkeypatch, "--evaluate", *given)
     assert (args.scale, args.epoch, args.beta) == ("none", "tracklets", 5.0)
     args = resumed("old.pt", monkeypatch, "--epochs", 3, *given)
     assert (args.scale, args.epoch) == ("none", "tracklets") and not hasattr(args, "scaled")
-    with pytest.raises(UserError, match="old.pt: lacks .* --epoch --scale, .* arguments of load"):
+    with pytest.raises(UserError, match="old.pt: was .* --epoch --scale. .* arguments of load"):
         sinet.load("old.pt")
     model = sinet.load("old.pt", scale="none", epoch="tracklets")
     assert (model.args.scale, model.args.epoch) == ("none", "tracklets")
@@ -237,7 +237,7 @@ def test_a_part_of_a_run_of_an_earlier_version(small, tmp_path):
     state = torch.load(last, weights_only=True)
     del state["args"]["scale"]
     torch.save(state, last)
-    with pytest.raises(UserError, match="split-0/last.pt: lacks settings .* --scale, "):
+    with pytest.raises(UserError, match="split-0/last.pt: was .* settings: --scale. "):
         small(*flags, "--split", "all")
 
 
@@ -291,7 +291,7 @@ def test_a_checkpoint_in_wrappers(small, refuses, tmp_path):
         assert result.split(":")[1] in out and "keeps its initialisation: classifier\n" in out
         assert "not used, because the file does not say on which data set it was trained" in out
     refuses(("--resume", "b.pt"), "b.pt: not a checkpoint of sinet.py "
-            "(its first entry is 'neck.weight'); weights without settings go to --init")
+            "(its first entry is 'neck.weight'); to load weights without settings, use --init")
     torch.save({**state, "model": {**model, "other": model["neck.bias"]}}, tmp_path / "b.pt")
     refuses(("--resume", "b.pt", "--epochs", 2, "--output", "x"),
             "b.pt: its model does not fit (it has 'other', which the network does not have)")
@@ -299,7 +299,8 @@ def test_a_checkpoint_in_wrappers(small, refuses, tmp_path):
     torch.save({**state, "model": model}, tmp_path / "b.pt")
     refuses(("--resume", "b.pt", "--epochs", 2, "--output", "x"),
             "b.pt: its model does not fit (it lacks 'neck.bias')")
-    with pytest.raises(UserError, match="b.pt: holds no streams.spatial.net of a run .its first"):
+    says = "b.pt: contains no weights named streams.spatial.net.. of a run .its first"
+    with pytest.raises(UserError, match=says):
         common.load_part(tmp_path / "b.pt", "streams.spatial.net.")
     prefix = "module.streams.spatial.net."
     torch.save({"model": {f"{prefix}x": torch.ones(2)}}, tmp_path / "b.pt")
@@ -450,7 +451,7 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
     torch.save({"model": {"neck.weight": torch.zeros(4), "x": 3}}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("text")
     for file, says in (
-        ("empty.pt", "holds no network of a run"),
+        ("empty.pt", "contains no weights of a network"),
         ("other.pt", "has no weights that fit this network: it has 'x', which the network does "
                      "not have, and it lacks 'neck.bias'$"),
         ("text.pt", "not a readable checkpoint"),
@@ -487,7 +488,7 @@ def test_every_result_says_of_which_network_it_is(small, tmp_path, signalled):
 def test_an_untrained_network_is_not_taken_for_the_trained_one_beside_it(small, tmp_path):
     """--evaluate without --resume says what lies where the run would write."""
     small("--epochs", 1, "--output", "b")
-    resume = "  b/last.pt holds a trained network: take it with --resume b/last.pt\n"
+    resume = "  b/last.pt contains a trained network; to evaluate it: --resume b/last.pt\n"
     out = small("--evaluate", "--output", "b")
     assert "sinet is untrained here, because --resume was not given\n" + resume in out
     assert "\nsinet, untrained, all frames: " in out and "in the paper" not in out
