@@ -180,7 +180,9 @@ def match_ranks(distances, q_pids, q_cams, g_pids, g_cams):
 def average_precision(ranks):
     """Returns the average precision of a query, without interpolation: the mean of the precision at
     each of its matches. ranks: one array of `match_ranks`, not empty."""
-    return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
+    num_matches_so_far = np.arange(1, len(ranks) + 1)
+    precisions = num_matches_so_far / (ranks + 1)
+    return float(np.mean(precisions))
 
 
 def distances_and_ranks(distances, q_pids, q_cams, g_pids, g_cams):
@@ -616,7 +618,7 @@ class Row:
 
 
 class Setting(NamedTuple):
-    """An entry of a recipe."""
+    """An entry of a recipe: a number or a choice of the paper, which is also a flag."""
     paper: object             # the paper's value
     small: object             # the value of the small run
     help: str
@@ -1018,7 +1020,8 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
 
 
 def only_evaluates(chosen):
-    """Whether a command with these flags tests or draws a network and trains nothing."""
+    """Returns whether a command with these flags {name: value} tests or draws a network and trains
+    nothing."""
     if chosen.get("figure") is not None:
         return True
     return chosen.get("evaluate", "export" in chosen)
@@ -1027,7 +1030,7 @@ def only_evaluates(chosen):
 def settings_of_release(path, release, chosen):
     """Returns the settings that the authors' released weights in a file of --init require, {name:
     value}; {} for any other file. Raises UserError if a flag contradicts one."""
-    file = read_checkpoint(path, script="", release=release)
+    file = read_file_or_release(path, script="", release=release)
     if not file.get("release"):
         return {}
     required = file["args"]
@@ -1217,7 +1220,8 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
 
 
 def print_training_plan(args, dataset, sampler, weights):
-    """Prints the number of steps, the learning rates and the losses {name: weight} of a plan."""
+    """Prints the part of --plan about the training: the number of steps, the learning rates and the
+    losses. weights: {name of a loss: its weight}."""
     batch = args.ids * args.clips
     steps = len(make_sampler(sampler, [t.pid for t in dataset.train], args))
     shown = f"all {args.epoch}" if "epoch" in args else "all tracklets once"
@@ -1614,8 +1618,8 @@ class Run:
             self.num_logged = row["epoch"] - 1
 
     def test_is_due(self, epoch):
-        """Whether this epoch, which is complete, ends with a test: the last one and every
-        --eval-every epochs, unless it was tested already."""
+        """Returns whether a test follows this epoch, which is complete: after the last one and
+        after every --eval-every epochs, unless the epoch was tested already."""
         is_last = epoch == self.args.epochs
         is_due = is_last
         if self.args.eval_every:
@@ -1817,9 +1821,9 @@ def without_prefix(state, fits):
     return None
 
 
-def difference(state, own):
-    """Returns how a state_dict differs from `own`, that of the network, in words: the first name
-    that only one of them has, or the first shape that is different; "" for no difference."""
+def describe_mismatch(state, own):
+    """Returns in words how a state_dict differs from `own`, that of the network: the first name
+    that only one of them has, or the first shape that is different. Returns "" if they agree."""
     more = [name for name in state if name not in own]
     missing = [name for name in own if name not in state]
     differences = []
@@ -1859,12 +1863,15 @@ def backbone_weights(path):
         elif first != "fc":
             unused.append(first)
     expected = {name: value for name, value in own.items() if name in required or name in weights}
-    wrong = difference(weights, expected)
+    wrong = describe_mismatch(weights, expected)
     if wrong:
         raise UserError(f"--weights {path}: does not fit torchvision's ResNet-50: {wrong} (the "
                         f"first entry of the file is {next(iter(everything), None)!r})")
-    prefix = next(str(name).removesuffix("conv1.weight") for name, value in everything.items()
-                  if value is state["conv1.weight"])
+    # `state` is a part of the file: the same tensor has a longer name there if it has a prefix
+    for name, value in everything.items():
+        if value is state["conv1.weight"]:
+            prefix = str(name).removesuffix("conv1.weight")
+            break
     for name in map(str, everything):
         if not name.startswith(prefix):
             unused.append(name.partition(".")[0])
@@ -1874,7 +1881,7 @@ def backbone_weights(path):
     return weights
 
 
-def read_checkpoint(path, *, script, release):
+def read_file_or_release(path, *, script, release):
     """Returns the contents of a file, a dict. A file of the authors' release is converted to a
     checkpoint of the script; anything else is neither converted nor checked.
 
@@ -1910,7 +1917,7 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen,
 
     Raises UserError if the file is not such a checkpoint or contradicts `expected`.
     """
-    checkpoint = read_checkpoint(path, script=script, release=release)
+    checkpoint = read_file_or_release(path, script=script, release=release)
     try:
         checkpoint["model"] = state_dict_in({"model": checkpoint["model"]})
         is_ours = is_checkpoint(checkpoint, script, rows)
@@ -1928,7 +1935,8 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen,
     if for_training and not {"optimizer", "scheduler", "progress", "random"} <= checkpoint.keys():
         raise UserError(f"{path}: contains only the network, so that it can be evaluated but "
                         "not resumed; --init starts a new training from it")
-    for name in sorted((expected.keys() & saved.keys()) - may_differ):
+    compared = (expected.keys() & saved.keys()) - may_differ
+    for name in sorted(compared):
         if expected[name] != saved[name]:
             raise UserError(f"{path}: was trained with {as_flag(name, saved[name])}, not "
                             f"{as_flag(name, expected[name])}")
@@ -1951,7 +1959,7 @@ def is_checkpoint(file, script, rows):
     if not isinstance(history, (list, tuple)):
         return False
     if history:
-        losses = [*history[0]][2:-2]
+        losses = [*history[0]][2:-2]  # between the columns that every log has
         columns = ["epoch", "lr", *losses, "mAP", "rank-1"]
         if "loss" not in losses or not loss_sums.keys() <= {*columns}:
             return False
@@ -1962,9 +1970,10 @@ def is_checkpoint(file, script, rows):
     if not all(isinstance(number, (int, float)) for number in numbers):
         return False
     model = file["model"]
-    if model and num_classes not in [len(w) for w in model.values() if w.dim()]:
-        return False
-    return True
+    if not model:
+        return True
+    # the classifier has one row for each class, whatever its name is
+    return num_classes in [len(weight) for weight in model.values() if weight.dim()]
 
 
 def checked_settings(path, checkpoint, *, recipe, rows, chosen):
@@ -2022,7 +2031,7 @@ def restore(path, checkpoint, **objects):
             own = target.state_dict()
             if isinstance(target, torch.nn.Module):
                 state = without_prefix(state, lambda part: part.keys() == own.keys()) or state
-                wrong = difference(state, own)
+                wrong = describe_mismatch(state, own)
             target.load_state_dict(state)
             check_restored(target, own)
         except Exception as error:  # a state of another network raises many kinds of exceptions
@@ -2042,7 +2051,7 @@ def check_restored(target, own):
         raise ValueError("its types or shapes are not those that a run writes")
 
 
-def load_matching_weights(path, model, release=None, args=None):
+def load_matching_weights(path, model, release, args):
     """--init: loads the weights of a file that match the network in name and shape. Prints which
     weights of the network and of the file were left over.
 
@@ -2053,9 +2062,9 @@ def load_matching_weights(path, model, release=None, args=None):
         path: last.pt of a run, a file of the authors' release, or one of weights alone.
         model: the network.
         release: the script's `Release`, or None.
-        args: the settings of this run; None takes no classifier.
+        args: the settings of this run.
     """
-    file = read_checkpoint(path, script="", release=release)
+    file = read_file_or_release(path, script="", release=release)
     own = model.state_dict()
     state = weights_with_prefix(path, file, "", own)
     matching = {}
@@ -2063,43 +2072,48 @@ def load_matching_weights(path, model, release=None, args=None):
         if name in own and getattr(value, "shape", None) == own[name].shape:
             matching[name] = value
     if not matching:
-        raise UserError(f"{path}: has no weights that fit this network: {difference(state, own)}")
+        raise UserError(f"{path}: has no weights that fit this network: "
+                        f"{describe_mismatch(state, own)}")
     classifier = [name for name in own if name.startswith("classifier.")]
-    why_not = other_identities(file, args)
-    if classifier and not why_not and not matching.keys() >= {*classifier}:
-        why_not = "its shape is different"
+    reason_unused = why_identities_differ(file, args)
+    if classifier and not reason_unused and not matching.keys() >= {*classifier}:
+        reason_unused = "its shape is different"
     used = matching
-    if why_not:
+    if reason_unused:
         used = {name: matching[name] for name in matching if not name.startswith("classifier.")}
     model.load_state_dict(used, strict=False)
     print(f"starting from {path}")
-    for text, names in (("keeps its initialisation", own), ("in the file, but not used", state)):
-        parts = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in used)
-        if parts:
-            print(f"  {text}: {printable(textwrap.shorten(', '.join(parts), 160))}")
-    if classifier and why_not:
-        print(f"  the classifier of the file is not used, because {printable(why_not)}")
+
+    def print_unused(text, names):
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in used)
+        if layers:
+            print(f"  {text}: {printable(textwrap.shorten(', '.join(layers), 160))}")
+
+    print_unused("keeps its initialisation", own)
+    print_unused("in the file, but not used", state)
+    if classifier and reason_unused:
+        print(f"  the classifier of the file is not used, because {printable(reason_unused)}")
     elif classifier:
         print("  the classifier of the file is used, because it was also trained on "
-              f"{printable(identities(vars(args)))}")
+              f"{printable(describe_identities(vars(args)))}")
 
 
-def other_identities(file, args):
+def why_identities_differ(file, args):
     """Returns why the identities of the classifier in a file are not those of a run with these
     settings, in words; "" if they are."""
     saved = file.get("args")
     if file.get("release"):
         return "the authors' release does not say on which data set it was trained"
-    if args is None or not isinstance(saved, dict) or "data" not in saved:
+    if not isinstance(saved, dict) or "data" not in saved:
         return "the file does not say on which data set it was trained"
-    theirs = identities(saved)
-    ours = identities(vars(args))
+    theirs = describe_identities(saved)
+    ours = describe_identities(vars(args))
     if theirs == ours:
         return ""
     return f"the file was trained on {theirs}, and this run is on {ours}"
 
 
-def identities(values):
+def describe_identities(values):
     """Describes the set of identities of a run with these settings {name: value}, for comparison
     and messages: the data set, plus the split if it has splits, plus the folder for `folder` and
     `synthetic`."""
@@ -2111,15 +2125,15 @@ def identities(values):
     return str(data)
 
 
-def weights_with_prefix(path, checkpoint, prefix, names=()):
+def weights_with_prefix(path, checkpoint, prefix, network_names=()):
     """Returns the weights in a checkpoint whose names start with a prefix, without the prefix.
 
     Args:
         path: the file, for the message.
         checkpoint: its contents.
         prefix: such as "streams.spatial."; "" takes all weights.
-        names: names of the network's weights, if known. They (otherwise `prefix`) are used to
-            detect and remove a common prefix of the names in the file, such as "module.", see
+        network_names: names of the network's weights, if known. They (otherwise `prefix`) are used
+            to detect and remove a common prefix of the names in the file, such as "module.", see
             `without_prefix`.
 
     Raises UserError when there are no such weights.
@@ -2127,8 +2141,8 @@ def weights_with_prefix(path, checkpoint, prefix, names=()):
     model = state_dict_in(checkpoint)
 
     def fits(part):
-        if names:
-            return not part.keys().isdisjoint(names)
+        if network_names:
+            return not part.keys().isdisjoint(network_names)
         return any(str(name).startswith(prefix) for name in part)
 
     part = without_prefix(model, fits) or {}
@@ -2141,8 +2155,8 @@ def weights_with_prefix(path, checkpoint, prefix, names=()):
     message = f"contains no weights named {prefix}* of a run"
     if not prefix:
         message = "contains no weights of a network"
-    if names and any(map(torch.is_tensor, model.values())):
-        message = f"has no weights that fit this network: {difference(model, names)}"
+    if network_names and any(map(torch.is_tensor, model.values())):
+        message = f"has no weights that fit this network: {describe_mismatch(model, network_names)}"
     elif model:
         message += f" (its first entry is {next(iter(model))!r})"
     raise UserError(f"{path}: {message}")
@@ -2185,8 +2199,6 @@ def load_network(path, build, given=None, *, recipe, rows, release, script):
         model = build(args, checkpoint["num_classes"])
     except ValueError as error:
         raise UserError(f"{path}: its settings do not go together ({last_line(error)})") from None
-    if checkpoint["model"].get("neck.weight", torch.empty(0)).dtype == torch.float64:
-        model.double()
     restore(path, checkpoint, model=model)
     model.args = args
     model.origin = trained_for(checkpoint)
@@ -2374,10 +2386,10 @@ def command_line(main):
             dist.destroy_process_group()
         return
     except (Exception, KeyboardInterrupt) as error:
-        explained = explain(error)
-        if explained is None:
+        code_and_message = exit_code_and_message(error)
+        if code_and_message is None:
             raise
-        code, message = explained
+        code, message = code_and_message
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     rank = process_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
@@ -2387,10 +2399,10 @@ def command_line(main):
         # end the first one before it has said anything.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    who = Path(sys.argv[0]).name
+    program = Path(sys.argv[0]).name
     if rank:
-        who += f": process {rank}"
-    line = printable(f"{who}: {message}")
+        program += f": process {rank}"
+    line = printable(f"{program}: {message}")
     print(line, file=sys.stderr, flush=True)
     tell_torchrun(line)
     sys.stdout.flush()
@@ -2399,7 +2411,7 @@ def command_line(main):
     sys.exit(code)
 
 
-def explain(error):
+def exit_code_and_message(error):
     """Returns the exit code and the message of an exception that ends a script, or None for one
     that is a mistake in the program. Code 2: a setting or a file is wrong."""
     resume = "the same command with --resume continues"
@@ -2442,20 +2454,20 @@ def explain(error):
 
 # --------------------------------------------------------------------------------------- complexity
 
-def complexity(model, T, height, width, without=()):
+def complexity(model, clip_length, height, width, without=()):
     """Returns the number of learnable parameters of a network, and the multiply-adds of the
     convolutions and matrix products for one clip in eval mode. Nothing is computed: the multiply-
     adds are counted on the meta device.
 
     Args:
         model: the network, which is not changed.
-        T: number of frames in a clip.
+        clip_length: number of frames in a clip.
         height, width: size of the frames.
         without: prefix of the names of parameters that are not counted, or a tuple of prefixes.
     """
     on_meta = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        on_meta(torch.empty(1, T, 3, height, width, device="meta"))
+        on_meta(torch.empty(1, clip_length, 3, height, width, device="meta"))
     counted = [p for name, p in model.named_parameters() if not name.startswith(without)]
     return sum(p.numel() for p in counted), counter.get_total_flops() // 2
 
@@ -2688,21 +2700,26 @@ def save_sheet(title, rows, path, height=1.3):
     label_width = 1.7  # inches
     gap = 0.1
     labels = [textwrap.fill(row.label, 21 if row.panels else 70) for row in rows]
-    widths = [[height * panel.aspect for panel in row.panels] for row in rows]
+    panel_widths = []  # a list for each row
+    for row in rows:
+        panel_widths.append([height * panel.aspect for panel in row.panels])
     heights = []
     for label, row in zip(labels, rows):
         lines = 0.17 * (label.count("\n") + 1) + 0.1
         heights.append(max(lines, height + 0.35) if row.panels else lines)
-    total = max([5.0, *(label_width + sum(width) + gap * (len(width) + 2) for width in widths)])
-    figure = Figure((total, sum(heights) + 0.5), layout="constrained")
+    total_width = 5.0
+    for widths in panel_widths:
+        total_width = max(total_width, label_width + sum(widths) + gap * (len(widths) + 2))
+    figure = Figure((total_width, sum(heights) + 0.5), layout="constrained")
     figure.get_layout_engine().set(w_pad=gap / 2)
     figure.suptitle(textwrap.fill(title, 56, break_on_hyphens=False), x=0.01, ha="left")
     parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, label, row, width in zip(parts, labels, rows, widths):
+    for part, label, row, widths in zip(parts, labels, rows, panel_widths):
         # an empty last column takes what is left, so that the panels are not stretched
-        rest = total - label_width - sum(width) - gap * (len(width) + 1)
-        first, *axes, last = part.subplots(
-            1, len(width) + 2, squeeze=False, width_ratios=[label_width, *width, rest])[0]
+        rest = total_width - label_width - sum(widths) - gap * (len(widths) + 1)
+        columns = part.subplots(1, len(widths) + 2, squeeze=False,
+                                width_ratios=[label_width, *widths, rest])
+        first, *axes, last = columns[0]
         text = first.text(0, 1, label, va="top", transform=first.transAxes)
         text.set_in_layout(False)  # the columns begin at the same place in all rows
         first.set_axis_off()
@@ -2770,20 +2787,20 @@ def figures(run, model, dataset, split, metric, picture, load):
     else:
         blocks = distance_blocks(query_features, gallery_features, metric)
         distances = torch.cat([block for _, block in blocks]).numpy(force=True)
-    which = f"{args.variant} on {args.data}, {run.origin}"
+    run_label = f"{args.variant} on {args.data}, {run.origin}"
     if args.rerank:
-        which += ", re-ranked"
+        run_label += ", re-ranked"
     for i, name in queries.items():
         rows = rows_of_ranking(dataset, i, distances[i], run.size)
-        save(f"Ranked list; {which}", rows, f"{name}-ranked", 1)
+        save(f"Ranked list; {run_label}", rows, f"{name}-ranked", 1)
     cmc, mean_ap, _ = cmc_and_map(distances, *dataset.ids())
     text = f"rank-1 {100 * cmc[0]:.1f}, mAP {100 * mean_ap:.1f}"
     curve = curves({text: dict(enumerate(100 * cmc, 1))}, len(cmc), "rank")
-    save(f"CMC; {which}", [SheetRow("% of queries matched up to a rank", [curve])], "cmc", 1.9)
+    save(f"CMC; {run_label}", [SheetRow("% of queries matched up to a rank", [curve])], "cmc", 1.9)
     people = [*np.unique(q_pids)[:10]]
     panel = pca(dataset, people, query_features=query_features,
                 gallery_features=gallery_features, metric=metric)
-    save(f"PCA; {which}", [SheetRow("test tracklets of up to ten people", [panel])], "pca", 2.9)
+    save(f"PCA; {run_label}", [SheetRow("test tracklets of up to ten people", [panel])], "pca", 2.9)
 
 
 def load_beside(path, args, load):
@@ -2837,7 +2854,7 @@ def rows_of_training(history):
             results[key] = points
         else:
             losses[key] = points
-    rows = [SheetRow("loss, the sum of its weighted parts",
+    rows = [SheetRow("total loss and its weighted parts",
                      [curves(losses, len(history), "epoch")])]
     if any(results.values()):
         rows.append(SheetRow("mAP and rank-1 in %, where measured",
@@ -2861,11 +2878,11 @@ def rows_of_ranking(dataset, i, distances, size):
         indices = np.linspace(0, len(tracklet.frames) - 1, 6).astype(int)
         frames = read_clip([tracklet.frames[k] for k in indices], size)
         panel = photo(torch.cat([*frames], 2), color=colour, linewidth=6)
-        who = f"person {tracklet.pid}" if tracklet.pid else "distractor"
-        return SheetRow(f"{text}: {who}, camera {tracklet.cam}", [panel])
+        person = "distractor" if tracklet.pid == 0 else f"person {tracklet.pid}"
+        return SheetRow(f"{text}: {person}, camera {tracklet.cam}", [panel])
 
-    kept = np.flatnonzero(ranked_entries(q_pids[i], q_cams[i], g_pids, g_cams))
-    ranking = kept[distances[kept].argsort(kind="stable")]  # the order of `match_ranks`
+    ranked = np.flatnonzero(ranked_entries(q_pids[i], q_cams[i], g_pids, g_cams))
+    ranking = ranked[distances[ranked].argsort(kind="stable")]  # the order of `match_ranks`
     is_match = g_pids[ranking] == q_pids[i]
     first_match = int(is_match.argmax())
     shown = [*range(min(8, len(ranking)))]
@@ -2877,7 +2894,7 @@ def rows_of_ranking(dataset, i, distances, size):
         if is_match[k]:
             verdict, colour = "right", "green"
         if k >= 8:
-            verdict += ", the first"
+            verdict = "first match"
         text = f"{k + 1}. {verdict}, distance {distances[ranking[k]]:.3f}"
         rows.append(row(text, dataset.gallery[ranking[k]], colour))
     return rows
@@ -2904,11 +2921,12 @@ def pca(dataset, people, *, query_features, gallery_features, metric):
     x = torch.stack([feature for _, feature, _ in shown.values()])
     if metric == "cosine":
         x = F.normalize(x)
-    places = x @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
+    components = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2]
+    positions = x @ components.T
     markers = "os^Dv<>PXphd*H8"
 
     def draw(ax):
-        for (tracklet, _, edge), place in zip(shown.values(), places.tolist()):
+        for (tracklet, _, edge), place in zip(shown.values(), positions.tolist()):
             ax.plot(*place, markers[tracklet.cam % 15], color=f"C{people.index(tracklet.pid)}",
                     markeredgecolor=edge, ms=9)
         for k, pid in enumerate(people):

@@ -491,7 +491,8 @@ def test_complexity():
             return self.line(self.conv(clips.flatten(0, 1)).mean((2, 3)))
 
     net = Net()
-    assert complexity(net, T=2, height=10, width=6) == (8 * 27 + 45, 2 * (8 * 27 * 60 + 40))
+    counted = complexity(net, clip_length=2, height=10, width=6)
+    assert counted == (8 * 27 + 45, 2 * (8 * 27 * 60 + 40))
     assert net.conv.weight.device.type == "cpu" and net.training
 
 

@@ -770,7 +770,7 @@ def test_what_is_not_taken_is_named_by_its_parts(tmp_path, capsys):
     theirs = network(a=(2, 3), b=(2, 2), c=(2, 2), **{f"x{i}": (1, 1) for i in range(30)})
     torch.save({"model": theirs.state_dict()}, tmp_path / "a.pt")
     model = network(a=(2, 3), b=(2, 4), d=(2, 2))
-    common.load_matching_weights(tmp_path / "a.pt", model)
+    common.load_matching_weights(tmp_path / "a.pt", model, None, argparse.Namespace())
     assert torch.equal(model["stem"]["a"].weight, theirs["stem"]["a"].weight)
     assert capsys.readouterr().out == (
         f"starting from {tmp_path / 'a.pt'}\n"
