@@ -2894,7 +2894,7 @@ def rows_of_ranking(dataset, i, distances, size):
         if is_match[k]:
             verdict, colour = "right", "green"
         if k >= 8:
-            verdict = "first match"
+            verdict += ", the first match"
         text = f"{k + 1}. {verdict}, distance {distances[ranking[k]]:.3f}"
         rows.append(row(text, dataset.gallery[ranking[k]], colour))
     return rows

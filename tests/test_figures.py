@@ -438,7 +438,7 @@ def test_ranked_list_is_the_metrics(monkeypatch, small_root, tmp_path, sheets):
         assert len(rows) == 1 + len(shown)
         if places[0] >= 8:
             late += 1
-            assert rows[-1][0].startswith(f"{places[0] + 1}. first match, ")
+            assert rows[-1][0].startswith(f"{places[0] + 1}. right, the first match, ")
         assert not any(f"person {t.pid}, camera {t.cam}" in label for label, _ in rows[1:])
         for place, (label, panels) in zip(shown, rows[1:]):
             is_right = place in places
