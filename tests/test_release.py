@@ -284,8 +284,8 @@ def test_settings_that_a_released_network_does_not_have(released, refuses):
     refuses(["--data", "mars", "--resume", released("idnet")], "contains only the network",
             "--init")
     start = ["--data", "mars", "--init", released("idnet")]
-    refuses([*start, "--variant", "sinet"], "--variant base+idm, not --variant sinet")
-    refuses([*start, "--idms", 3], "--idms 2, not --idms 3")
+    refuses([*start, "--variant", "sinet"], "--variant base+idm; leave out --variant sinet")
+    refuses([*start, "--idms", 3], "--idms 2; leave out --idms 3")
 
 
 def test_a_released_network_is_used_like_one_of_ours(released, run, small_root, tmp_path):
