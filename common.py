@@ -2199,6 +2199,8 @@ def load_network(path, build, given=None, *, recipe, rows, release, script):
         model = build(args, checkpoint["num_classes"])
     except ValueError as error:
         raise UserError(f"{path}: its settings do not go together ({last_line(error)})") from None
+    if checkpoint["model"].get("neck.weight", torch.empty(0)).dtype == torch.float64:
+        model.double()  # a file in float64 gives a network in float64
     restore(path, checkpoint, model=model)
     model.args = args
     model.origin = trained_for(checkpoint)

@@ -45,15 +45,6 @@ def made(family, name):
     return {key: torch.from_numpy(np.asarray(value(key, shape))) for key, shape in shapes.items()}
 
 
-def load_in_float64(path):
-    """sinet.load, but with the full precision of a made file."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        return sinet.load(path)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def made_clips(count):
     """Normalised clips (count, 4, 3, 256, 128), float64."""
     rng = np.random.default_rng(0)
@@ -90,7 +81,7 @@ NETWORKS = {"sinet": "sinet", "sbnet": "base+sbm", "idnet": "base+idm"}
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_released_network_gives_its_authors_embeddings(released, name, two_threads):
     expected = torch.from_numpy(np.load(FOLDER / "sinet_embeddings.npz")[name])
-    model = load_in_float64(released(name))
+    model = sinet.load(released(name))
     assert (model.args.variant, model.args.release) == (NETWORKS[name], True)
     clips = made_clips(2)
     with torch.no_grad():
@@ -181,7 +172,7 @@ def test_every_difference_of_the_release_matters(released_sinet, difference):
 def test_a_training_step_is_that_of_the_authors(released, name, two_threads, request):
     """The losses of two steps; of one in two of the networks, where not all rows are asked for,
     because a step in float64 takes long."""
-    model = load_in_float64(released(name)).train()
+    model = sinet.load(released(name)).train()
     optimizer = sinet.make_optimizer(
         model, argparse.Namespace(**{**vars(model.args), "lr": 3e-4, "weight_decay": 5e-4})
     )
