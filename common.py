@@ -371,6 +371,14 @@ def as_tracklets(tracklets):
     return found
 
 
+def as_current_device(device):
+    """Returns a context in which a GPU is torch's current device. A DataLoader pins its batches for
+    the current device, and would otherwise take up memory on the first GPU, too."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
 @torch.no_grad()
 def extract(model, tracklets, *, split_clips, clip_length, size, batch_size=32, workers=0,
             amp=False):
@@ -416,8 +424,8 @@ def extract(model, tracklets, *, split_clips, clip_length, size, batch_size=32, 
             dist.broadcast(buffer, 0)
     model.eval()
     sums = None
-    with progress(what="features", total=len(clips), unit=" clips", leave=False,
-                  hidden=process_rank() > 0) as bar:
+    with as_current_device(device), progress(what="features", total=len(clips), unit=" clips",
+                                             leave=False, hidden=process_rank() > 0) as bar:
         # in step n the processes together compute the clips of slices[n], in the order of ranks
         slices = tracklet_of_clip.split(batch_size * world_size())
         for (images, _), owners in zip(loader, slices):
@@ -2222,8 +2230,8 @@ def process_rank():
 
 
 def pick_device(gpu=None):
-    """Returns the device of this process and prints it. Under torchrun, the process joins the
-    others first.
+    """Returns the device of this process and prints it. A GPU becomes torch's current device. Under
+    torchrun, the process joins the others first.
 
     gpu: what --gpu says: the number of a GPU, also as "cuda:1", or "cpu". None: the first GPU
     (under torchrun, the GPU of LOCAL_RANK), or the CPU if there is no GPU. Raises UserError for a
@@ -2256,9 +2264,11 @@ def pick_device(gpu=None):
         raise UserError(f"--gpu {gpu or name}: {there}")
     device = torch.device("cpu" if name == "cpu" else f"cuda:{name}")
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        # This comes first, because NCCL, a DataLoader that pins memory, and torch's questions about
+        # "the" GPU, such as whether it supports bfloat16, all take the current device.
+        torch.cuda.set_device(device)
     if num_processes > 1 and not dist.is_initialized():
-        if on_gpu:
-            torch.cuda.set_device(device)
         # Long, because the other processes wait while the first one downloads weights or makes
         # data. When a process dies, torchrun ends the others.
         timeout = datetime.timedelta(hours=2)

@@ -194,6 +194,7 @@ def test_names_of_devices(monkeypatch, capsys):
     """As torch has them; of other kinds than CUDA and CPU there are none."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     names = {None: "cuda:0", "1": "cuda:1", "cuda": "cuda:0", "cuda:1": "cuda:1", "CPU": "cpu"}
     assert {name: str(common.pick_device(name)) for name in names} == names
     for name in ("mps", "xpu:0", "mps:1", "cuda:", "cuda:x", "auto"):
