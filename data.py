@@ -1453,9 +1453,18 @@ def random_erase(clip, rng, p: float = 0.5, *, area: tuple = (0.02, 0.4),
 def normalize(clips):
     """Converts uint8 clips (..., 3, H, W) to float32, normalised with ImageNet's mean and standard
     deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=clips.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=clips.device)[:, None, None]
+    mean = _per_channel(IMAGENET_MEAN, clips.device)
+    std = _per_channel(IMAGENET_STD, clips.device)
     return (clips.float() / 255 - mean) / std
+
+
+def _per_channel(values, device):
+    """Three numbers as a tensor (3, 1, 1) on a device.
+
+    The device itself fills them in. `torch.tensor(values, device=device)` would copy them from the
+    CPU, which on a GPU would have to wait until all earlier work is done, in every training step.
+    """
+    return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])
 
 
 # --------------------------------------------------------------------- data sets of clips, samplers

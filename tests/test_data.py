@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -759,6 +760,27 @@ def test_normalize():
     limit = 4 * torch.finfo(torch.float32).eps / 0.22
     assert (normalize(clips) - expected).abs().max() < limit
     assert normalize(MEAN).abs().max() < 0.5 / 255 / 0.22 + limit  # the colour of an erased box
+
+
+def test_normalize_divides_by_the_numbers_that_torch_tensor_makes(monkeypatch):
+    """To the bit, also traced and exported; and it does not use torch.tensor, whose copy to a GPU
+    waits for all work."""
+    clips = torch.randint(0, 256, (2, 4, 3, 5, 6), dtype=torch.uint8)
+    mean = torch.tensor(data.IMAGENET_MEAN)[:, None, None]
+    std = torch.tensor(data.IMAGENET_STD)[:, None, None]
+    expected = (clips.float() / 255 - mean) / std
+
+    class Normalize(torch.nn.Module):
+        def forward(self, x):
+            return normalize(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated
+        traced = torch.jit.trace(Normalize(), clips)
+    exported = torch.export.export(Normalize(), (clips,)).module()
+    found = [traced(clips), exported(clips)]
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("torch.tensor was called"))
+    assert all(torch.equal(x, expected) for x in [*found, normalize(clips)])
 
 
 def test_train_clips_do_not_depend_on_the_workers(small_root):
