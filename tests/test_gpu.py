@@ -43,7 +43,8 @@ DEVICE = torch.device("cuda:0" if FAKE else "meta")
 
 
 class Watch(TorchDispatchMode):
-    """No tensor comes up on another device than DEVICE, but for single numbers."""
+    """No tensor comes up on another device than DEVICE, but for single numbers; and none is made of
+    Python's numbers, as `torch.tensor` does, because a GPU would have to wait for the copy."""
 
     def __init__(self):
         super().__init__()
@@ -51,6 +52,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, _, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        assert function is not torch.ops.aten.lift_fresh.default, "torch.tensor(numbers)"
         for x in tensors(out):
             assert x.device == DEVICE or x.dim() == 0, f"{function} gives one on {x.device}"
             self.dtypes.add(x.dtype)
@@ -117,7 +119,8 @@ def test_all_of_a_row_is_on_the_gpu(script, row, amp, fake):
         model = script.build(args, 625)
     with fake, Watch() as watch:
         on_device(model)
-        clips = torch.empty(4, args.frames, 3, args.height, args.width, device=DEVICE)
+        shape = 4, args.frames, 3, args.height, args.width
+        clips = data.normalize(torch.empty(shape, dtype=torch.uint8, device=DEVICE))
         pids = torch.empty(4, dtype=torch.long, device=DEVICE)
         with autocast(amp):
             outputs = model.train()(clips)
@@ -151,6 +154,73 @@ def test_a_layer_is_where_the_convolution_is_that_it_replaces(script, layer):
 def test_clips_are_normalised_where_they_are():
     clips = torch.empty(2, 4, 3, 8, 8, dtype=torch.uint8, device="meta")
     assert data.normalize(clips).device.type == "meta"
+
+
+def test_the_losses_of_sinets_release_need_no_numbers(fake):
+    """They are multiplied by the number of identities, which the GPU counts."""
+    args = common.settings(sinet.RECIPE, sinet.ROWS, "sinet", weights="none", release=True)
+    with fake, Watch():
+        outputs = [torch.empty(shape, device=DEVICE) for shape in ((6, 8), (6, 5), (6, 4, 8))]
+        parts = sinet.losses(outputs, torch.empty(6, dtype=torch.long, device=DEVICE), args)
+        assert {part.device for part in parts.values()} == {DEVICE}
+
+
+# --------------------------------------------------------------------------- the GPU of --gpu
+
+
+def test_the_gpu_is_chosen_before_anything_else_asks_for_one(monkeypatch):
+    """What asks for "the" GPU otherwise gets the first: a question about bfloat16, and NCCL."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("set_device", "get_device_name", "is_bf16_supported"):
+        monkeypatch.setattr(torch.cuda, name, lambda *of, name=name, **_: calls.append((name, *of)))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *of, **_: calls.append(of)
+    )
+    monkeypatch.setattr(sys, "argv", ["sinet.py", "--gpu", "1", "--amp", *map(str, TINY)])
+    args = common.parse_args(sinet.RECIPE, sinet.ROWS, sinet.__doc__, sinet.__file__)
+    common.Run(args)
+    second = torch.device("cuda:1")
+    chosen = [("set_device", second), ("get_device_name", second)]
+    assert calls == [*chosen, ("is_bf16_supported",)]
+    calls.clear()
+    for name, value in (("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("LOCAL_RANK", 1)):
+        monkeypatch.setenv(name, str(value))
+    assert common.pick_device() == second
+    assert calls == [chosen[0], ("nccl",), chosen[1]]
+
+
+class Loaded(Exception):
+    """A DataLoader would now start to pin memory."""
+
+
+@pytest.mark.skipif(not FAKE, reason="no fake tensors on a GPU that is not there in this torch")
+def test_features_are_pinned_for_the_networks_gpu(monkeypatch):
+    """Also from Python, where nobody has chosen a GPU before."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        entered.append(chosen)
+        yield
+        entered.pop()
+
+    class Loader:
+        def __init__(self, *_, **options):
+            assert options["pin_memory"]
+
+        def __iter__(self):
+            assert entered == [torch.device("cuda:1")]
+            raise Loaded
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    with FakeTensorMode():
+        model = nn.Linear(1, 1, device="cuda:1")
+        with pytest.raises(Loaded):
+            common.extract(
+                model, [["one.jpg"]], split_clips=sinet.SPLIT, clip_length=4, size=(8, 4)
+            )
 
 
 # ------------------------------------------------------------------------- the loop, without a GPU

@@ -554,6 +554,14 @@ def test_losses_are_weighted_and_configured():
     l_mi = mutual_information_loss(outputs[2], pids, temperature=0.2)
     assert torch.equal(parts["mi"], 0.3 * l_mi)
     assert set(sinet.losses(outputs[:2], pids, args)) == {"xent", "triplet"}
+    # the release takes the sum over the identities, whatever their order and however many clips
+    args.release = True
+    for pids in ([0, 0, 1, 1, 2, 2], [2, 1, 2, 1, 1, 0], [1] * 6):
+        pids = torch.tensor(pids)
+        l_mi = mutual_information_loss(outputs[2], pids, temperature=0.2)
+        assert torch.equal(
+            sinet.losses(outputs, pids, args)["mi"], 0.3 * (len(pids.unique()) * l_mi)
+        )
 
 
 def test_variants_without_sbm_have_no_projection():
