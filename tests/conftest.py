@@ -86,6 +86,7 @@ def multiply_adds(model, T, height, width):
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="SIGKILLs in test_signals.py")
     parser.addoption("--all-rows", action="store_true", help="not the first of a script alone")
+    parser.addoption("--gpu-minutes", type=float, default=6, help="for the runs of test_gpu.py")
 
 
 FAST = ("bicnet_tks", "m3d", "sinet", "strf", "tclnet", "common", "data", "sets")

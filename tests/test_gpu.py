@@ -2,16 +2,24 @@
 
 pytest tests/test_gpu.py               # the first thing to run on a machine with a GPU
 pytest tests/test_gpu.py --all-rows    # on tensors that claim to be on one every row, not five
+
+With a GPU and 16 CPU cores the first is meant to take less than eight minutes. It ends with a table
+in Markdown, which can go into the README as it is. The commands that it starts as a user does run
+at the same time and together get six minutes; on a machine with fewer cores --gpu-minutes gives
+them more.
 """
 
+import concurrent.futures
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import os
 import re
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -355,6 +363,57 @@ needs_two = pytest.mark.skipif(
 )
 
 
+COLUMNS = (  # of the table, after the script's name
+    "embeddings, float32",
+    "gradient, float32",
+    "embeddings, float64",
+    "gradient, float64",
+    "clips/s with --amp --compile",
+    "goes on between GPU and CPU",
+)
+
+
+class Table:
+    """What the tests find on a GPU; pytest prints it at its end.
+
+    cells: {script: {column: text}}.
+    """
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.cells = {script: {} for script in SCRIPTS}
+
+    def lines(self):
+        """The table in Markdown with a sentence above it; "-" is what was not run."""
+        yield (
+            f"`pytest tests/test_gpu.py` on {self.gpu}, torch {torch.__version__}: how far the "
+            "embeddings of a clip and the gradient of a batch are from the CPU's, as shares of "
+            "their lengths; the speed of the last of three short epochs, on batches of 4 clips of "
+            "4 small frames and while other runs share the GPU; and whether a run that is resumed "
+            "on the other device, and on the first again, goes on."
+        )
+        yield ""
+        yield "| script | " + " | ".join(COLUMNS) + " |"
+        yield "|---" * (1 + len(COLUMNS)) + "|"
+        for script, cells in self.cells.items():
+            texts = [cells.get(column, "-") for column in COLUMNS]
+            yield f"| `{script}.py` | " + " | ".join(texts) + " |"
+
+    def pytest_terminal_summary(self, terminalreporter):
+        """A hook of pytest."""
+        terminalreporter.section("for the README")
+        for line in self.lines():
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="module")
+def table(pytestconfig):
+    """The table of this session."""
+    found = Table(torch.cuda.get_device_name())
+    pytestconfig.pluginmanager.register(found)
+    return found
+
+
 def small_network(script):
     """(network in float32 on the CPU, settings, clips, identities): nothing is zero-initialised,
     and BatchNorm, in evaluation mode, has a mean and a variance of its own."""
@@ -396,8 +455,9 @@ def embeddings_and_gradients(script, model, args, clips, pids):
     return {name: x.double().cpu() for name, x in found.items()}
 
 
-def compare(script, device, dtype):
-    """Embeddings, losses and gradients on a device against the CPU's, to 1e-3 of their length.
+def compare(script, device, dtype, cells):
+    """Embeddings, losses and gradients on a device against the CPU's, to 1e-3 of their length. The
+    largest difference of a clip's embedding, and that of the whole gradient, become `cells`.
 
     In float32 the gradient as a whole, to 1e-2: a rectifier close to zero may let pass what it held
     back, so that single gradients of float32 and float64 differ by 2e-2 on one CPU, the whole by
@@ -411,6 +471,11 @@ def compare(script, device, dtype):
     gradients = [name for name in ours if name.startswith("gradient")]
     norm = torch.cat([ours[name].flatten() for name in gradients]).norm()
     off = torch.cat([(ours[name] - theirs[name]).flatten() for name in gradients]).norm()
+    embeddings = ours["embeddings"], theirs["embeddings"]
+    largest = ((embeddings[1] - embeddings[0]).norm(dim=1) / embeddings[0].norm(dim=1)).max()
+    name = str(dtype).removeprefix("torch.")
+    cells[f"embeddings, {name}"] = f"{float(largest):.1e}"
+    cells[f"gradient, {name}"] = f"{float(off / norm):.1e}"
     assert off <= 1e-2 * norm
     for name, x in ours.items():
         if name not in gradients:
@@ -422,54 +487,64 @@ def compare(script, device, dtype):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_embeddings_and_gradients_are_those_of_the_cpu(script, dtype, monkeypatch):
+def test_embeddings_and_gradients_are_those_of_the_cpu(script, dtype, table, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    compare(script, "cuda", dtype)
+    compare(script, "cuda", dtype, table.cells[script])
 
 
-@pytest.fixture
-def user(tmp_path, small_root):
-    """user(script, *flags, processes=1) -> what a run prints that is started as a user does."""
-
-    def start(script, *flags, processes=1):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        frames, height, width = SIZES[script]
-        size = ("--frames", frames, "--height", height, "--width", width, "--ids", 2, "--clips", 2)
-        command = [sys.executable, *(launcher if processes > 1 else ()), ROOT / f"{script}.py"]
-        command += ["--root", small_root, *(() if "--resume" in flags else size), *flags]
-        done = subprocess.run(
-            [*map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=900,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    yield start
-    drop_weights(tmp_path)
+def test_the_table_is_markdown():
+    """Also when some of it was not run."""
+    table = Table("a GPU")
+    compare("sinet", "cpu", torch.float64, table.cells["sinet"])
+    table.cells["strf"]["goes on between GPU and CPU"] = "yes"
+    sentence, empty, *rows = table.lines()
+    assert "on a GPU, torch" in sentence and empty == ""
+    assert {row.count("|") for row in rows} == {len(COLUMNS) + 2} and len(rows) == 7
+    assert rows[4] == "| `sinet.py` | - | - | 0.0e+00 | 0.0e+00 | - | - |"
+    assert rows[5] == "| `strf.py` | - | - | - | - | - | yes |"
 
 
-def one_epoch(user, script, gpu):
-    """An epoch of the small run, with all that speeds it up."""
-    flags = ("--no-in-stages",) if script == "m3d" else ()
-    out = user(script, "--gpu", gpu, "--amp", "--compile", "--workers", 2, "--epochs", 1, *flags)
-    assert re.search(r"^epoch 1/1: lr .*clips/s\)$", out, re.M) and "after epoch 1," in out
-    return out
+def start_as_user(folder, root, end, script, *flags, processes=1):
+    """What a run prints that is started as a user does; it must be done at the time `end`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    frames, height, width = SIZES[script]
+    size = ("--frames", frames, "--height", height, "--width", width, "--ids", 2, "--clips", 2)
+    command = [sys.executable, *(launcher if processes > 1 else ()), ROOT / f"{script}.py"]
+    command += ["--root", root, *(() if "--resume" in flags else size), *flags]
+    command += ["--no-in-stages"] if script == "m3d" and "--resume" not in flags else []
+    done = subprocess.run(
+        [*map(str, command)], cwd=folder, capture_output=True, text=True,
+        timeout=max(0.1, end - time.monotonic()),
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-def back_and_forth(user, folder, gpus):
+def short_epochs(user, script, folder, gpu):
+    """Three epochs of the small run, with all that speeds it up: (what it prints, the clips a
+    second of the last epoch, when everything is compiled)."""
+    flags = ("--amp", "--compile", "--workers", 2, "--output", folder)
+    out = user(script, "--gpu", gpu, "--epochs", 3, *flags)
+    rate = re.search(r"^epoch 3/3: lr .* ([^ ]+) clips/s\)$", out, re.M)[1]
+    assert "after epoch 3," in out and "--compile: failed" not in out
+    return out, rate
+
+
+def back_and_forth(user, script, folder, gpus):
     """A run goes on on the other device, and again on the first; both evaluate it."""
     flags = ("--output", folder, "--workers", 0)
-    user("sinet", *flags, "--epochs", 1, "--gpu", gpus[0])
+    user(script, *flags, "--epochs", 1, "--gpu", gpus[0])
     for epochs, gpu in ((2, gpus[1]), (3, gpus[0])):
-        out = user("sinet", *flags, "--resume", "--epochs", epochs, "--gpu", gpu)
+        out = user(script, *flags, "--resume", "--epochs", epochs, "--gpu", gpu)
         assert f"last.pt after epoch {epochs - 1}\n" in out
     log = read_log(folder)
     assert [row["epoch"] for row in log] == ["1", "2", "3"]
     maps = []
     for gpu in gpus:
-        out = user("sinet", *flags, "--resume", "--evaluate", "--gpu", gpu)
-        maps.append(float(re.search(r"^sinet, after epoch 3, .*mAP ([\d.]+)", out, re.M)[1]))
+        out = user(script, *flags, "--resume", "--evaluate", "--gpu", gpu)
+        maps.append(float(re.search(r"^\S+, after epoch 3, .*mAP ([\d.]+)", out, re.M)[1]))
     assert maps == pytest.approx([float(log[2]["mAP"])] * 2, abs=5)  # a pair may change places
 
 
@@ -486,19 +561,57 @@ def several(user, folder, gpus):
     return losses
 
 
+DIRECTIONS = {"from-gpu": (0, "cpu"), "from-cpu": ("cpu", 0)}
+
+
+def start_jobs(user, pool, folder, directions=DIRECTIONS, gpu=0):
+    """{(what, script): future}, the longest first. All at once, because each spends most of its
+    time on one CPU core: it imports torch and compiles."""
+    jobs = {}
+    for script in SCRIPTS:
+        own = folder / f"{script}-compiled"
+        jobs["compiled", script] = pool.submit(short_epochs, user, script, own, gpu)
+    for name, gpus in directions.items():
+        for script in SCRIPTS:
+            own = folder / f"{script}-{name}"
+            jobs[name, script] = pool.submit(back_and_forth, user, script, own, gpus)
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def jobs(pytestconfig, tmp_path_factory, small_root):
+    """All of `start_jobs`, which together have --gpu-minutes."""
+    folder = tmp_path_factory.mktemp("gpu")
+    end = time.monotonic() + 60 * pytestconfig.getoption("--gpu-minutes")
+    user = functools.partial(start_as_user, folder, small_root, end)
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        yield start_jobs(user, pool, folder)
+        pool.shutdown(cancel_futures=True)
+    drop_weights(folder)
+
+
 @needs_gpu
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_epoch_on_a_gpu(user, script):
-    assert "device: cuda:0 (" in one_epoch(user, script, 0)
+def test_an_epoch_on_a_gpu(jobs, table, script):
+    out, rate = jobs["compiled", script].result()
+    table.cells[script]["clips/s with --amp --compile"] = rate
+    assert "device: cuda:0 (" in out
 
 
 @needs_gpu
-@pytest.mark.parametrize("gpus", [(0, "cpu"), ("cpu", 0)], ids=["from-gpu", "from-cpu"])
-def test_a_run_goes_on_between_gpu_and_cpu(user, tmp_path, gpus):
-    back_and_forth(user, tmp_path / "run", gpus)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_goes_on_between_gpu_and_cpu(jobs, table, script, direction):
+    column = "goes on between GPU and CPU"
+    before = table.cells[script].get(column, "yes")
+    table.cells[script][column] = "no"
+    jobs[direction, script].result()
+    table.cells[script][column] = before
 
 
 @needs_two
-def test_two_gpus_have_the_loss_of_one(user, tmp_path):
+def test_two_gpus_have_the_loss_of_one(tmp_path, small_root):
+    user = functools.partial(start_as_user, tmp_path, small_root, time.monotonic() + 300)
     one, two = several(user, tmp_path, 2)
+    drop_weights(tmp_path)
     assert two == pytest.approx(one, rel=1e-3)
