@@ -2,25 +2,35 @@
 
 python tests/bench.py                        # all parts, CPU or the first GPU
 python tests/bench.py inference --clips 4    # a part, with 4 clips a batch
-python tests/bench.py --gpu 0 --clips 32 --workers 8 --kinds float32 tf32 bfloat16 compile
+python tests/bench.py --gpu 0                # on this GPU, the most important first; eight minutes
+python tests/bench.py --gpu 0 training --kinds compile --minutes 60
+
+It ends with tables in Markdown, which can go into the README as they are, and says below them what
+--minutes left no time for.
 """
 
 import argparse
+import contextlib
+import gc
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torchvision
-from PIL import Image
-from scipy.io import loadmat
+STARTED = time.monotonic()  # before torch is imported, which takes some of the minutes, too
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torchvision  # noqa: E402
+from PIL import Image  # noqa: E402
+from scipy.io import loadmat  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,6 +62,140 @@ COMPARED = [
 # kinds of arithmetic: float32 throughout, TF32 in convolutions and matrix products, bfloat16
 # autocast, and torch.compile with it
 KINDS = ("float32", "tf32", "bfloat16", "compile")
+
+# On a GPU the parts and kinds in the order of their importance, as the time may not be enough for
+# all, each with a guess of its seconds (for inference and training: of one row's). The guess counts
+# only until the first of its kind was measured. None is the first of --kinds.
+ON_A_GPU = {
+    ("training", "float32"): 30,
+    ("training", "bfloat16"): 20,
+    ("precision", None): 30,
+    ("inference", "float32"): 15,
+    ("inference", "bfloat16"): 10,
+    ("waiting", "bfloat16"): 30,
+    ("extraction", "bfloat16"): 30,
+    ("training", "tf32"): 20,
+    ("inference", "tf32"): 10,
+    ("growth", None): 30,
+    ("training", "compile"): 120,
+    ("inference", "compile"): 60,
+    ("waiting", "float32"): 30,
+    ("extraction", "float32"): 30,
+    ("waiting", "tf32"): 30,
+    ("extraction", "tf32"): 30,
+    ("loader", None): 30,
+    ("startup", None): 30,
+    ("retrieval", None): 90,
+}
+
+
+# ---------------------------------------------------------------------- the time and the tables
+
+
+class Budget:
+    """Runs what is likely to be done in time, and remembers what was not run and what failed.
+
+    Args:
+        end: the time on the clock at which all should be done.
+        clock: function that returns the time in seconds.
+    """
+
+    def __init__(self, end, clock=time.monotonic):
+        self.end = end
+        self.clock = clock
+        self.longest = {}  # {group: seconds}
+        self.skipped = {}  # {group: names}
+        self.failed = []
+
+    def run(self, group, name, guess, work):
+        """Calls work() unless it is likely to end too late. It is expected to take as long as the
+        longest of its group so far, at first `guess` seconds, and may take half as long again."""
+        start = self.clock()
+        if start + 1.5 * self.longest.get(group, guess) > self.end:
+            self.skipped.setdefault(group, []).append(name)
+            return
+        try:
+            with ended_after(self.end - start):
+                work()
+        except Exception as error:  # such as a GPU's memory that is too small: the rest is measured
+            traceback.print_exc()
+            self.failed.append(f"{group}: {name} ({data.first_line(error)})")
+        passed = self.clock() - start
+        self.longest[group] = max(passed, self.longest.get(group, 0))
+
+    def lines(self):
+        """Sentences that say what is missing."""
+        if self.skipped:
+            groups = []
+            for group, names in self.skipped.items():
+                groups.append(group if names == [group] else f"{group} ({', '.join(names)})")
+            yield f"Not measured, because the time was over: {'; '.join(groups)}."
+        for failure in self.failed:
+            yield f"Failed: {failure}."
+
+
+@contextlib.contextmanager
+def ended_after(seconds):
+    """Raises a TimeoutError in a block that takes longer. What was guessed wrongly ends so, too."""
+
+    def end(*_):
+        raise TimeoutError("the time was over")
+
+    if seconds == float("inf"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Results:
+    """What was measured.
+
+    networks: {(network and baseline, kind): {column: text}}, of inference and training.
+    others: list of (what, value).
+    """
+
+    COLUMNS = (
+        "training, clips/s",
+        "training, time / baseline's",
+        "training, peak memory",
+        "baseline's peak memory",
+        "inference, clips/s",
+        "inference, time / baseline's",
+    )
+
+    def __init__(self):
+        self.networks = {}
+        self.others = []
+
+    def add(self, what, value):
+        """Prints a value and keeps it."""
+        print(f"  {what}: {value}", flush=True)
+        self.others.append((what, value))
+
+    def lines(self):
+        """Tables in Markdown."""
+        columns = [
+            name for name in self.COLUMNS if any(name in row for row in self.networks.values())
+        ]
+        if columns:
+            yield "| network / baseline | arithmetic | " + " | ".join(columns) + " |"
+            yield "|---" * (2 + len(columns)) + "|"
+        for (network, kind), row in self.networks.items():
+            texts = [row.get(name, "-") for name in columns]
+            yield f"| {network} | {kind} | " + " | ".join(texts) + " |"
+        if columns and self.others:
+            yield ""
+        if self.others:
+            yield "| what | value |"
+            yield "|---|---|"
+        for what, value in self.others:
+            yield f"| {what} | {value} |"
 
 
 # ------------------------------------------------------------------------- what the parts share
@@ -158,9 +302,8 @@ def alone(program, *arguments):
 
 
 def compare_rows(args, title, work):
-    """The table of COMPARED, where work(script, settings, model, clips, pids) gives a function to
+    """The rows of COMPARED, where work(script, settings, model, clips, pids) gives a function to
     time; of the plain ResNet-50 script and settings are None."""
-    size = (args.height, args.width)
     print(
         f"{title}, {args.clips} clips of {args.height}x{args.width} a batch, {args.kind},"
         f" {args.device}"
@@ -169,31 +312,75 @@ def compare_rows(args, title, work):
         f"  {'model / baseline':36} {'ms a clip':>10} {'ms a clip':>10} {'ratio':>7} {'wanted':>7}"
         f"   (min - max of {args.repeats})"
     )
+    guess = ON_A_GPU[title, args.kind]
     for script, row, frames, base, wanted in COMPARED:
         if args.only and args.only not in f"{script.__name__} {row}":
             continue
-        clips = torch.randn(args.clips, frames, 3, *size, device=args.device)
-        pids = torch.arange(args.clips, device=args.device) // 2
-
-        def work_of(name):
-            if name is None:
-                model = ready(Plain(2 if script is m3d else 1), args.device)
-                of = None, None
-            else:
-                model = make(script, name, frames, size, args.device)
-                of = script, row_settings(script, name, frames, size)
-            if args.kind == "compile":
-                model.compile()
-            return work(*of, model, clips, pids)
-
-        ours, theirs = work_of(row), work_of(base)
-        a, b, ratio, low, high = paired(ours, theirs, args.repeats, args.device)
         name = f"{script.__name__}.py {row} / {base or 'plain'}"
-        print(
-            f"  {name:36} {1e3 * a / args.clips:10.1f} {1e3 * b / args.clips:10.1f} {ratio:7.2f}"
-            f" {wanted or '':>7}   ({low:.2f} - {high:.2f})  {args.clips / a:.3g} clips/s",
-            flush=True,
+        args.budget.run(
+            f"{title} in {args.kind}",
+            f"{script.__name__} {row}",
+            guess,
+            lambda: compare_row(args, title, work, name, script, row, frames, base, wanted),
         )
+
+
+def compare_row(args, title, work, name, script, row, frames, base, wanted):
+    """One row of `compare_rows`, whose networks are gone afterwards."""
+    size = (args.height, args.width)
+    clear_memory(args)
+    clips = torch.randn(args.clips, frames, 3, *size, device=args.device)
+    pids = torch.arange(args.clips, device=args.device) // 2
+
+    def work_of(name):
+        if name is None:
+            model = ready(Plain(2 if script is m3d else 1), args.device)
+            of = None, None
+        else:
+            model = make(script, name, frames, size, args.device)
+            of = script, row_settings(script, name, frames, size)
+        if args.kind == "compile":
+            model.compile()
+        return work(*of, model, clips, pids)
+
+    ours, memory = with_peak(lambda: work_of(row), args.device)
+    theirs, their_memory = with_peak(lambda: work_of(base), args.device)
+    a, b, ratio, low, high = paired(ours, theirs, args.repeats, args.device)
+    print(
+        f"  {name:36} {1e3 * a / args.clips:10.1f} {1e3 * b / args.clips:10.1f} {ratio:7.2f}"
+        f" {wanted or '':>7}   ({low:.2f} - {high:.2f})  {args.clips / a:.3g} clips/s",
+        flush=True,
+    )
+    cells = args.results.networks.setdefault((name, args.kind), {})
+    cells[f"{title}, clips/s"] = f"{args.clips / a:.3g}"
+    cells[f"{title}, time / baseline's"] = f"{ratio:.2f}"
+    if memory and title == "training":
+        cells["training, peak memory"] = f"{memory / 2**30:.1f} GiB"
+        cells["baseline's peak memory"] = f"{their_memory / 2**30:.1f} GiB"
+
+
+def clear_memory(args):
+    """Frees what earlier networks took, and forgets what was compiled for them: torch.compile
+    compiles one function for a few networks only, and then leaves it as it is."""
+    gc.collect()
+    if args.kind == "compile":
+        torch.compiler.reset()
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def with_peak(make_work, device):
+    """(the function that make_work() gives, how many bytes of a GPU its second call needs with all
+    that it keeps: weights, the optimiser's state and, at the peak, maps and gradients; else 0).
+    The first call also tries cuDNN's algorithms, or compiles."""
+    if device.type != "cuda":
+        return make_work(), 0
+    before = torch.cuda.memory_allocated()
+    run = make_work()
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return run, torch.cuda.max_memory_allocated() - before
 
 
 def inference(args):
@@ -238,7 +425,7 @@ def training(args):
 
         return run
 
-    compare_rows(args, "training step", work)
+    compare_rows(args, "training", work)
 
 
 # ------------------------------------------------------------------------------------- retrieval
@@ -345,22 +532,23 @@ def retrieval(args):
     g = torch.Generator().manual_seed(0)
     blocks = common.distance_blocks(features(len(ids[0]), g), features(len(ids[2]), g))
     d = torch.cat([block for _, block in blocks]).numpy()
+    add = args.results.add
     print(f"CMC/mAP, {d.shape[0]:,} x {d.shape[1]:,}, float32, one thread")
     ours, sort, ratio, low, high = paired(
         lambda: common.cmc_and_map(d, *ids), lambda: np.argsort(d), args.repeats
     )
-    print(
-        f"  cmc_and_map {ours:.2f} s, numpy.argsort alone {sort:.2f} s: ratio {ratio:.2f},"
-        f" wanted 2.0   ({low:.2f} - {high:.2f})"
+    add(
+        f"CMC/mAP of {d.shape[0]:,} x {d.shape[1]:,} over `numpy.argsort` alone, time (wanted 2.0)",
+        f"{ours:.2f} s over {sort:.2f} s: {ratio:.2f} ({low:.2f} - {high:.2f})",
     )
 
     few = 60
     of_few = (d[:few], *(values[:few] for values in ids[:2]), *ids[2:])
     loop = seconds(lambda: running_list(*of_few)) * len(d) / few
     assert abs(common.cmc_and_map(*of_few)[1] - running_list(*of_few)[1]) < 1e-9
-    print(
-        f"  the loop with a running list {loop:.1f} s (from {few} queries): {loop / ours:.0f} times"
-        " slower, wanted 20"
+    add(
+        f"the usual loop with a running list over it, time, from {few} queries (wanted 20)",
+        f"{loop:.1f} s: {loop / ours:.0f}",
     )
 
     wide = torch.randn(len(ids[0]), 4096, generator=g), torch.randn(len(ids[2]), 4096, generator=g)
@@ -373,9 +561,9 @@ def retrieval(args):
             lambda: [plain(part, wide[1]) for part in wide[0].split(512)],
             min(args.repeats, 3),
         )
-        print(
-            f"  {metric} distances of 4,096 numbers each {ours:.1f} s, in float32 {theirs:.1f} s:"
-            f" ratio {ratio:.2f}   ({low:.2f} - {high:.2f})"
+        add(
+            f"{metric} distances of 4,096 numbers each, in float64 over float32, time",
+            f"{ours:.1f} s over {theirs:.1f} s: {ratio:.2f} ({low:.2f} - {high:.2f})",
         )
     trapezoids()
 
@@ -390,12 +578,12 @@ def retrieval(args):
             rng.integers(1, 7, n),
         ]
         t = min(seconds(lambda: common.cmc_and_map(wide, *random_ids)) for _ in range(3))
-        print(
-            f"  {n:7,} gallery tracklets {t:7.2f} s   {1e9 * t / (500 * n * np.log2(n)):.2f} ns"
-            " for each query n log2 n"
+        add(
+            f"CMC/mAP of 500 x {n:,}, in all and for each query n log2 n",
+            f"{t:.2f} s, {1e9 * t / (500 * n * np.log2(n)):.2f} ns",
         )
-    print("  10,000 x 100,000:", alone(LARGE_RANKING), "(wanted below 4 GB)")
-    print("  re-ranking, 1,980 x 11,310:", alone(RERANKING))
+    add("CMC/mAP of 10,000 x 100,000 (wanted below 4 GB)", alone(LARGE_RANKING))
+    add("re-ranking of 1,980 x 11,310", alone(RERANKING))
 
 
 # ------------------------------------------------------------------------- loader and extraction
@@ -465,10 +653,9 @@ def loader(args):
                 lambda: deliver(OurClips, workers),
                 args.repeats,
             )
-            print(
-                f"  {workers} workers: {512 / ours:,.0f} frames/s, usual path {512 / usual:,.0f}:"
-                f" ratio {ratio:.2f}, wanted 2.0   ({low:.2f} - {high:.2f})",
-                flush=True,
+            args.results.add(
+                f"loader over the usual path, {workers} workers, frames/s (wanted 2.0)",
+                f"{512 / ours:,.0f} over {512 / usual:,.0f}: {ratio:.2f} ({low:.2f} - {high:.2f})",
             )
 
         def pillow():
@@ -480,9 +667,9 @@ def loader(args):
                 data._decode(path)
 
         a, b, _, low, high = paired(pillow, simplejpeg, args.repeats)
-        print(
-            f"  decoding alone: Pillow {512 / a:,.0f} frames/s, simplejpeg {512 / b:,.0f}"
-            f"   ({low:.2f} - {high:.2f})"
+        args.results.add(
+            "decoding alone, simplejpeg over Pillow, frames/s",
+            f"{512 / b:,.0f} over {512 / a:,.0f}: {a / b:.2f} ({low:.2f} - {high:.2f})",
         )
 
 
@@ -546,14 +733,18 @@ def extraction(args):
             f" {args.kind}"
         )
         a, b, ratio, low, high = paired(bare, whole, min(args.repeats, 3), args.device)
-        print(
-            f"  {frames / b:.1f} frames/s ({frames / T / b:.1f} clips/s), bare forward"
-            f" {frames / a:.1f}: ratio {ratio:.2f}, wanted 0.92   ({low:.2f} - {high:.2f})"
+        args.results.add(
+            f"all-frames extraction with SINet over the bare forward, {args.kind}, frames/s"
+            " (wanted 0.92)",
+            f"{frames / b:.1f} over {frames / a:.1f}: {ratio:.2f} ({low:.2f} - {high:.2f})",
         )
         if args.device.type == "cpu":
             for longest in (64, 1024):
                 megabytes = alone(LONG_TRACKLET, paths[0], longest)
-                print(f"  peak memory with a tracklet of {longest} frames: {megabytes} MB")
+                args.results.add(
+                    f"extraction, peak memory with a tracklet of {longest} frames",
+                    f"{megabytes} MB",
+                )
 
 
 def waiting(args):
@@ -596,12 +787,12 @@ def waiting(args):
                 step(*batch)
 
         a, b, ratio, low, high = paired(bare, whole, min(args.repeats, 3), args.device)
-        print(
-            f"training sinet.py from JPEG files, {args.clips} clips of {T} frames of {size[0]}x"
-            f"{size[1]} a batch, {args.workers} workers, {args.kind}: {count * args.clips / b:.3g}"
-            f" clips/s, the loader makes the device wait {100 * max(0, 1 - ratio):.0f} % of the"
-            f" time   ({100 * (1 - high):.0f} - {100 * (1 - low):.0f})",
-            flush=True,
+        args.results.add(
+            f"training SINet from JPEG files, {args.clips} clips of {T} frames of {size[0]}x"
+            f"{size[1]} a batch, {args.workers} workers, {args.kind}: clips/s, and the share of"
+            " the time in which the device waits for the loader",
+            f"{count * args.clips / b:.3g}, {100 * max(0, 1 - ratio):.0f} %"
+            f" ({100 * (1 - high):.0f} - {100 * (1 - low):.0f})",
         )
 
 
@@ -633,7 +824,10 @@ def growth(args):
                 ]
             t = statistics.median(times)
             shown.append(f"{clips} x {frames}: {1e3 * t / clips / frames:.1f}")
-        print(f"  {script.__name__}.py {row:12}" + "   ".join(shown), flush=True)
+        args.results.add(
+            f"inference with {script.__name__}.py {row}, clips x frames: ms a frame",
+            ", ".join(shown),
+        )
 
 
 def precision(args):
@@ -656,13 +850,13 @@ def precision(args):
     # its forward asks for channels_last maps: the weights are converted each time
     other = sinet.build(settings, 625).to(args.device).train()
     for name, a, b in (
-        ("contiguous weights / channels_last", step(other, False), step(ours, False)),
-        ("float32 / bfloat16 autocast", step(ours, False), step(ours, True)),
+        ("contiguous weights over channels_last", step(other, False), step(ours, False)),
+        ("the same in bfloat16 autocast", step(other, True), step(ours, True)),
+        ("float32 over bfloat16 autocast", step(ours, False), step(ours, True)),
     ):
         _, _, ratio, low, high = paired(a, b, args.repeats, args.device)
-        print(
-            f"  training step of sinet.py, {name}: {ratio:.2f}   ({low:.2f} - {high:.2f})",
-            flush=True,
+        args.results.add(
+            f"training step of SINet, {name}, time", f"{ratio:.2f} ({low:.2f} - {high:.2f})"
         )
 
 
@@ -694,15 +888,15 @@ def startup(args):
         start("-c", "import torch, torchvision"),
         min(args.repeats, 5),
     )
-    print(
-        f"start-up: sinet.py --help {a:.2f} s, import torch, torchvision {b:.2f} s:"
-        f" {a - b:+.2f} s, wanted below +0.50"
+    args.results.add(
+        "`sinet.py --help` beside `import torch, torchvision` (wanted below +0.50 s)",
+        f"{a:.2f} s, {b:.2f} s: {a - b:+.2f} s",
     )
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_mars_index(folder)
         t = statistics.median(seconds(lambda: data.load_mars(folder)) for _ in range(3))
-        print(f"MARS' index: {t:.2f} s, wanted 3")
+        args.results.add("reading the index of MARS (wanted 3 s)", f"{t:.2f} s")
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -723,6 +917,28 @@ PARTS = {
 }
 
 
+def in_order(parts, kinds, on_gpu):
+    """[(part, kind, guess of its seconds)], on a GPU the most important first.
+
+    parts, kinds: what the user asked for, or all.
+    """
+    if on_gpu:
+        return [
+            (part, kind or kinds[0], guess)
+            for (part, kind), guess in ON_A_GPU.items()
+            if part in parts and (kind is None or kind in kinds)
+        ]
+    found = []
+    for part in parts:
+        if (part, None) in ON_A_GPU:
+            found.append((part, kinds[0], ON_A_GPU[part, None]))
+        else:
+            found += [
+                (part, kind, ON_A_GPU[part, kind]) for kind in kinds if (part, kind) in ON_A_GPU
+            ]
+    return found
+
+
 def main():
     described = [
         textwrap.fill(f"{name:12}{' '.join(part.__doc__.split())}", 80, subsequent_indent=12 * " ")
@@ -737,14 +953,19 @@ def main():
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default all)"
     )
     parser.add_argument(
-        "--clips", type=int, default=2, help="a batch of inference and training (default 2)"
+        "--clips", type=int, help="a batch of inference and training (default 2, on a GPU 32)"
     )
     parser.add_argument("--height", type=int, default=256, help="of a frame (default 256)")
     parser.add_argument("--width", type=int, default=128, help="of a frame (default 128)")
-    parser.add_argument("--repeats", type=int, default=9, help="paired runs (default 9)")
+    parser.add_argument("--repeats", type=int, help="paired runs (default 9, on a GPU 5)")
     parser.add_argument("--tracklets", type=int, default=8, help="of the extraction (default 8)")
     parser.add_argument(
-        "--workers", type=int, default=0, help="of extraction and waiting (default 0)"
+        "--workers", type=int, help="of extraction and waiting (default 0, on a GPU 8)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="what is not likely to end within so many is left out (default 7.5 on a GPU)",
     )
     parser.add_argument(
         "--only", metavar="TEXT", help="rows of inference and training with this text"
@@ -773,16 +994,38 @@ def main():
     if args.recycle and not keep.items() <= os.environ.items():  # read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep})
     args.device = torch.device("cpu" if args.gpu == "cpu" else f"cuda:{args.gpu}")
+    on_gpu = args.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(args.device)  # whose work and memory are waited for and counted
+    for name, of_cpu, of_gpu in (("clips", 2, 32), ("repeats", 9, 5), ("workers", 0, 8)):
+        if getattr(args, name) is None:
+            setattr(args, name, of_gpu if on_gpu else of_cpu)
+    if args.minutes is None:
+        args.minutes = 7.5 if on_gpu else float("inf")
     torch.backends.cudnn.benchmark = True  # as common.Run
-    usual = KINDS if args.device.type == "cuda" else KINDS[:1]
-    kinds = args.kinds or (["bfloat16"] if args.amp else usual)
-    for part in args.parts or PARTS:
-        several = part in ("inference", "training", "extraction", "waiting")
-        for kind in kinds if several else kinds[:1]:
-            if kind != "compile" or part in ("inference", "training"):
-                set_kind(args, kind)
-                PARTS[part](args)
+    kinds = args.kinds or (["bfloat16"] if args.amp else KINDS if on_gpu else KINDS[:1])
+    args.budget = Budget(STARTED + 60 * args.minutes)
+    args.results = Results()
+    for part, kind, guess in in_order(args.parts or [*PARTS], kinds, on_gpu):
+        set_kind(args, kind)
+        if part in ("inference", "training"):  # which ask for each row whether there is time
+            PARTS[part](args)
+            continue
+        name = f"{part} in {kind}" if part in ("extraction", "waiting") else part
+        clear_memory(args)
+        args.budget.run(name, name, guess, lambda: PARTS[part](args))
+    where = f"{torch.get_num_threads()} CPU threads"
+    if on_gpu:
+        where = torch.cuda.get_device_name()
+    print(
+        f"\n`python tests/bench.py` on {where}, torch {torch.__version__}, {args.clips} clips of"
+        f" {args.height}x{args.width} a batch. Ratios are medians of paired runs (in brackets the"
+        " least and the largest).\n"
+    )
+    for line in [*args.results.lines(), "", *args.budget.lines()]:
+        print(line)
+    return 1 if args.budget.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
