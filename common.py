@@ -1297,6 +1297,8 @@ class Run:
         evaluates_first: whether the untrained network is tested before the training; set by
             `start`.
         history: the rows of log.csv so far, a list of dicts.
+        before_training: {"mAP": percent, "rank-1": percent} of the network before its training, {}
+            where it was not tested.
         steps: number of steps of the current epoch so far.
         loss_sums: sums of the losses of these steps, {name: number or tensor}.
         origin: a phrase that says how the network was trained, such as "after epoch 3".
@@ -1326,6 +1328,9 @@ class Run:
         self.checkpoint_file = Path(args.output) / "last.pt"
         self.log_file = Path(args.output) / "log.csv"
         self.history = self.checkpoint["history"] if self.checkpoint else []
+        self.before_training = {}
+        if self.checkpoint:
+            self.before_training = self.checkpoint.get("before_training", {})
         self.origin = "untrained"
         self.steps = 0
         self.loss_sums = {}
@@ -1597,6 +1602,7 @@ class Run:
                 with replacing(self.checkpoint_file) as file:
                     torch.save({"script": self.args.script, "args": vars(self.args),
                                 "num_classes": self.num_identities, "history": self.history,
+                                "before_training": self.before_training,
                                 "progress": (self.steps, self.loss_sums), **states}, file)
                 save_rows(self.history, self.log_file)
                 self.write_tensorboard()
@@ -1664,6 +1670,8 @@ class Run:
             self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
             self.save()
             raise_if_stopped()
+        elif result and self.states:
+            self.before_training = {key: result[key] for key in ("mAP", "rank-1")}
         elif result and args.evaluate and not self.origin.startswith("untrained"):
             self.print_with_paper(result)
         return result
@@ -1754,8 +1762,9 @@ def trained_for(checkpoint):
 
 # -------------------------------------------------------------------------------------- checkpoints
 # last.pt of a run is a dict: script; args, the settings; num_classes; history, the rows of log.csv;
-# progress, a pair of the steps done in the unfinished epoch and the sums of their losses; and the
-# states of model, optimizer, scheduler and random.
+# before_training, the result of the untrained network; progress, a pair of the steps done in the
+# unfinished epoch and the sums of their losses; and the states of model, optimizer, scheduler and
+# random.
 
 class Release:
     """Trained weights that the authors of a paper offer for download, and how they become a
@@ -1961,7 +1970,7 @@ def is_checkpoint(file, script, rows):
     if args["data"] not in DATA_SETS or not isinstance(args["root"], str):
         return False
     steps, loss_sums = file.get("progress", (0, {}))
-    numbers = [steps, *loss_sums.values()]
+    numbers = [steps, *loss_sums.values(), *file.get("before_training", {}).values()]
     num_classes = file["num_classes"]
     history = file["history"]
     if not isinstance(history, (list, tuple)):
@@ -2653,14 +2662,15 @@ def bars(charts, captions):
 
 
 def curves(lines, x_max, x_label):
-    """Returns a Panel: a curve for each of `lines`, {name: {x: y}}, with whole numbers x from 1 to
-    x_max."""
+    """Returns a Panel: a curve for each of `lines`, {name: {x: y}}, with whole numbers x from 1, or
+    0 if there is one, to x_max."""
     def draw(ax):
         for name, points in lines.items():
             ax.plot(points.keys(), points.values(), "o-", ms=4, label=name)
         ax.locator_params("x", integer=True)
         ax.yaxis.tick_right()
-        ax.set(box_aspect=0.5, xlabel=x_label, xlim=(0.5, x_max + 0.5))
+        x_min = min(x for points in lines.values() for x in points)
+        ax.set(box_aspect=0.5, xlabel=x_label, xlim=(min(x_min, 1) - 0.5, x_max + 0.5))
         ax.legend()
 
     return Panel(draw, 2)
@@ -2786,7 +2796,7 @@ def figures(run, model, dataset, split, metric, picture, load):
                                             picture=picture)
             save(title, rows, name)
         if len(run.history) > 1:
-            rows = rows_of_training(run.history)
+            rows = rows_of_training(run.history, run.before_training)
             save(f"Training of {args.variant} on {args.data}", rows, "training", 1.9)
 
     query_features, gallery_features = tracklet_features(
@@ -2853,9 +2863,13 @@ def sheet_of_networks(networks, query, *, split_clips, run, picture):
     return f"{title}; {' and '.join(names)}, on {run.args.data}", rows
 
 
-def rows_of_training(history):
-    """Returns the rows of a sheet with the losses and the test results of a training. history: the
-    rows of log.csv."""
+def rows_of_training(history, before_training):
+    """Returns the rows of a sheet with the losses and the test results of a training.
+
+    Args:
+        history: the rows of log.csv.
+        before_training: the result of the untrained network, which is drawn at epoch 0, or {}.
+    """
     losses = {}
     results = {}
     for key in history[0]:
@@ -2863,14 +2877,18 @@ def rows_of_training(history):
             continue
         points = {row["epoch"]: row[key] for row in history if row[key] != ""}
         if key in ("mAP", "rank-1"):
+            if key in before_training:
+                points = {0: before_training[key], **points}
             results[key] = points
         else:
             losses[key] = points
     rows = [SheetRow("total loss and its weighted parts",
                      [curves(losses, len(history), "epoch")])]
     if any(results.values()):
-        rows.append(SheetRow("mAP and rank-1 in %, where measured",
-                             [curves(results, len(history), "epoch")]))
+        label = "mAP and rank-1 in %, where measured"
+        if before_training:
+            label += "; at epoch 0 of the untrained network"
+        rows.append(SheetRow(label, [curves(results, len(history), "epoch")]))
     return rows
 
 

@@ -460,8 +460,8 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     history = [{"epoch": n, "lr": 1, "loss": 9 / n, "xent": 5 / n, "mAP": "", "rank-1": ""}
                for n in (1, 2, 3)]
     run = types.SimpleNamespace(
-        args=args, device=torch.device("cpu"), history=history, extraction={"batch_size": 4},
-        size=(48, 40), origin="after epoch 3",
+        args=args, device=torch.device("cpu"), history=history, before_training={},
+        extract_options={"batch_size": 4}, size=(48, 40), origin="after epoch 3",
     )
     rest = run, network, dataset, sinet.SPLIT, "euclidean", sinet.picture, sinet.load
     common.figures(*rest)
@@ -497,6 +497,12 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     (_, (panel,)) = sheets["training.png"][1]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes_of(panel).lines}
     assert lines == {"mAP": [[2, 50]], "rank-1": [[2, 60]]}
+    run.before_training = {"mAP": 20.0, "rank-1": 30.0}  # the untrained network is the first dot
+    common.figures(*rest)
+    (label, (panel,)) = sheets["training.png"][1]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes_of(panel).lines}
+    assert lines == {"mAP": [[0, 20], [2, 50]], "rank-1": [[0, 30], [2, 60]]}
+    assert "untrained" in label and axes_of(panel).get_xlim()[0] < 0
     sheets.clear()
     args.figure = tmp_path / "g"
     monkeypatch.setattr(common, "tracklet_features", lambda *_, **__: (q, g))
