@@ -784,42 +784,49 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
     "width": (128, 64, "width of the resized frames (Sec. 4.2)"),
     "ids": (8, 4, "number of identities in a batch, P (Sec. 4.2)"),
     "clips": (4, 2, "number of clips of each identity in a batch, K (Sec. 4.2)"),
-    "epoch": ("tracklets", "identities", "what an epoch goes through once: all tracklets (as in "
-              "the authors' release) or all identities", ("tracklets", "identities")),
+    "epoch": ("tracklets", "identities",
+              "what an epoch goes through once: all tracklets (as in the authors' release) or all "
+              "identities",
+              ("tracklets", "identities")),
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.2)"),
     "epochs": (160, 8, "number of epochs (Sec. 4.2)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.2)"),
     "lr_step": (40, 7, "divide the learning rate by 10 every so many epochs (Sec. 4.2)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of Adam (Sec. 4.2)"),
-    "weights": ("imagenet", "none", "initial weights of the backbone: imagenet, none (random) or a "
-                "file (Sec. 3.3)"),
-    "pool": ("max", "max", "pooling of each frame's last feature map (not in the paper; as in the "
-             "authors' release)", ("max", "avg")),
+    "weights": ("imagenet", "none",
+                "initial weights of the backbone: imagenet, none (random) or a file (Sec. 3.3)"),
+    "pool": ("max", "max",
+             "pooling of each frame's last feature map (not in the paper; as in the authors' "
+             "release)",
+             ("max", "avg")),
     "sbm": (True, True, "use SBMs (Table 2)"),
-    "sbm_blocks": ((2, 4, 6), (2, 4, 6), "blocks of layer3 that an SBM follows, 1 to 6 (Sec. 3.3, "
-                   "Table 3)"),
+    "sbm_blocks": ((2, 4, 6), (2, 4, 6),
+                   "blocks of layer3 that an SBM follows, 1 to 6 (Sec. 3.3, Table 3)"),
     "sbm_splits": ((1, 2, 3), (1, 2, 3), "number of former frames of each SBM, s (Sec. 3.3)"),
     "k": (3, 3, "kernel size of SBM, odd (Sec. 4.2, Fig. 5a)"),
     "beta": (5.0, 5.0, "strength of the suppression (Eq. 4, Sec. 4.2)"),
-    "scale": ("window", "window+channels", "what the response of Eq. 3 is divided by: nothing with "
-              "none (the paper's form), k^2 with window (the authors' release), k^2 sqrt(c) with "
-              "window+channels",
+    "scale": ("window", "window+channels",
+              "what the response of Eq. 3 is divided by: nothing with none (the paper's form), k^2 "
+              "with window (the authors' release), k^2 sqrt(c) with window+channels",
               ("none", "window", "window+channels")),
     "alpha": (0.1, 0.1, "degree of CPM's propagation (Eq. 5-6, Sec. 3.1)"),
     "cal": (True, True, "use CAL in the SBMs (Table 3)"),
     "cpm": (True, True, "use CPM in the SBMs (Table 3)"),
-    "se_reduction": (4, 4, "reduction of CAL's squeeze-and-excitation (not in the paper; as in the "
+    "se_reduction": (4, 4,
+                     "reduction of CAL's squeeze-and-excitation (not in the paper; as in the "
                      "authors' release)"),
     "idms": (2, 2, "number of IDMs, 0 to 3 (Sec. 3.3, Table 3)", range(4)),
     "reduction": (4, 4, "reduction of the IDMs, c/c' and m/m' (Fig. 5b)"),
-    "mixer": ("idm", "idm", "what mixes all positions in layer2: idm, a Non-local block with the "
-              "affinity softmax, ones or inverse, or gc (GC block) (Table 3)",
+    "mixer": ("idm", "idm",
+              "what mixes all positions in layer2: idm, a Non-local block with the affinity "
+              "softmax, ones or inverse, or gc (GC block) (Table 3)",
               ("idm", "softmax", "ones", "inverse", "gc")),
     "lambda1": (1.0, 1.0, "weight of the triplet loss (Eq. 8, Sec. 4.2)"),
-    "release": (False, False, "build the network as the authors' release does, for its trained "
-                "weights (differs from the paper)"),
-    "lambda2": (0.01, 0.01, "weight of L_mi (Eq. 8, Sec. 4.2); 0 leaves out the loss and its "
-                "projection"),
+    "release": (False, False,
+                "build the network as the authors' release does, for its trained weights (differs "
+                "from the paper)"),
+    "lambda2": (0.01, 0.01,
+                "weight of L_mi (Eq. 8, Sec. 4.2); 0 leaves out the loss and its projection"),
     "temperature": (0.07, 0.07, "temperature of L_mi, t (our choice)"),
     "margin": (0.3, 0.3, "margin of the triplet loss, in cosine distance (our choice)"),
 }
@@ -831,51 +838,105 @@ SPLIT = split_segments
 # how tracklets are compared in the test; a tracklet's vector is the mean of its clips' embeddings
 METRIC = "cosine"
 
-# name: Row(place in the paper, the settings of RECIPE that it changes or the name of an equal row,
-# the paper's (mAP, rank-1) on each data set, and the paper's GFLOPs above base.)
 ROWS = {
-    # Tables 1 and 2: SINet, and its two modules alone
-    "sinet": Row("Tables 1-3: SINet, base. + SBM + IDM", sbm=True, idms=2, mars=(86.2, 91.0),
-                 lsvid=(79.6, 87.4), ilids=(None, 92.5), prid=(None, 96.5)),
-    "base": Row("Tables 2, 3: base.", sbm=False, idms=0, lambda2=0.0, mars=(83.2, 88.6),
-                lsvid=(73.3, 82.8)),
-    "base+sbm": Row("Tables 2, 3: base. + SBM", sbm=True, idms=0, mars=(85.7, 90.2),
-                    lsvid=(77.1, 85.1), more_gflops=0.014),
-    # Table 3 lists this network as "base. + 2 IDM", with an mAP of 85.8 instead of 85.9
-    "base+idm": Row("Table 2: base. + IDM", sbm=False, idms=2, lambda2=0.0, mars=(85.9, 90.5),
-                    lsvid=(78.0, 86.2), more_gflops=1.081),
+    # Each entry of a variant has its table and name in the paper, the settings of RECIPE that
+    # define it (those equal to RECIPE's may be repeated for clarity), the paper's (mAP, rank-1) and
+    # the paper's GFLOPs above base. same="NAME" says that the variant is the same as the variant
+    # NAME. Variants without SBM are trained without L_mi (lambda2=0.0).
+
+    # Tables 1 and 2: the whole network, and its two modules alone. Table 3 lists base+idm, too, as
+    # base+2idm, with an mAP of 85.8 instead of 85.9.
+    "sinet": Row(
+        "Tables 1-3: SINet, base. + SBM + IDM",
+        sbm=True, idms=2,
+        mars=(86.2, 91.0), lsvid=(79.6, 87.4), ilids=(None, 92.5), prid=(None, 96.5),
+    ),
+    "base": Row(
+        "Tables 2, 3: base.",
+        sbm=False, idms=0, lambda2=0.0,
+        mars=(83.2, 88.6), lsvid=(73.3, 82.8),
+    ),
+    "base+sbm": Row(
+        "Tables 2, 3: base. + SBM",
+        sbm=True, idms=0,
+        mars=(85.7, 90.2), lsvid=(77.1, 85.1), more_gflops=0.014,
+    ),
+    "base+idm": Row(
+        "Table 2: base. + IDM",
+        sbm=False, idms=2, lambda2=0.0,
+        mars=(85.9, 90.5), lsvid=(78.0, 86.2), more_gflops=1.081,
+    ),
+
     # Table 3: other blocks in the places of the IDMs
-    "base+nonlocal": Row("Table 3: base. + Non-local", sbm=False, idms=2, lambda2=0.0,
-                         mixer="softmax", mars=(85.1, 89.7), more_gflops=2.216),
-    "base+nonlocal-ones": Row("Table 3: base. + Non-local (1)", sbm=False, idms=2, lambda2=0.0,
-                              mixer="ones", mars=(85.1, 90.0)),
-    "base+nonlocal-inverse": Row("Table 3: base. + Non-local (inverse)", sbm=False, idms=2,
-                                 lambda2=0.0, mixer="inverse", mars=(85.0, 89.7)),
-    "base+gc": Row("Table 3: base. + GC block", sbm=False, idms=2, lambda2=0.0, mixer="gc",
-                   mars=(85.0, 89.8)),
-    # Table 3: components of SBM ("-cal" and "-cpm" are without them)
-    "base+sbm-cal": Row("Table 3: base. + SBM w/o CAL", sbm=True, idms=0, cal=False,
-                        mars=(85.1, 89.9)),
-    "base+sbm-cpm": Row("Table 3: base. + SBM w/o CPM", sbm=True, idms=0, cpm=False,
-                        mars=(85.4, 90.0)),
-    "base+sbm-samepos": Row("Table 3: base. + SBM (Same Pos.)", sbm=True, idms=0,
-                            sbm_blocks=(6, 6, 6), mars=(85.3, 89.5)),
+    "base+nonlocal": Row(
+        "Table 3: base. + Non-local",
+        sbm=False, idms=2, lambda2=0.0, mixer="softmax",
+        mars=(85.1, 89.7), more_gflops=2.216,
+    ),
+    "base+nonlocal-ones": Row(
+        "Table 3: base. + Non-local (1)",
+        sbm=False, idms=2, lambda2=0.0, mixer="ones",
+        mars=(85.1, 90.0),
+    ),
+    "base+nonlocal-inverse": Row(
+        "Table 3: base. + Non-local (inverse)",
+        sbm=False, idms=2, lambda2=0.0, mixer="inverse",
+        mars=(85.0, 89.7),
+    ),
+    "base+gc": Row(
+        "Table 3: base. + GC block",
+        sbm=False, idms=2, lambda2=0.0, mixer="gc",
+        mars=(85.0, 89.8),
+    ),
+
+    # Table 3: SBMs without CAL or without CPM, and all three SBMs in the same position
+    "base+sbm-cal": Row(
+        "Table 3: base. + SBM w/o CAL",
+        sbm=True, idms=0, cal=False,
+        mars=(85.1, 89.9),
+    ),
+    "base+sbm-cpm": Row(
+        "Table 3: base. + SBM w/o CPM",
+        sbm=True, idms=0, cpm=False,
+        mars=(85.4, 90.0),
+    ),
+    "base+sbm-samepos": Row(
+        "Table 3: base. + SBM (Same Pos.)",
+        sbm=True, idms=0, sbm_blocks=(6, 6, 6),
+        mars=(85.3, 89.5),
+    ),
+
     # Table 3: number of IDMs
-    "base+1idm": Row("Table 3: base. + 1 IDM", sbm=False, idms=1, lambda2=0.0, mars=(85.7, 89.8)),
-    "base+2idm": Row("Table 3: base. + 2 IDM (Default)", sbm=False, idms=2, lambda2=0.0,
-                     mars=(85.8, 90.5)),
-    "base+3idm": Row("Table 3: base. + 3 IDM", sbm=False, idms=3, lambda2=0.0, mars=(85.8, 90.5)),
-    # Fig. 5a: kernel size of SBM
+    "base+1idm": Row(
+        "Table 3: base. + 1 IDM",
+        sbm=False, idms=1, lambda2=0.0,
+        mars=(85.7, 89.8),
+    ),
+    "base+2idm": Row(
+        "Table 3: base. + 2 IDM (Default)",
+        sbm=False, idms=2, lambda2=0.0,
+        mars=(85.8, 90.5),
+    ),
+    "base+3idm": Row(
+        "Table 3: base. + 3 IDM",
+        sbm=False, idms=3, lambda2=0.0,
+        mars=(85.8, 90.5),
+    ),
+
+    # Fig. 5a: kernel size of SBM. The paper's text names the best, 3. The others are our guess.
     "base+sbm-k1": Row("Fig. 5a: kernel size of SBM, k = 1", sbm=True, idms=0, k=1),
-    "base+sbm-k3": Row("Fig. 5a: kernel size of SBM, k = 3", "base+sbm"),
+    "base+sbm-k3": Row("Fig. 5a: kernel size of SBM, k = 3", same="base+sbm"),
     "base+sbm-k5": Row("Fig. 5a: kernel size of SBM, k = 5", sbm=True, idms=0, k=5),
     "base+sbm-k7": Row("Fig. 5a: kernel size of SBM, k = 7", sbm=True, idms=0, k=7),
-    # Fig. 5b: reduction of IDM
+
+    # Fig. 5b: reduction of IDM. The paper's text names the best, 4. The others are our guess.
     "base+idm-r2": Row("Fig. 5b: reduction in IDM, 2", sbm=False, idms=2, lambda2=0.0, reduction=2),
-    "base+idm-r4": Row("Fig. 5b: reduction in IDM, 4", "base+2idm"),
+    "base+idm-r4": Row("Fig. 5b: reduction in IDM, 4", same="base+2idm"),
     "base+idm-r8": Row("Fig. 5b: reduction in IDM, 8", sbm=False, idms=2, lambda2=0.0, reduction=8),
-    "base+idm-r16": Row("Fig. 5b: reduction in IDM, 16", sbm=False, idms=2, lambda2=0.0,
-                        reduction=16),
+    "base+idm-r16": Row(
+        "Fig. 5b: reduction in IDM, 16",
+        sbm=False, idms=2, lambda2=0.0, reduction=16,
+    ),
 }
 
 
