@@ -1774,8 +1774,9 @@ class Release:
         read: function of a state_dict; returns None if the state_dict is not the authors',
             otherwise (variant, settings inferred from the shapes, state_dict with the script's
             names).
-        chunk: {data set: length of the pieces into which the release cuts training tracklets},
-            where it is not that of data.CHUNK.
+        chunk: {data set: default of --chunk}, for the data sets whose training tracklets the
+            authors cut into pieces of another length than that of CHUNK in data.py. It holds with
+            and without --release.
         settings: settings of the recipe that --release changes; --release also changes the
             modules, in the script's `build`.
     """
