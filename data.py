@@ -1723,19 +1723,20 @@ def _shade(colour, factor):
 def _random_people(count, rng, group=4, gait=False):
     """People in groups of `group` who look alike; with `gait` they differ in their gait only."""
     people = []
-    walks = _GAITS if gait else _GAIT
-    while len(people) < count:
-        upper, second = rng.choice(_UPPER, 2, replace=False)
-        shared = dict(upper=upper, second=second, sleeves=rng.random() < 0.65,
-                      pattern=rng.choice(("plain", "plain", "hoops", "stripes", "halves")))
-        orders = {what: rng.permutation(looks) for what, looks in _IN_TURN.items()}
-        for i in range(min(group, count - len(people))):
-            if i == 0 or not gait:
-                own = {what: order[i % len(order)] for what, order in orders.items()}
-                own |= {what: rng.choice(colours) for what, colours in _TINTS.items()}
-                own |= {what: rng.uniform(*limits) for what, limits in _BODY.items()}
-            walk = {what: rng.uniform(*limits) for what, limits in walks.items()}
-            people.append(SimpleNamespace(**shared, **own, **walk))
+    gaits = _GAITS if gait else _GAIT
+    for i in range(count):
+        member = i % group
+        if member == 0:  # a new group
+            upper, second = rng.choice(_UPPER, 2, replace=False)
+            shared = dict(upper=upper, second=second, sleeves=rng.random() < 0.65,
+                          pattern=rng.choice(("plain", "plain", "hoops", "stripes", "halves")))
+            orders = {what: rng.permutation(looks) for what, looks in _IN_TURN.items()}
+        if member == 0 or not gait:
+            own = {what: order[member % len(order)] for what, order in orders.items()}
+            own |= {what: rng.choice(colours) for what, colours in _TINTS.items()}
+            own |= {what: rng.uniform(*limits) for what, limits in _BODY.items()}
+        walk = {what: rng.uniform(*limits) for what, limits in gaits.items()}
+        people.append(SimpleNamespace(**shared, **own, **walk))
     return people
 
 
@@ -1744,19 +1745,20 @@ def _random_camera(index, rng, zoom):
     units of `zoom` pixels; a frame is 128 units high."""
     def colour(low, high):
         return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), 0.12, rng.uniform(low, high)))
-    wall, floor, edge = colour(0.5, 0.8), colour(0.4, 0.7), int(rng.integers(52, 90))
+    wall, floor, horizon = colour(0.5, 0.8), colour(0.4, 0.7), int(rng.integers(52, 90))
     image = Image.new("RGB", (420, 150), _shade(wall, 1))
     draw = ImageDraw.Draw(image)
-    step, wide, high = ((16, 14, 6), (60, 40, 46))[index % 2]  # bricks or windows
-    for y in range(edge - high - 2, -high, -high - 2):
+    bricks, windows = (16, 14, 6), (60, 40, 46)
+    step, width, height = (bricks, windows)[index % 2]
+    for y in range(horizon - height - 2, -height, -height - 2):
         for x in range(y % 2 * step // 2, 420, step):
-            draw.rectangle([x, y, x + wide, y + high], _shade(wall, rng.uniform(0.8, 1.05)))
-    draw.rectangle([0, edge, 420, 150], _shade(floor, 1))
+            draw.rectangle([x, y, x + width, y + height], _shade(wall, rng.uniform(0.8, 1.05)))
+    draw.rectangle([0, horizon, 420, 150], _shade(floor, 1))
     for x in rng.integers(0, 420, 5).tolist():
-        draw.rectangle([x, edge, x + 30, 150], _shade(floor, rng.uniform(0.8, 1.1)))
+        draw.rectangle([x, horizon, x + 30, 150], _shade(floor, rng.uniform(0.8, 1.1)))
         if index % 3 == 0:  # a tree
-            draw.rectangle([x - 3, edge - 40, x + 3, edge], (84, 62, 44))
-            draw.ellipse([x - 18, edge - 58, x + 18, edge - 22], (50, 85, 45))
+            draw.rectangle([x - 3, horizon - 40, x + 3, horizon], (84, 62, 44))
+            draw.ellipse([x - 18, horizon - 58, x + 18, horizon - 22], (50, 85, 45))
     pixels = (np.asarray(image) + rng.normal(0, 6, (150, 420, 1))).clip(0, 255).astype(np.uint8)
     hue = np.array(colorsys.hsv_to_rgb(rng.random(), 1, 1))
     return SimpleNamespace(
@@ -1767,114 +1769,121 @@ def _random_camera(index, rng, zoom):
         scene=Image.fromarray(pixels).resize((round(420 * zoom), round(150 * zoom))))
 
 
-def _draw_person(image, who, *, phase, yaw, x, y, height):
+def _draw_person(image, person, *, phase, yaw, x, y, height):
     """Draws a person of `height` pixels whose feet are at the pixel (x, y).
 
     `phase` is that of the gait and `yaw` the direction of the walk, in radians: 0 is towards the
     camera, pi / 2 to the right. Lengths below are shares of the height, from the feet.
     """
-    h = height
     draw = ImageDraw.Draw(image)
-    s, c = math.sin(yaw), math.cos(yaw)
-    # +1 if the person walks to the right, -1 to the left; also the sign of the side of the body
-    # that is drawn as the nearer one
-    ahead = math.copysign(1, s)
-    across = who.build * (0.6 * abs(s) + abs(c))  # a body is flatter from the side
-    hip, shoulder, head = (high + 0.008 * math.cos(2 * phase) for high in (who.leg, 0.82, 0.905))
-    chest, waist = 0.145 * across, 0.11 * across
+    sine, cosine = math.sin(yaw), math.cos(yaw)
+    # 1 if the person walks to the right, -1 to the left; also the sign of the side of the body that
+    # is drawn as the nearer one
+    near = math.copysign(1, sine)
+    hip, shoulder, head = (up + 0.008 * math.cos(2 * phase) for up in (person.leg, 0.82, 0.905))
+    breadth = person.build * (0.6 * abs(sine) + abs(cosine))  # a body is flatter from the side
+    chest, waist = 0.145 * breadth, 0.11 * breadth  # half of the torso's width at both ends
 
-    def at(dx, dy):
-        return x + dx * h, y - dy * h
+    def pixel(right, up):
+        return x + right * height, y - up * height
 
-    def limb(a, b, width, colour):  # a bar with round ends
-        r = width * h / 2
-        draw.line([at(*a), at(*b)], colour, round(2 * r))
-        for px, py in (at(*a), at(*b)):
-            draw.ellipse([px - r, py - r, px + r, py + r], colour)
+    def bar(start, end, thickness, colour):
+        """Draws a straight bar with round ends."""
+        radius = thickness * height / 2
+        draw.line([pixel(*start), pixel(*end)], colour, round(2 * radius))
+        for px, py in (pixel(*start), pixel(*end)):
+            draw.ellipse([px - radius, py - radius, px + radius, py + radius], colour)
 
-    def oval(dx, dy, r, colour, half=False):
-        px, py = at(dx, dy)
-        shape = [px - 0.9 * r * h, py - r * h, px + 0.9 * r * h, py + r * h]
-        draw.pieslice(shape, 180, 360 if half else 540, colour)
+    def oval(right, up, radius, colour, end=540):
+        """Draws a narrow disc, or its upper half with `end` = 360."""
+        (px, py), radius = pixel(right, up), radius * height
+        box = [px - 0.9 * radius, py - radius, px + 0.9 * radius, py + radius]
+        draw.pieslice(box, 180, end, colour)
 
-    def joint(start, length, swing):  # a limb's other end
-        return start[0] + 1.25 * length * math.sin(swing) * s, start[1] - length * math.cos(swing)
+    def band(top, low, colour):
+        """Draws the part of the torso between two heights."""
+        top_half, low_half = (chest + (waist - chest) * (shoulder - up) / (shoulder - hip)
+                              for up in (top, low))
+        draw.polygon([pixel(-top_half, top), pixel(top_half, top), pixel(low_half, low),
+                      pixel(-low_half, low)], colour)
+
+    def joint(start, length, swing):
+        """The other end of a part of a limb that hangs from `start`."""
+        return (start[0] + 1.25 * length * math.sin(swing) * sine,
+                start[1] - length * math.cos(swing))
 
     def leg(side):
-        swing = who.stride * math.sin(phase) * side
-        bend = 0.9 * who.stride * max(0.0, math.cos(phase) * side) + 0.05
-        top = side * 0.055 * who.build * c, hip
+        light = 1.0 if side == near else 0.82
+        cloth, skin = _shade(person.lower, light), _shade(person.skin, light)
+        swing = person.stride * math.sin(phase) * side
+        bend = 0.9 * person.stride * max(0.0, math.cos(phase) * side) + 0.05
+        top = (side * 0.055 * person.build * cosine, hip)
         knee = joint(top, 0.5 * hip, swing)
         ankle = joint(knee, 0.46 * hip, swing - bend)
-        dark = 1.0 if side == ahead else 0.82
-        cloth, bare = _shade(who.lower, dark), _shade(who.skin, dark)
-        limb(knee, ankle, 0.06 * who.build, bare if who.cut in ("shorts", "skirt") else cloth)
-        limb(top, knee, 0.09 * who.build, bare if who.cut == "skirt" else cloth)
-        toe = ankle[0] + 0.07 * s, ankle[1] - 0.012 - 0.018 * max(c, 0)
-        limb(ankle, toe, 0.045, _shade(who.shoes, dark))
+        toe = (ankle[0] + 0.07 * sine, ankle[1] - 0.012 - 0.018 * max(cosine, 0))
+        bar(knee, ankle, 0.06 * person.build, skin if person.cut in ("shorts", "skirt") else cloth)
+        bar(top, knee, 0.09 * person.build, skin if person.cut == "skirt" else cloth)
+        bar(ankle, toe, 0.045, _shade(person.shoes, light))
 
     def arm(side):
-        swing = -who.arms * math.sin(phase) * side
-        dark = 0.95 if side == ahead else 0.78
-        sleeve, bare = _shade(who.upper, dark), _shade(who.skin, dark)
-        top = side * (chest - 0.01) * c, shoulder - 0.025
+        light = 0.95 if side == near else 0.78
+        cloth, skin = _shade(person.upper, light), _shade(person.skin, light)
+        swing = -person.arms * math.sin(phase) * side
+        top = (side * (chest - 0.01) * cosine, shoulder - 0.025)
         elbow = joint(top, 0.16, swing)
         hand = joint(elbow, 0.14, swing + 0.3)
-        limb(elbow, hand, 0.05 * who.build, sleeve if who.sleeves else bare)
-        limb(top, elbow, 0.06 * who.build, sleeve)
-        limb(hand, hand, 0.045, bare)
-        if who.bag == "hand" and side == 1:
-            limb((hand[0], hand[1] - 0.06), (hand[0], hand[1] - 0.11), 0.12, who.bag_colour)
+        bar(elbow, hand, 0.05 * person.build, cloth if person.sleeves else skin)
+        bar(top, elbow, 0.06 * person.build, cloth)
+        bar(hand, hand, 0.045, skin)
+        if person.bag == "hand" and side == 1:
+            bar((hand[0], hand[1] - 0.06), (hand[0], hand[1] - 0.11), 0.12, person.bag_colour)
 
-    def band(top, low, colour):  # the part of the torso between two heights
-        wide = [chest + (waist - chest) * (shoulder - v) / (shoulder - hip) for v in (top, low)]
-        draw.polygon([at(-wide[0], top), at(wide[0], top), at(wide[1], low), at(-wide[1], low)],
-                     colour)
+    def backpack():
+        bar((-0.16 * sine, shoulder - 0.06), (-0.16 * sine, hip + 0.12), 0.15, person.bag_colour)
 
-    def backpack(seen):
-        if who.bag == "backpack" and seen:
-            limb((-0.16 * s, shoulder - 0.06), (-0.16 * s, hip + 0.12), 0.15, who.bag_colour)
-
-    limb((-0.12, 0), (0.12, 0), 0.025, (60, 60, 64))  # the shadow
-    arm(-ahead)  # from the far side to the near one
-    leg(-ahead)
-    leg(ahead)
-    backpack(c > 0)
-    if who.cut == "coat":
-        limb((0, hip), (0, hip - 0.12), 2 * waist, _shade(who.upper, 0.9))
-    limb((-0.8 * chest, shoulder - 0.015), (0.8 * chest, shoulder - 0.015), 0.05, who.upper)
-    band(shoulder, hip - 0.02, who.upper)
-    if who.pattern == "hoops":
+    # from the far side to the near one
+    bar((-0.12, 0), (0.12, 0), 0.025, (60, 60, 64))  # the shadow
+    arm(-near)
+    leg(-near)
+    leg(near)
+    if person.bag == "backpack" and cosine > 0:
+        backpack()
+    if person.cut == "coat":
+        bar((0, hip), (0, hip - 0.12), 2 * waist, _shade(person.upper, 0.9))
+    bar((-0.8 * chest, shoulder - 0.015), (0.8 * chest, shoulder - 0.015), 0.05, person.upper)
+    band(shoulder, hip - 0.02, person.upper)
+    if person.pattern == "hoops":
         for i in range(4):
-            band(shoulder - 0.03 - 0.08 * i, shoulder - 0.065 - 0.08 * i, who.second)
-    elif who.pattern == "stripes":
-        for u in (-0.6, 0, 0.6):
-            limb((u * chest, shoulder - 0.02), (u * waist, hip), 0.025, who.second)
-    elif who.pattern == "halves":
-        band((shoulder + hip) / 2, hip - 0.02, who.second)
-    if who.cut == "skirt":
-        draw.polygon([at(-waist, hip + 0.03), at(waist, hip + 0.03), at(1.4 * waist, hip / 2),
-                      at(-1.4 * waist, hip / 2)], who.lower)
-    backpack(c <= 0)
-    limb((0, shoulder), (0, head), 0.06, _shade(who.skin, 0.85))
-    if who.head == "long":
-        limb((-0.02 * s, head), (-0.03 * s, shoulder - 0.03), 0.13, who.hair)
-    elif who.head == "bun":
-        oval(-0.06 * s, head + 0.07, 0.035, who.hair)
-    oval(0.015 * s, head, 0.06, who.skin)
-    if who.head == "cap":
-        oval(0, head + 0.01, 0.066, who.cap, half=True)
-        limb((0, head + 0.015), (0.09 * s, head + 0.015), 0.02, _shade(who.cap, 0.75))
-    elif who.head != "bald":
-        oval(-0.012 * s, head + 0.008, 0.064, who.hair, half=c > -0.3)
-    arm(ahead)
-    if who.bag == "shoulder":
-        side = math.copysign(waist, c)
-        limb((-side, shoulder), (side, hip), 0.02, _shade(who.bag_colour, 0.7))
-        limb((side, hip), (side, hip - 0.04), 0.12, who.bag_colour)
+            band(shoulder - 0.03 - 0.08 * i, shoulder - 0.065 - 0.08 * i, person.second)
+    elif person.pattern == "stripes":
+        for share in (-0.6, 0, 0.6):
+            bar((share * chest, shoulder - 0.02), (share * waist, hip), 0.025, person.second)
+    elif person.pattern == "halves":
+        band((shoulder + hip) / 2, hip - 0.02, person.second)
+    if person.cut == "skirt":
+        draw.polygon([pixel(-waist, hip + 0.03), pixel(waist, hip + 0.03),
+                      pixel(1.4 * waist, hip / 2), pixel(-1.4 * waist, hip / 2)], person.lower)
+    if person.bag == "backpack" and cosine <= 0:
+        backpack()
+    bar((0, shoulder), (0, head), 0.06, _shade(person.skin, 0.85))
+    if person.head == "long":
+        bar((-0.02 * sine, head), (-0.03 * sine, shoulder - 0.03), 0.13, person.hair)
+    elif person.head == "bun":
+        oval(-0.06 * sine, head + 0.07, 0.035, person.hair)
+    oval(0.015 * sine, head, 0.06, person.skin)
+    if person.head == "cap":
+        oval(0, head + 0.01, 0.066, person.cap, end=360)
+        bar((0, head + 0.015), (0.09 * sine, head + 0.015), 0.02, _shade(person.cap, 0.75))
+    elif person.head != "bald":  # hair, below which the face is in sight unless one sees the back
+        oval(-0.012 * sine, head + 0.008, 0.064, person.hair, end=360 if cosine > -0.3 else 540)
+    arm(near)
+    if person.bag == "shoulder":
+        side = math.copysign(waist, cosine)
+        bar((-side, shoulder), (side, hip), 0.02, _shade(person.bag_colour, 0.7))
+        bar((side, hip), (side, hip - 0.04), 0.12, person.bag_colour)
 
 
-def _draw_tracklet(who, passer, camera, *, frames, size, occlusion, rng):
+def _draw_tracklet(person, passer, camera, *, frames, size, occlusion, rng):
     """Yields the frames of a person, or of nobody (None), who walks past a camera, and for each
     frame its mask, as `draw_synthetic` describes it. `size` is (height, width). With probability
     `occlusion` a pole, a box on a cart or the person `passer` gets in the way."""
@@ -1894,13 +1903,13 @@ def _draw_tracklet(who, passer, camera, *, frames, size, occlusion, rng):
         left = (start + 2.5 * i * math.sin(yaw) + drift[0]) * unit
         left = int(np.clip(left, 0, camera.scene.width - w))
         image = camera.scene.crop((left, 5, left + w, 5 + h))
-        person = Image.new("RGBA", image.size)  # two layers, transparent where nothing is drawn
+        layer = Image.new("RGBA", image.size)  # two layers, transparent where nothing is drawn
         front = Image.new("RGBA", image.size)
         middle, feet = w / 2 + 1.2 * drift[0] * unit, 0.965 * h + drift[1] * unit
-        if who:
-            step = phase + 2 * math.pi * who.frequency * i / 8
-            tall = h * camera.scale * who.height * rng.uniform(0.96, 1.04)
-            _draw_person(person, who, phase=step, yaw=yaw, x=middle, y=feet, height=tall)
+        if person:
+            step = phase + 2 * math.pi * person.frequency * i / 8
+            tall = h * camera.scale * person.height * rng.uniform(0.96, 1.04)
+            _draw_person(layer, person, phase=step, yaw=yaw, x=middle, y=feet, height=tall)
         x = w * (0.5 + (i - when) / 6)
         if kind == "pole":
             ImageDraw.Draw(front).rectangle([x - 0.06 * w, 0, x + 0.06 * w, h], tint)
@@ -1908,9 +1917,9 @@ def _draw_tracklet(who, passer, camera, *, frames, size, occlusion, rng):
             ImageDraw.Draw(front).rectangle([x - 0.3 * w, 0.7 * h, x + 0.3 * w, h], tint)
         elif kind == "passer":
             _draw_person(front, passer, phase=i, yaw=math.pi / 2, x=x, y=1.02 * h, height=0.95 * h)
-        image.paste(person, mask=person)
+        image.paste(layer, mask=layer)
         image.paste(front, mask=front)
-        visible = person.getchannel("A")
+        visible = layer.getchannel("A")
         visible.paste(0, mask=front)
         mask = visible.reduce(_SUPERSAMPLING).point(lambda share: 255 if share > 127 else 0)
         image = image.reduce(_SUPERSAMPLING)
@@ -1974,11 +1983,6 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
         queries = []  # the numbers of the test rows that are queries
         for number, (pid, person) in enumerate(progress(people, "drawing", unit=" people")):
             part = "train" if 0 < pid <= identities else "test"
-            images = temporary / f"bbox_{part}/{pid:0>4}"
-            images.mkdir(parents=True, exist_ok=True)
-            masks_folder = temporary / f"masks/bbox_{part}/{pid:0>4}"
-            if masks:
-                masks_folder.mkdir(parents=True, exist_ok=True)
             for cam, tracklet in itertools.product(range(cameras), (1, 2)):
                 rng = np.random.default_rng([seed, 5, number, cam, tracklet])
                 if pid == 0 and cam != number % cameras:
@@ -1993,11 +1997,11 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
                 drawn = _draw_tracklet(person, passer, views[cam], frames=length, size=size,
                                        occlusion=occlusion, rng=rng)
                 for i, (image, mask) in enumerate(drawn, 1):
-                    name = f"{start}F{i:03}"
-                    names[part].append(f"{name}.jpg")
-                    image.save(images / f"{name}.jpg", quality=90)
+                    names[part].append(f"{start}F{i:03}.jpg")
+                    file = f"bbox_{part}/{pid:0>4}/{start}F{i:03}"
+                    _save(image, temporary / f"{file}.jpg", quality=90)
                     if masks:
-                        mask.save(masks_folder / f"{name}.png")
+                        _save(mask, temporary / f"masks/{file}.png")
                 rows[part].append((first, len(names[part]), pid, cam + 1))
                 if part == "test" and pid > 0 and tracklet == 1:
                     queries.append(len(rows[part]))
@@ -2017,6 +2021,12 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
             # The file of the lock is not deleted: a process that waits for it would get the lock of
             # a deleted file, while a third one makes and locks a new file.
             lock_file.close()
+
+
+def _save(image, path, **options):
+    """Saves an image in a folder that need not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
 
 
 def _write_mat(path, variable, values):
