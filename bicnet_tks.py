@@ -980,7 +980,8 @@ def picture(model, clips, frames):
             for frame_attention in attention[0]:
                 # A_k sums to 1, so that its mean is 1 / numel.
                 attention_maps.append(frame_attention * frame_attention.numel())
-        rows["attention map of each frame, divided by its mean"] = overlays(frames, attention_maps, captions)
+        label = "attention map of each frame, divided by its mean"
+        rows[label] = overlays(frames, attention_maps, captions)
     last_maps = []
     for _, x in layer4_calls:  # one call for each branch
         last_maps += energy(x)

@@ -67,9 +67,9 @@ FLAGS = {  # flags of all variants of a script
     ("gait", "m3d"): f"{SGD} {GAIT}",
 }
 # M3D's 2D network takes as many frames in a batch and in an epoch as the others. These start from
-# it, as in the paper. So does `2d-again`, the same network and recipe once more, so that it has been
-# trained as long as they. The learning rate is in proportion to the number of images or clips in a
-# batch.
+# it, as in the paper. So does `2d-again`, the same network and recipe once more, so that it has
+# been trained as long as they. The learning rate is in proportion to the number of images or clips
+# in a batch.
 IMAGES = {
     "hard": "--frames 1 --ids 32 --chunk 2 --lr 0.01",
     "gait": "--frames 1 --ids 64 --chunk 1 --lr 0.02",
@@ -231,9 +231,9 @@ def cells_of_person(masks, size):
 
 
 def where_maps_lie(maps, masks):
-    """Energy (N, h, w) and the masks (N, H, W) of the images -> (share of the energy over each map's
-    minimum on the person, correlation with the border), as means over the images. The second is NaN
-    if a map is all border."""
+    """Energy (N, h, w) and the masks (N, H, W) of the images -> (share of the energy over each
+    map's minimum on the person, correlation with the border), as means over the images. The second
+    is NaN if a map is all border."""
     over = maps - maps.amin((1, 2), keepdim=True)
     person = cells_of_person(masks, maps.shape[1:])
     share = (over * person).sum((1, 2)) / over.sum((1, 2)).clamp(min=1e-12)

@@ -69,7 +69,7 @@ def test_help(script, monkeypatch, capsys):
             said[name] = about
     assert [*said] == [*module.ROWS]
     for name, row in module.ROWS.items():
-        assert re.match(r"(text (to|on) )?(Tables?|Fig\.|Sec\.) \d[^:]*: .", row.about), name
+        assert re.match(r"([Tt]ext (to|on|about) )?(Tables?|Fig\.|Sec\.) \d[^:]*: .", row.about), name
         results = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.results.items()]
         results += [f"{value} {common.COSTS[cost]}" for cost, value in row.costs.items()]
         flags = [common.as_flag(*setting) for setting in row.settings.items()]
@@ -664,8 +664,8 @@ def test_errors_are_one_line(run, small_root, tmp_path, arguments, says):
         (("--temperature", "0"), ["--temperature", "a number above 0"]),
         (("--reduction", "0"), ["reduction of 1 to ", ", not 0; check --frames"]),
         (("--se-reduction", "2000"), ["reduction of 1 to 1024, not 2000"]),
-        (("--init", ""), ["--init: no such file"]),
-        (("--figure", ""), ["--figure: no such file"]),
+        (("--init", ""), ["--init: the value is empty"]),
+        (("--figure", ""), ["--figure: the value is empty"]),
     ],
 )
 def test_wrong_flags(refuses, small_root, tmp_path, arguments, says):
