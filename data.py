@@ -154,7 +154,7 @@ def last_line(error):
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and lines[-1].startswith("Check the documentation"):
-        lines.pop()
+        lines.pop()  # torch.load gives the reason in the line before this advice
     if not lines:
         return type(error).__name__
     return first_line(lines[-1])
@@ -635,8 +635,9 @@ def _images(folder):
 
 def _frames(folder, names):
     """The paths of a tracklet's frames in temporal order, which is that of the numbers in their
-    names. Decimal numbers, such as 12.25, are taken for times. Warns if the names differ in more
-    than their numbers within the tracklet.
+    names. A number such as 12.25 is read as a decimal number, for example a time in seconds, unless
+    the names show that the digits after the dot are a counter. Warns if the names of the tracklet
+    differ in more than their numbers.
     """
     # Only what follows the common prefix is compared; the prefix must not end inside a number.
     start = len(os.path.commonprefix(names).rstrip("0123456789.,"))
@@ -693,8 +694,10 @@ def _are_decimals(names):
 
 
 def _tracklets_below(folder, depth, layout, parents=()):
-    """Yields (names of the folders above, paths of the frames) for each tracklet, whose folder is
-    `depth` levels below. `layout` describes in an error message what is expected."""
+    """Yields (names of the folders on the way to it, paths of its frames) for each tracklet. The
+    folder of a tracklet is `depth` levels below `folder`, and its own name is the last of these
+    names. `layout` describes in an error message what is expected; `parents` has the names so far.
+    """
     if depth == 0:
         names = _images(folder)
         if not names:
@@ -871,7 +874,8 @@ def load_duke(folder: Path, name: str = "duke") -> Dataset:
 
 
 def _duke_part(folder, layout):
-    """The tracklets of one of Duke's three folders, with names for pids."""
+    """The tracklets of one of Duke's three folders. Their pids are still names, those of the
+    folders."""
     tracklets = []
     for (pid, _), frames in _tracklets_below(folder, 2, layout):
         cam = None
@@ -1179,6 +1183,8 @@ class Source(NamedTuple):
         return any(os.path.isdir(f"{folder}/{name}") for name in self.folders)
 
 
+# A new data set needs a loader, which is a function of (folder, name) that returns a Dataset, and a
+# line in this table.
 DATA_SETS = {
     "mars": Source(load_mars, ("info", "bbox_train", "bbox_test"), (8298, 1980, 11310)),
     "duke": Source(load_duke, ("train", "query", "gallery"), (2196, 702, 2636)),
@@ -1435,7 +1441,7 @@ def random_erase(clip, rng, p: float = 0.5, *, area: tuple = (0.02, 0.4),
     if rng.random() >= p:
         return clip
     H, W = clip.shape[-2:]
-    for _ in range(100):
+    for _ in range(100):  # until a box fits into the frame; if none does, nothing is erased
         size = rng.uniform(*area) * H * W
         ratio = math.exp(rng.uniform(*np.log(aspect)))
         h = max(1, round(math.sqrt(size * ratio)))
@@ -1594,7 +1600,8 @@ class PKSampler(torch.utils.data.Sampler):
         if shows == "tracklets":
             groups = np.array([max(1, len(self.tracklets_of[pid]) // K) for pid in self.pids])
             self.batches = self._most_batches(groups)
-            self.groups = np.minimum(groups, self.batches)  # of each identity, in an epoch
+            # for each identity, the number of its groups that an epoch can show
+            self.groups = np.minimum(groups, self.batches)
         else:
             self.batches = math.ceil(len(self.pids) / P)
         self.set_epoch(0)
@@ -1625,7 +1632,8 @@ class PKSampler(torch.utils.data.Sampler):
             groups = []
             for pid in batch:
                 shuffled = rng.permutation(self.tracklets_of[pid])
-                groups.append((pid, np.resize(shuffled, self.K)))  # repeats them where K is more
+                # np.resize repeats the tracklets if there are fewer than K
+                groups.append((pid, np.resize(shuffled, self.K)))
             yield groups
 
     def _batches_of_tracklets(self, rng):
