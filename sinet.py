@@ -30,7 +30,8 @@ Where each part of the paper is:
   Sec. 4.2, Adam             make_optimizer; train divides the learning rate in steps (StepLR)
   Tables 1-3, Fig. 5         ROWS
   Fig. 1, Fig. 6             picture
-Every class can be copied into another project. The docstring says what to copy with it.
+Every class can be copied into another project. Its docstring names what else has to be copied with
+it, if anything.
 
 Deviations from the paper (what the paper says; what we do and why; the flag for the paper's form):
   Eq. 3         The paper has softmax(Q * K). We divide the response by k^2, which makes it a mean
@@ -54,7 +55,9 @@ Unspecified in the paper; our choice, which follows the authors' release where (
                 follows block 4 of layer2; three IDMs follow blocks 2, 3 and 4.
   SBM           We take "plugged evenly into the third layer" to mean after blocks 2, 4 and 6. In
                 "Same Pos." of Table 3 all three SBMs follow block 6.
-  pooling       Max pooling over the last feature map of each frame, then the mean over the frames
+  pooling       The last feature map of each frame is pooled by its maximum, and the resulting
+                vectors of the frames are averaged (release).
+  classifier    Its weights start from a normal distribution with a standard deviation of 0.001
                 (release).
   L_mi          The paper defines it in a supplement that we do not have; mutual_information_loss is
                 our reading. It takes the frames' vectors after the BN neck (release) and a linear
@@ -79,12 +82,13 @@ Unspecified in the paper; our choice, which follows the authors' release where (
   GFLOPs        We count 1.074 for two IDMs. We could reproduce neither the 1.081 that Sec. 4.5
                 gives for them, nor its 2.216 for two Non-local blocks, with any position and width
                 that we tried.
-  Fig. 5        The text gives only the best values, k = 3 and reduction 4. The other values are our
-                guess, and so are (a) a network without IDMs and (b) a network without SBMs.
+  Fig. 5        The text gives only the best values, k = 3 and reduction 4. We guess the other
+                values, and that the network of Fig. 5a has no IDMs and that of Fig. 5b no SBMs.
 
-The authors' release departs from the paper's equations. Their trained networks need the following
-differences: loading one with --resume or --init sets --release by itself. To train such a network,
-give --release, which also sets --reduction 16 --lambda2 0.001 --scale window --pool max:
+The authors' release departs from the paper's equations in the points below, and their trained
+networks need this form. Loading one of them with --resume or --init sets --release by itself. To
+train such a network, give --release, which also sets the flags --reduction 16 --lambda2 0.001
+--scale window --pool max. The points are:
   IDM           BatchNorms after G^I and L^I, a ReLU at the end, and biases. Its reduction is 16,
                 although Fig. 5b finds 4 best.
   CPM           It takes means where Eq. 5-6 take sums. The mean over the later frames is weighted
@@ -92,7 +96,8 @@ give --release, which also sets --reduction 16 --lambda2 0.001 --scale window --
   SE            Its linear layers have biases, and so has the classifier.
   stem          The max pooling has no padding: frames of 256x128 give maps of 63x31, not of 64x32.
   L_mi          It is summed over the identities of a batch and weighted by 0.001, in place of a
-                mean that is weighted by 0.01.
+                mean that is weighted by 0.01. Its linear layer starts with Kaiming's normal weights
+                and zero biases.
 The authors' release also departs in these points, which --release does not follow:
   batches       A batch has 8 groups of K clips, and some batches hold one identity twice. They
                 train on two GPUs, and BatchNorm computes its statistics on each GPU's half of the
@@ -167,7 +172,8 @@ class ChannelAttentionLayer(nn.Module):
 class KernelGenerationModule(nn.Module):
     """KGM, K = P A_p^T: gathers the salient features of the former frames in a k x k kernel.
 
-    Input: P (B, s, C, H, W). Output: K (B, k*k, C), the positions in the window row by row.
+    Input: P (B, s, C, H, W). Output: K (B, k*k, C), where the k*k positions of the window are
+    listed row by row.
 
     Args:
         channels: C.
@@ -280,9 +286,9 @@ class CrossPropagationModule(nn.Module):
 
     Args:
         alpha: degree of the propagation; 0 for none.
-        release: False adds up the means of the frames, as in Eq. 5-6. True averages them, as in the
-            authors' release: over the former frames, and over the positions of the later ones with
-            weights of 1 - S.
+        release: False takes the sums over the frames of Eq. 5-6. True replaces both by means, as in
+            the authors' release: Eq. 5 then has the mean of the later X over all frames and
+            positions, weighted by 1 - S, and Eq. 6 has the mean of the former X.
     """
 
     def __init__(self, *, alpha: float = 0.1, release: bool = False):
@@ -309,7 +315,8 @@ def as_channels_last_frames(x):
     (B*T, C, H, W) are in torch.channels_last memory format. The gradient gets this format, too.
 
     Without it, slices and torch.cat leave a format that the ResNet blocks would have to convert.
-    Flattening to one dimension in the order (B, T, H, W, C) forces the format in both directions.
+    Flattening to one dimension in the order (B, T, H, W, C) forces the format in the forward and in
+    the backward pass.
     """
     _, T, C, H, W = x.shape
     by_position = x.movedim(2, 4)                                         # (B, T, H, W, C)
@@ -364,7 +371,7 @@ class SalientToBroadModule(nn.Module):
             raise ValueError(f"SBM with split {s} needs more than {s} frames, not {x.shape[1]}")
         if x.shape[2] != self.channels:
             raise ValueError(f"SBM was built for {self.channels} channels, not {x.shape[2]}")
-        x = as_channels_last_frames(x)  # the slices below give gradients in another format
+        x = as_channels_last_frames(x)  # for the gradients, which lose the format in the slices
         attended = x
         if self.cal is not None:
             attended = self.cal(x)                                                # Eq. 1-2
@@ -373,18 +380,18 @@ class SalientToBroadModule(nn.Module):
         kernel = self.kgm(p)
         suppression = self.so(q, kernel)                                          # Eq. 3-4
         z = self.cpm(x[:, :s], x[:, s:], suppression)                             # Eq. 5-6
-        return as_channels_last_frames(z)  # torch.cat in CPM has lost the format
+        return as_channels_last_frames(z)  # for the maps, which lose it in the torch.cat of CPM
 
 
 # ---------------------------------------------------- Sec. 3.2: Integration-and-Distribution Module
 
 class IntegrationDistributionModule(nn.Module):
-    """IDM, Eq. 7: F' = G^D G^I F (L^I L^D + I), plus F, which mixes the channels (G) and all
-    m = T*H*W positions of a clip (L).
+    """IDM, Eq. 7: adds F' = G^D G^I F (L^I L^D + I) to F. G mixes the channels, and L mixes all
+    m = T*H*W positions of a clip.
 
-    Input: X (B, T, C, H, W) with the T, H and W given below. Output: of the same shape. It starts
-    as the identity. With release it starts as a ReLU, which changes nothing, as the maps of a
-    ResNet stage are not negative anyway.
+    Input: X (B, T, C, H, W) with the T, H and W given below. Output: of the same shape. The module
+    starts as the identity. With release it starts as a ReLU, which changes nothing, as the maps of
+    a ResNet stage are not negative anyway.
 
     Args:
         channels: C.
@@ -409,7 +416,7 @@ class IntegrationDistributionModule(nn.Module):
         self.l_i = nn.Linear(m, reduced_m, bias=False)
         self.l_d = nn.Linear(reduced_m, m, bias=release)
         self.g_d = nn.Conv2d(reduced_channels, channels, 1, bias=release)
-        # Eq. 7 is linear: it has neither BatchNorm nor ReLU
+        # Eq. 7 is linear. Only the authors' release has BatchNorm and ReLU.
         self.bn_g = nn.BatchNorm2d(reduced_channels) if release else nn.Identity()
         self.bn_l = nn.BatchNorm1d(reduced_m) if release else nn.Identity()
         self.relu = nn.ReLU() if release else nn.Identity()
@@ -440,7 +447,7 @@ class IntegrationDistributionModule(nn.Module):
 class NonLocalBlock(nn.Module):
     """Non-local block (Wang et al., CVPR 2018) over all positions of a clip.
 
-    Input: X (B, T, C, H, W). Output: of the same shape. It starts as the identity.
+    Input: X (B, T, C, H, W). Output: of the same shape. The block starts as the identity.
 
     Args:
         channels: C.
@@ -483,7 +490,7 @@ class NonLocalBlock(nn.Module):
 class GlobalContextBlock(nn.Module):
     """GC block (Cao et al., ICCVW 2019) over all positions of a clip.
 
-    Input: X (B, T, C, H, W). Output: of the same shape. It starts as the identity.
+    Input: X (B, T, C, H, W). Output: of the same shape. The block starts as the identity.
 
     Args:
         channels: C.
@@ -710,14 +717,14 @@ class SINet(nn.Module):
 # ---------------------------------------------------------------------- Sec. 3.3, Eq. 8: the losses
 
 def mutual_information_loss(frame_embeddings, pids, *, temperature: float = 0.07):
-    """L_mi of Eq. 8: pulls together frames with the same index in the clips of one identity, and
-    pushes apart its frames with different indices, so that the frames of a clip differ.
+    """L_mi of Eq. 8: within the clips of one identity, it pulls together frames with the same index
+    and pushes apart frames with different indices, so that the frames of a clip differ.
 
     This is our reading. For frame i of a clip, the positives are the frames i of its identity's
     other clips, and the negatives are the frames of other indices in all clips of its identity.
     The loss is the mean of -log(e^{s+/t} / (e^{s+/t} + sum of e^{s-/t})) over all pairs of a frame
-    and a positive. s+ is the cosine similarity of the pair, and the sum goes over the frame's
-    negatives. Without any such pair the loss is 0.
+    and a positive. s+ is the cosine similarity of the pair, s- is that of the frame and one of its
+    negatives, and the sum goes over all its negatives. Without any such pair the loss is 0.
 
     Args:
         frame_embeddings: projected embeddings of the frames (B, T, D).
@@ -769,7 +776,7 @@ def losses(outputs, pids, args):
     if len(outputs) > 2:
         terms["mi"] = mutual_information_loss(outputs[2], pids, temperature=args.temperature)
         if args.release:
-            # This is len(pids.unique()), but a GPU need not be waited for.
+            # This equals len(pids.unique()), for which the CPU would have to wait for the GPU.
             is_repeated = (pids[:, None] == pids).tril(-1).any(1)
             terms["mi"] = (~is_repeated).sum() * terms["mi"]
     weights = loss_weights(args)
@@ -1014,8 +1021,8 @@ def released_names(state):
 
 
 def convert_weights(state, names):
-    """Returns the state_dict with our names and shapes. The authors' convolutions are 3-D, over one
-    frame, and some layers are convolutions there and linear layers here."""
+    """Returns the state_dict with our names and shapes. The authors' convolutions are 3-D, with
+    kernels of one frame, and some layers that are convolutions there are linear layers here."""
     linear = ("l_i", "l_d", "squeeze", "excite", "projection")
     model = {}
     for key, value in state.items():
@@ -1041,8 +1048,9 @@ def batchnorm_after(layer):
 
 
 def fold_biases(state, names, model):
-    """Removes from `model`, in place, the biases of layers that have none here. They stand before a
-    BatchNorm and are subtracted from its running mean, which gives the same results."""
+    """Removes from `model`, in place, the biases of layers that have none here. A BatchNorm follows
+    each of these layers, so that subtracting the bias from its running mean gives the same
+    results."""
     for layer in names:
         bn_layer = batchnorm_after(layer)
         if bn_layer is None:
@@ -1194,15 +1202,15 @@ def picture(model, clips, images):
     """
     sbms = [module for module in model.modules() if isinstance(module, SalientToBroadModule)]
     layers = [model.layer4[-1]] + [sbm.so for sbm in sbms]
-    last_calls, *so_calls = watch(model, clips, *layers)
+    last_calls, *so_calls = watch(model, clips, *layers)    # pairs (inputs, output) of each layer
     _, last_maps = last_calls[0]
     rows = {"last feature maps, divided by their mean": overlays(images, energy(last_maps))}
     for number, (sbm, calls) in enumerate(zip(sbms, so_calls), 1):
         _, suppression = calls[0]
         of_later_frames = 1 - suppression[0, :, 0]
-        maps = [None] * sbm.split + list(of_later_frames)
+        maps = [None] * sbm.split + list(of_later_frames)   # no map for the former frames
         kept = "frame 1" if sbm.split == 1 else f"frames 1 to {sbm.split}"
-        label = f"suppressed by SBM {number} because {kept} respond there"
+        label = f"suppressed by SBM {number} as salient in {kept}"
         rows[label] = overlays(images, maps, limits=(0, 1))
     return "SINet: where the network attends in each frame", rows
 
