@@ -3,12 +3,12 @@
 Hou, Chang, Ma, Huang, Shan. CVPR 2021. https://arxiv.org/abs/2104.14783
 The authors' release: https://github.com/blue-blue272/BiCnet-TKS
 
-The first frames of a clip are processed at full resolution, which keeps details. The other frames
-are processed at half the resolution, which gives more context at a quarter of the cost. Both
-branches share one network. Cross-scale paths (CSP) add features of the big frames to those of the
-small ones. The diverse attentions operation (DAO) makes the frames of a branch attend to different
-regions. Temporal kernel selection (TKS) applies temporal convolutions of several lengths, and
-weights them for each clip and channel.
+The first frames of a clip, the big frames, are processed at full resolution, which keeps details.
+The others, the small frames, are processed at half the resolution, which gives more context at a
+quarter of the cost. The two branches share one network. Cross-scale paths (CSP) add features of the
+big frames to those of the small ones. The diverse attentions operation (DAO) makes the frames of a
+branch attend to different regions. Temporal kernel selection (TKS) applies temporal convolutions of
+several lengths, and weights their outputs for each clip and channel.
 
     python bicnet_tks.py                        # a small run on synthetic data, on any machine
     python bicnet_tks.py --data mars --gpu 0    # the paper's recipe on MARS
@@ -24,9 +24,12 @@ Where the parts of the paper are:
   Sec. 3.2, Eq. 6-8, Fig. 4   TemporalKernelSelection (TKS), after stage 2
   Sec. 3.3, Fig. 3a           BiCnet
   Sec. 4.3.1                  losses
-  Sec. 4.1                    RECIPE, SAMPLER, SAMPLE, SPLIT, METRIC
+  Sec. 4.1                    RECIPE: all settings; SAMPLER, SAMPLE: batches and training clips;
+                              SPLIT, METRIC: clips and distance of the test
   Sec. 4.1, Adam              make_optimizer; train divides the learning rate in steps (StepLR)
-  Tables 1 to 6               ROWS
+  Tables 1 to 6               ROWS: the variants, table by table
+  Fig. 1, 3, 4                --figure FOLDER draws maps like theirs (function picture)
+To reuse a class elsewhere, read the end of its docstring: it says what else of this file it needs.
 
 Shapes of the maps for a clip of 8 frames of 256 x 128 pixels and alpha = 3, as frames x channels x
 height x width. Frames 1 and 2 are the big ones (Detail Branch), frames 3 to 8 the small ones
@@ -58,22 +61,23 @@ flag restores the paper's form; all three flags together give the network of the
 Two choices rest on the parameter counts in the paper's tables. CSPs after stages 1 to 3 give the
 27.6 million of TB+CSP (Table 2). With TKS after stage 4 the paper has 53.5 million (Table 6). With
 a reduction of 16 in the bottleneck of W_i ours has 53.59 million, not counting DAO and the
-BatchNorms of TKS. The paper truncates its values, so that the two agree. The counts are too coarse
-to show whether CSP has a bias (5,376 parameters) or how DAO is built (27,648 weights).
+BatchNorms of TKS. The paper truncates its values, so the two agree. The counts are too coarse to
+show whether CSP has a bias (5,376 parameters) or how DAO is built (27,648 weights).
 
 Unspecified in the paper; our choice. "(release)" marks what we took from the authors' code:
   small frames    They are resized at the input, as the text says, by bilinear interpolation with
                   antialiasing. (The GFLOPs that the paper gives for two branches suggest that the
                   maps were resized after the first convolution instead.)
-  CSP             Big frame m, counted from 0, is added to the small frames alpha * m to
-                  alpha * m + alpha - 1. The convolution has no bias.
+  CSP             The features of the first big frame are added to the first alpha small frames,
+                  those of the second to the next alpha, and so on. The convolution has no bias.
   CSP order       A CSP comes before TKS and DAO of the same stage.
   DAO, k > 1      The attention module is a 1x1 convolution from C channels to one, then a linear
                   layer over the H * W positions, both without bias. Each branch has modules of its
                   own.
-  DAO, residual   D_k + BN(sum over positions of A_k * D_k), and the weight of BN starts at zero
-                  (release). The plain D_k + A_k * D_k would change D_k only by a factor of about
-                  1 + 1 / (H * W), because A_k sums to 1.
+  DAO, residual   The new map is D_k + BN(sum over positions of A_k * D_k), where the second term is
+                  added at every position, and the weight of BN starts at zero (release). The plain
+                  D_k + A_k * D_k would change D_k only by a factor of about 1 + 1 / (H * W),
+                  because A_k sums to 1.
   Eq. 5           The loss is the mean over both branches, 0 for a branch of one frame, and has a
                   weight of 0.01. Its gradient reaches the attention modules and the backbone.
                   Through A_1, which has no module, it reaches only the backbone.
@@ -91,19 +95,22 @@ Unspecified in the paper; our choice. "(release)" marks what we took from the au
   pooling         We take the maximum over the last map of each frame, then the mean over the frames
                   of a branch (release).
   triplet loss    It uses the embedding after the BN neck, the cosine distance and a margin of 0.5.
-  short tracklets A tracklet of fewer than 32 frames gives 8 different frames, which are drawn at
-                  random and kept in temporal order. A tracklet of fewer than 8 frames gives some of
-                  them repeatedly. (Both: release)
+  short tracklets A tracklet of 8 to 31 frames gives 8 different frames, which are drawn at random
+                  and kept in temporal order. A tracklet of fewer than 8 frames gives some of its
+                  frames more than once. Both are as in the release.
   augmentation    Flip and random erasing are applied with a probability of 0.5 each; all frames of
                   a clip share the flip and the erased box.
   resizing        The frames are resized to 256 x 128 by bicubic interpolation (release).
   long tracklets  Training tracklets are cut into pieces of 32 frames on Duke and of 64 on LS-VID
                   (release). --chunk 0 keeps them whole.
-  test clips      The last clip of a tracklet is filled by starting over: 10 frames give a clip of
-                  frames 1 to 8 and one of frames 9, 10 and 1 to 6.
+  test clips      The last clip of a tracklet is filled by starting the tracklet again: 10 frames
+                  give a clip of frames 1 to 8 and one of frames 9, 10 and 1 to 6.
   epoch           An epoch visits every tracklet, in groups of K tracklets of the same identity
                   (release): 117 steps on MARS. With --epoch identities it visits every identity
                   once: 40 steps.
+  initial values  The classifier starts with normal weights (standard deviation 0.001). The
+                  BatchNorms before the residual sums of DAO and TKS start with a weight of zero.
+                  All other new layers have torch's default initialisation.
 
 Where the authors' release differs from the paper's text, we follow the text:
   big frames      The release takes frames 1 and 5 of eight, each of which leads a group of four.
@@ -114,17 +121,18 @@ Where the authors' release differs from the paper's text, we follow the text:
                   A_1 is the softmax of the channels' mean. The attention maps A_k, k > 1, come from
                   a 1x1 convolution to one channel, a linear layer with a bias over the 8 stripes,
                   BatchNorm and softmax.
-  Eq. 4-5         In the release, a group has three pairs of small frames. For each pair, the rows
-                  of P are the square roots of the two attention maps, and the loss is
-                  |P P^T - I| / 4. The big frames have no such loss, and A_1 gets no gradient.
-  LS-VID          The release replaces the triplet loss by a contrastive loss, the mean over the
-                  positives of
+  Eq. 4-5         In the release, the three small frames of a group form three pairs. The loss of a
+                  pair is |P P^T - I| / 4, where the two rows of P are the square roots of the
+                  attention maps of its frames. The big frames have no such loss, and A_1 gets no
+                  gradient.
+  LS-VID          The release replaces the triplet loss by a contrastive loss. For each clip it is
+                  the mean over its positives, which are clips of the same identity, of
                       -log(exp(16 s+) / (exp(16 s+) + sum of exp(16 s-)))
-                  where s+ is the cosine to a clip of the same identity, and s- that to a clip of
-                  another. The sum is over all clips of other identities. The paper's 75.1 / 84.6
-                  thus come from another loss than its text names.
-  batches         A batch of the release has 16 groups. In some batches two groups have the same
-                  identity; ours have none.
+                  where s+ is the cosine to the positive, and s- that to a clip of another identity.
+                  The sum is over all clips of other identities. The paper's 75.1 / 84.6 thus come
+                  from another loss than its text names.
+  batches         A batch of the release has clips from 16 groups of K tracklets (see "epoch"). In
+                  some of its batches two groups have the same identity; in ours this never happens.
 """
 import copy
 import math
@@ -179,9 +187,10 @@ class CrossScalePath(nn.Module):
 
 
 class DiverseAttentionsOperation(nn.Module):
-    """DAO, Fig. 3b, Eq. 3: gives each frame of a branch its own attention module, and
-    `divergence_loss` makes these attend to different regions. At initialisation the operation is
-    the identity, because the weight of its BatchNorm is zero.
+    """DAO, Fig. 3b, Eq. 3: gives each frame of a branch an attention map, which for all frames but
+    the first comes from a module of its own. `divergence_loss` makes the maps attend to different
+    regions. At initialisation the operation is the identity, because the weight of its BatchNorm is
+    zero.
 
     Input: maps D (B, M, C, H, W) of a branch. Output: the new maps, of the same shape, and the
     attention maps A (B, M, H, W), each of which sums to 1.
@@ -252,25 +261,25 @@ class TemporalKernelSelection(nn.Module):
     each clip and channel.
 
     Input: maps F (B, T_i, C, H_i, W_i) of one or more branches i, one argument for each branch.
-    The frames of the branches are concatenated in this order to one sequence. Output: a list of the
-    maps E, of the same shapes.
+    Their frames are concatenated into one sequence, in the order of the arguments. Output: a list
+    of the maps E, of the same shapes.
 
     Args:
         channels: number of channels C of the maps.
-        kernels: lengths of the temporal convolutions in frames, odd and at least 3. Each is a
-            convolution with three taps; those longer than 3 are dilated.
+        kernels: lengths of the temporal convolutions (the paper's paths) in frames, odd and at
+            least 3. Each convolution has three taps; those longer than 3 are dilated.
         grid: number of rows h and columns w of regions into which a map is divided, at least 1.
             They must divide every H_i and W_i.
-        select: whether the paths are weighted by Eq. 7. If False, their mean is taken ("TK" in
-            Table 2). A single path has a weight of 1 in either case.
+        select: whether the outputs of the paths are weighted by Eq. 7. If False, their mean is
+            taken ("TK" in Table 2). A single path has a weight of 1 in either case.
         bottleneck: whether W_i has a bottleneck of C / reduction channels. If False, it is a C x C
             matrix as in the paper.
         reduction: reduction factor of the bottleneck, which has C / reduction channels; 1 to C.
         excite_bn: whether Z passes through a BatchNorm whose weight starts at zero, so that TKS
             starts as the identity. If False, there is none, as in the paper.
 
-    Raises ValueError on invalid arguments, and on maps with another number of channels or that the
-    grid does not divide. Uses nothing else from this file.
+    Raises ValueError on invalid arguments, and on maps that have another number of channels or that
+    the grid does not divide. Uses nothing else from this file.
     """
 
     def __init__(self, channels: int, *, kernels: tuple[int, ...] = (3, 5),
@@ -389,10 +398,11 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 class BranchBatchNorm(nn.Module):
-    """BatchNorm2d with one weight and bias for all branches, and running statistics for each.
+    """BatchNorm2d whose weight and bias are shared by all branches, while each branch has running
+    statistics of its own.
 
-    Input and output: maps (B * M, C, H, W) of the branch whose number, from 0, is in the attribute
-    `active_branch`. BiCnet sets it before each stage.
+    Input and output: maps (B * M, C, H, W) of one branch. Its number, counted from 0, is in the
+    attribute `active_branch`, which BiCnet sets before each stage.
 
     Args:
         bn: the BatchNorm2d that this layer replaces; weight, bias and statistics are taken from it.
@@ -450,8 +460,8 @@ def check_arguments(frames, height, width, *, shares, csp_stages, tks, grid):
     max_downscale = 2 ** (len(shares) - 1)      # of the branch with the smallest frames
 
     def required_multiple(num_regions):
-        """The number of which the height or width must be a multiple. TKS divides it into
-        `num_regions` regions."""
+        """Returns the number of which the height, or the width, must be a multiple if TKS divides
+        the maps into `num_regions` regions along it."""
         factors = [max_downscale]
         for stage in csp_stages:  # the maps of the big frames are halved
             factors.append(2 * output_stride[stage])
@@ -572,7 +582,8 @@ class BiCnet(nn.Module):
         return branches
 
     def run_stage(self, stage, branches):
-        """Applies a stage to the frames or maps (B * M, C, H, W) of each branch, in a list."""
+        """Applies a stage to each branch in turn. Takes and returns a list with the frames or maps
+        (B * M, C, H, W) of each branch."""
         outputs = []
         for i, x in enumerate(branches):
             for norm in self.branch_norms:
@@ -667,11 +678,11 @@ RECIPE = {  # flag: (the full recipe's value, the small run's, meaning and sourc
     "pool": ("max", "max", "pooling over the last map of each frame (authors' release)",
              ("max", "avg")),
     "shares": ((1, 3), (1, 3),
-               "how many frames are processed at full, 1/2, 1/4 ... resolution, as a ratio; the "
-               "paper's 1 : alpha (Sec. 4.1, Tables 3, 4)"),
+               "ratio of the numbers of frames that are processed at full, 1/2, 1/4 ... "
+               "resolution; 1 : alpha in the paper (Sec. 4.1, Tables 3, 4)"),
     "own_statistics": (False, False,
-                       "keep separate running statistics of BatchNorm for each branch (not in the "
-                       "paper; without is our choice)"),
+                       "keep separate running statistics of BatchNorm for each branch (the paper "
+                       "does not say; that the branches share them is our choice)"),
     "csp": (True, True, "use cross-scale paths (CSP), which need two branches (Table 2)"),
     "csp_stages": ((1, 2, 3), (1, 2, 3),
                    "stages followed by a CSP (a deviation; 1 2 3 4 is the paper's form)"),
@@ -691,8 +702,8 @@ RECIPE = {  # flag: (the full recipe's value, the small run's, meaning and sourc
                   "apply BatchNorm to Z before the residual sum of TKS (a deviation; "
                   "--no-excite-bn is the paper's form)"),
     "divergence": (0.01, 0.01,
-                   "weight of the divergence loss (our choice); 0 leaves the attention modules "
-                   "without this loss, the variant TB+CSP+AO of Table 2"),
+                   "weight of the divergence loss (our choice); with 0 the attention modules are "
+                   "trained without it, as in TB+CSP+AO of Table 2"),
     "margin": (0.5, 0.5,
                "margin of the triplet loss, which takes the cosine distance (our choice)"),
 }
@@ -757,9 +768,9 @@ ROWS = {
         mars=(85.5, 89.6), gflops_a_frame=1.91, million_parameters=29.1,
     ),
 
-    # Table 3: the heights of the frames in each branch. For a single height of 128 or 64 all
-    # frames go to the half- or quarter-size branch. The loader still resizes them to --height x
-    # --width first.
+    # Table 3: the heights of the frames in each branch. For the single height 128 all frames go to
+    # the half-size branch, for 64 to the quarter-size branch. The loader still resizes them to
+    # --height x --width first.
     "height-256": Row("Table 3: height 256", same="base-b"),
     "height-128": Row("Table 3: height 128", same="base-s"),
     "height-64": Row(
