@@ -4,11 +4,11 @@ Hou, Chang, Ma, Shan, Chen. ECCV 2020. https://arxiv.org/abs/2007.09357
 The authors' release: https://github.com/blue-blue272/VideoReID-TCLNet
 
 The frames of a clip are much alike, and a network finds the same salient part in each of them.
-Temporal saliency erasing (TSE) has one learner for each frame of a short segment. It erases from a
-frame the regions that the learners of the previous frames attended to, so that the frame's own
-learner finds another part. Temporal saliency boosting (TSB) comes before TSE and adds to each frame
-the features of its salient part as the other frames show it. This makes up for the information that
-erasing removes.
+Temporal saliency erasing (TSE) has one learner for each frame of a short segment; a learner is the
+last stage of the network. TSE erases from a frame the regions that the learners of the previous
+frames attended to, so that the frame's own learner finds another part. Temporal saliency boosting
+(TSB) comes before TSE and adds to each frame the features of its salient part as the other frames
+show it. This makes up for the information that erasing removes.
 
     python tclnet.py                          # a small run on synthetic data, on any machine
     python tclnet.py --data mars --gpu 0      # the paper's recipe on MARS
@@ -26,7 +26,8 @@ Where the paper's parts are:
             Sec. 3.3, Fig. 4      TCLNet builds the backbone and computes v_1 ... v_N;
                                   TCLNet.finish computes the v that the test compares
             Sec. 3.3              loss_weights, losses: the objective function
-            Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE, SPLIT, METRIC
+            Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE: batches and training
+                                  clips; SPLIT, METRIC: clips and distance of the test
             Sec. 4.1, Adam        make_optimizer; train divides the learning rate in steps (StepLR)
             Tables 1-4            ROWS: the variants; --complexity prints parameters and GFLOPs as
                                   we count them, beside the paper's
@@ -70,8 +71,8 @@ Deviations from the paper (what the paper has, what we do, and the flag for the 
                 the paper's form.
   TSB's BN      The paper duplicates o over all positions "before entering the BN layer". We do it
                 afterwards, which changes only the running variance: its unbiased estimate has a
-                factor n / (n - 1), and n counts frames here and positions there. There is no flag
-                for this.
+                factor n / (n - 1), where n is the number of frames in ours, and of all their
+                positions in the paper. There is no flag for this.
   test          The paper takes "an input of entire video". We cut it into clips of T frames, so
                 that the memory of TSB holds the other frames of one clip, as in training. A larger
                 --frames makes the clips longer, in the test and in training.
@@ -86,12 +87,16 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
                 whose weight starts at zero.
   first frame   Nothing is erased: B = 1. An empty product of correlation maps is 1 everywhere, so
                 that G is uniform. The BN term of the erased map is added to the first frame, too.
-  SEO           All frames of a segment, also the first, share one BN. The BN and the shared blocks
-                take frame n of all segments as one batch (release). f_k is always an average over
-                positions, even with --pool max (release).
+  SEO           All frames of a segment, also the first, share one BN. The BN and the two blocks
+                that the learners share are applied once for each n; the batch is then frame n of
+                all segments (release). f_k is always an average over positions, even with
+                --pool max (release).
   block         If several blocks have the highest sum, the first is erased. h_e and w_e refer to a
                 16x8 map and are scaled to the size of the actual map. The strides are not scaled.
   TSB           tau = 5; the weight of the BN starts at zero.
+  new layers    Initially the weights of the classifiers are normal with a standard deviation of
+                0.001, and those of the BatchNorms in TSB, SEO and the Non-local block are zero.
+                Each learner starts as a copy of the last block of ResNet-50.
   backbone      The last stride of ResNet-50 is removed, which the paper's GFLOPs confirm.
   neck          Each v_i goes through its own BatchNorm (neck). Classifier, triplet loss and test
                 take its output.
@@ -102,11 +107,12 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
   epoch         An epoch shows all tracklets, in groups of K tracklets of the same identity
                 (release): 235 steps on MARS. With --epoch identities it shows every identity once
                 instead: 79 steps.
-  frames        In training the frames of a clip are 8 apart. A tracklet of fewer than 32 frames
-                gives 4 different frames at random, in order; a tracklet of fewer than 4 frames
-                gives some of them twice or more (release). In the test the frames of a clip are
-                consecutive, and the last clip is filled by starting the tracklet again: 10 frames
-                are 3 clips of 4.
+  frames        In training the frames of a clip are 8 apart. A tracklet of 4 to 31 frames gives 4
+                different frames, which are drawn at random and kept in temporal order. A tracklet
+                of fewer than 4 frames gives some of its frames more than once (release). In the
+                test the frames of a clip are consecutive, and the last clip is filled by starting
+                the tracklet again: 10 frames are 3 clips of 4.
+  flip          A training clip is flipped left to right with a probability of 0.5.
   resizing      Frames are resized by bicubic interpolation (release).
   pieces        Training tracklets are cut into pieces of 32 frames on Duke and of 64 on LS-VID
                 (release). --chunk 0 keeps them whole.
@@ -114,9 +120,8 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
                 the modules that it describes have 30.07 million. The paper's values for N = 3 and 4
                 agree with our count.
   Table 4, NL   One Non-local block comes after stage 3. Its inner layers have half the channels,
-                and its convolutions have biases, as in sinet.py. (The paper's parameter count fits
-                both with and without biases. The GFLOPs that the paper gives for the block are four
-                times ours.)
+                and its convolutions have biases. (The paper's parameter count fits both with and
+                without biases. The GFLOPs that the paper gives for the block are four times ours.)
   Table 4, RE   Random erasing has the probability 0.5.
   DropBlock     (Table 4) It comes after stages 3 and 4, with probability 0.1 and blocks of 7x7, or
                 of the largest odd size that fits into the map.
@@ -132,10 +137,11 @@ The authors' release departs from the paper's equations in these points; we foll
   block         The release averages the correlation map over its width, and tries a block of three
                 rows centred on each row, so that at the top and bottom border only two rows are
                 erased.
-  pooling       The release takes the maximum over the last map for the vectors, and the average
-                for f_k. The paper has GAP. --pool max gives the release's form.
-  batches       The release's batches are 8 groups, each of one identity. Some of its batches have
-                two groups of the same identity; ours have none.
+  pooling       The release takes the maximum over the last map for the vectors that are averaged
+                to v_1 ... v_N, and the average for the f_k of Eq. 3. The paper has GAP for both.
+                --pool max gives the release's form.
+  batches       The release's batches are 8 groups, each of one identity. In some of its batches the
+                same identity comes twice; in ours it never does.
 """
 import copy
 import functools
@@ -166,7 +172,7 @@ class CorrelationLayer(nn.Module):
         scaled: whether to divide by sqrt(D). False is the paper's form.
         stop_gradient: whether the vectors get no gradient from Eq. 3. False is the paper's form.
 
-    Raises ValueError on maps without D channels and on vectors of another length than D1.
+    Raises ValueError on maps that do not have D channels and on vectors of another length than D1.
     """
 
     def __init__(self, channels: int, feature_size: int, *, scaled: bool = True,
@@ -185,8 +191,8 @@ class CorrelationLayer(nn.Module):
                              f"channels and vectors of length {feature_size}")
         if self.stop_gradient:
             previous_vectors = previous_vectors.detach()
-        # R = F^T (w^T f). We divide by sqrt(D) before the product with F, because without it the
-        # sums could overflow float16.
+        # R = F^T (w^T f). We divide by sqrt(D) already here, before the product with F, because
+        # the sums of that product could otherwise overflow float16.
         projected = self.w(previous_vectors) / math.sqrt(D)
         r = projected @ x.flatten(2)                                      # Eq. 3, over sqrt(D)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
@@ -196,7 +202,8 @@ class CorrelationLayer(nn.Module):
 
 
 class BlockBinarization(nn.Module):
-    """Block binarization layer: a mask that is 0 in the block of the highest correlation, else 1.
+    """Block binarization layer: a mask that is 0 in the block of the highest correlation and 1
+    elsewhere.
 
     Takes correlation maps R, (..., H, W). Returns masks B, (..., H, W), each of which has exactly
     h_e * w_e zeros. No gradient goes through.
@@ -259,9 +266,9 @@ class SaliencyErasingOperation(nn.Module):
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
         stop_gradient: whether the vectors get no gradient from Eq. 3. False is the paper's form.
 
-    Raises ValueError on invalid blocks and strides, on maps without D channels or smaller than the
-    block, and on vectors of another length than D1. To reuse this class, also copy CorrelationLayer
-    and BlockBinarization.
+    Raises ValueError on invalid blocks and strides, on maps that do not have D channels or are
+    smaller than the block, and on vectors of another length than D1. To reuse this class, also copy
+    CorrelationLayer and BlockBinarization.
     """
 
     def __init__(self, channels: int, feature_size: int, *,
@@ -277,8 +284,8 @@ class SaliencyErasingOperation(nn.Module):
     def forward(self, x, previous_vectors):
         B, D, H, W = x.shape
         if previous_vectors.shape[1] == 0:
-            # For the first frame both products are empty and thus 1. They are written out because
-            # ONNX cannot export a product over an empty dimension.
+            # For the first frame the products of Eq. 4 and 5 are empty and thus 1. The ones are
+            # written out because ONNX cannot export a product over an empty dimension.
             dtype = torch.promote_types(x.dtype, torch.float32)
             r = x.new_ones(B, H, W, dtype=dtype)
             b = x.new_ones(B, H, W, dtype=dtype)                          # B_1 = 1
@@ -313,13 +320,14 @@ class TemporalSaliencyErasing(nn.Module):
     """TSE, Eq. 1-2 and 7, Fig. 2 (a): N ordered learners, one for each frame of a segment. Each
     learner gets its frame without the regions that the learners before it attended to.
 
-    Takes the maps F of a clip, (B, T, D, H, W). Returns the vectors c of its frames, grouped by
-    segments, (B, T / N, N, D1). T must be a multiple of N, or 1: then all learners get the same
-    frame.
+    Takes the maps F of clips, (B, T, D, H, W), where T is a multiple of N. Returns the vectors c of
+    the frames, grouped by segments, (B, T / N, N, D1). T may also be 1: then all learners get the
+    same frame, and the vectors are (B, 1, N, D1).
 
     Args:
         shared: the layers that all learners share, applied before each of them.
-        learners: a list of N modules. The paper's learner L_n is `shared`, then `learners[n - 1]`.
+        learners: a list of N modules. The paper's learner L_n is `shared`, followed by
+            `learners[n - 1]`.
         channels: number of channels D of the maps.
         feature_size: number of channels D1 of the learners' outputs, the length of a vector.
         erased_block: height and width (h_e, w_e) of the block that is erased, in positions of the
@@ -333,8 +341,8 @@ class TemporalSaliencyErasing(nn.Module):
             or "max". The vectors f_k that SEO takes are averages in both cases.
 
     Raises ValueError on invalid blocks and strides, if T is neither 1 nor a multiple of N, on maps
-    without D channels or smaller than the block, and on learners whose outputs do not have D1
-    channels. To reuse this class, also copy CorrelationLayer, BlockBinarization,
+    that do not have D channels or are smaller than the block, and on learners whose outputs do not
+    have D1 channels. To reuse this class, also copy CorrelationLayer, BlockBinarization,
     SaliencyErasingOperation and unbind_frames.
     """
 
@@ -428,8 +436,8 @@ class TemporalSaliencyBoosting(nn.Module):
         channels: number of channels D of the maps.
         tau: temperature of Eq. 6: the larger it is, the more the best matches count.
 
-    Raises ValueError on a single frame and on maps without D channels. To reuse this class, also
-    copy query_and_memory and probability_map.
+    Raises ValueError on a single frame and on maps that do not have D channels. To reuse this
+    class, also copy query_and_memory and probability_map.
     """
 
     def __init__(self, channels: int, *, tau: float = 5.0):
@@ -491,10 +499,10 @@ class NonLocalBlock(nn.Module):
 
 
 class TemporalConv(nn.Module):
-    """A 3x1x1 convolution that starts with the same outputs as a given 1x1 convolution.
+    """A 3x1x1 convolution that replaces a 1x1 convolution and at first has the same outputs.
 
-    Takes the frames of clips as a batch, (B*T, C, H, W), and returns (B*T, C', H, W), so that it
-    can replace the 1x1 convolution of a residual block.
+    Takes the frames of clips as a batch, (B*T, C, H, W), and returns (B*T, C', H, W), as the first
+    1x1 convolution of a residual block does.
 
     Args:
         conv: the convolution to start from: 1x1 with stride 1, no padding, one group and no bias.
@@ -685,8 +693,8 @@ class TCLNet(nn.Module):
         embeddings = [neck(v[:, n]) for n, neck in enumerate(self.neck)]
         if not self.training:
             # In eval mode a BatchNorm is affine, so that averaging its outputs over the clips
-            # equals applying it to the v_n of the whole tracklet, the mean of the clips' v_n. The
-            # caller averages; `finish` then normalises.
+            # equals applying it to the v_n of the whole tracklet, which is the mean of the clips'
+            # v_n. The caller averages; `finish` then normalises.
             return torch.cat(embeddings, 1)
         logits = [layer(e) for layer, e in zip(self.classifier, embeddings)]
         return torch.stack(embeddings, 1), torch.stack(logits, 1)
@@ -756,8 +764,8 @@ RECIPE = {  # flag: (the paper's value, or ours; the small run's; meaning and so
     "pool": ("avg", "max", "pooling of a frame's last map: average (GAP, Eq. 1-2) or maximum",
              ("avg", "max")),
     "learners": (2, 2,
-                 "number of learners of temporal saliency erasing (TSE), and of frames in a "
-                 "segment, N; 1 for a network without erasing (Sec. 4.1, Table 3a)"),
+                 "N, the number of learners of temporal saliency erasing (TSE) and of frames in a "
+                 "segment; with 1 nothing is erased (Sec. 4.1, Table 3a)"),
     "seo": (True, True,
             "erase from a frame what the previous frames' learners attended to; --no-seo keeps the "
             "learners and erases nothing (Table 2: TSE-wo-SEO)"),
@@ -1033,8 +1041,8 @@ def main():  # same in every script
 def picture(model, clips, frames):
     """Prepares what --figure draws: maps over the frames of a clip, like Fig. 2, 3 (b) and 5.
 
-    Each frame has the map of its learner. Frames of the second and later learners also have the
-    correlation R and the erased block. Each TSB has A for the first frame as the query.
+    For each frame it draws the map of the frame's learner and, from the second learner on, the
+    correlation R and the erased block. For each TSB it draws A with the first frame as the query.
 
     Takes the network, a clip (1, T, 3, H, W), normalised, and its frames (T, 3, H, W), uint8.
     Returns a title and {label: row of the picture}.
@@ -1043,8 +1051,8 @@ def picture(model, clips, frames):
     N = len(learners)
 
     def in_order_of_frames(maps):
-        """Takes a tensor (segments, h, w) for each learner, and returns a list of the frames'
-        maps in temporal order."""
+        """Takes for each learner a tensor or list with one map for each segment, and returns a
+        list of the maps of all frames in temporal order."""
         in_order = []
         for segment in range(len(maps[0])):
             for maps_of_learner in maps:
@@ -1062,7 +1070,8 @@ def picture(model, clips, frames):
     label = "map of the frame's learner, divided by its mean"
     rows = {label: overlays(frames, energy(maps), captions)}
     if model.tse.seo is not None:
-        first_learner_maps = [None] * (len(maps) // N)  # its frames have no correlation maps
+        # Nothing is erased for the first learner, so its frames have no correlation maps.
+        first_learner_maps = [None] * (len(maps) // N)
         correlations = [first_learner_maps]
         erased = [first_learner_maps]
         seo = model.tse.seo
