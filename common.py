@@ -10,6 +10,17 @@ The sections, in the order in which a reader of a script needs them:
     processes, signals, exit    torchrun, Ctrl-C, the one line for an error
     complexity                  parameters and multiply-adds
     pictures                    --figure
+
+Every script defines these names, and passes to the functions here what they need of them:
+
+    RECIPE, ROWS                its settings, which are flags, and the variants in the tables
+    SAMPLER, SAMPLE             how a training batch and the frames of a training clip are drawn
+    SPLIT, METRIC               how a test tracklet is cut into clips, and the distance of the test
+    RELEASE                     the authors' trained weights, a `Release`, or None
+    build, load, picture        functions that make a network, read one from a file, and draw one
+    losses, loss_weights        functions for the losses of a batch, and for their weights in --plan
+    make_optimizer, train       functions for the optimiser, and for the training loop
+    main                        function that calls `run_script`
 """
 import argparse
 import contextlib
