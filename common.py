@@ -199,8 +199,8 @@ def average_precision(ranks):
 def distances_and_ranks(distances, q_pids, q_cams, g_pids, g_cams):
     """Yields (distances to the gallery, ranks of the true matches) for each query.
 
-    distances: a (Q, G) matrix, also as a list of its rows, or its blocks, as `distance_blocks`
-    yields them. The other arguments are those of `match_ranks`.
+    distances: a (Q, G) matrix, a list of its rows, or its blocks as `distance_blocks` yields them.
+    The other arguments are those of `match_ranks`.
     """
     q_pids, q_cams, g_pids, g_cams = map(to_numpy, (q_pids, q_cams, g_pids, g_cams))
     is_matrix = hasattr(distances, "shape")
@@ -240,12 +240,12 @@ def cmc_and_map(distances, q_pids, q_cams, g_pids, g_cams, *, top=20):
 def smallest_indices(distances, k):
     """Returns the indices of the k smallest entries of each row of a float32 matrix (M, N), in
     ascending order. Equal entries rank in the order of their indices, where `topk` alone would
-    take any order."""
+    take any order. At most one entry of a row may be negative."""
     values, indices = distances.topk(min(k + 1, distances.shape[1]), largest=False)
     tied = (values[:, 1:] == values[:, :-1]).any(1)
     # Rows with equal entries are sorted by integers instead. Read as integers, the bits of two
-    # floats compare like the floats, unless both floats are negative; here at most one entry of a
-    # row is. Shifted by 32 bits, with the index in the lower bits, they make keys that are never
+    # floats compare like the floats, unless both floats are negative; at most one entry of a row
+    # is. Shifted by 32 bits, with the index in the lower bits, they make keys that are never
     # equal.
     bits = distances[tied].view(torch.int32).long()
     keys = bits * 2 ** 32 + torch.arange(distances.shape[1], device=distances.device)
@@ -254,8 +254,9 @@ def smallest_indices(distances, k):
 
 
 def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, original_weight=0.3):
-    """k-reciprocal re-ranking (Zhong et al., CVPR 2017): returns new distances (Q, G), the weighted
-    sum of the original distance d and the Jaccard distance of the k-reciprocal neighbours.
+    """k-reciprocal re-ranking (Zhong et al., CVPR 2017): returns new distances, a float32 array
+    (Q, G). They are the weighted sum of the original distance d and the Jaccard distance of the
+    k-reciprocal neighbours.
 
     d is the cosine or the squared Euclidean distance, divided by the largest distance of its query.
     A sample comes first in its own list of neighbours and is not counted among the k1. Equally
@@ -532,7 +533,7 @@ def evaluate(model, dataset, *, split_clips, clip_length, size, metric="cosine",
     for k in (1, 5, 10, 20):
         result[f"rank-{k}"] = 100 * float(cmc[k - 1])
     # Some scripts test all frames of a tracklet, others drop those at its end that do not fill a
-    # clip. A tracklet of one frame more than a clip shows which this is.
+    # clip. A tracklet of one frame more than a clip shows which of the two this script does.
     takes_all_frames = split_clips(clip_length + 1, clip_length).size > clip_length
     if takes_all_frames:
         protocol = "all frames"
