@@ -647,7 +647,7 @@ class Setting(NamedTuple):
 
 class Flag(NamedTuple):
     """A flag that is not in a recipe."""
-    default: object           # if neither user nor checkpoint gives a value; None: see the help
+    default: object           # if no other source has a value; None: the help says how it is chosen
     help: str
     kind: type                # int, str or bool
     choices: tuple | None = None
@@ -710,8 +710,8 @@ FLAGS = {
     "seed": Flag(0, "random seed of the initial weights, the batches and the augmentation", int),
     "output": Flag(None, "folder for log.csv, args.json and last.pt (default: "
                    "runs/SCRIPT-DATA[-VARIANT])", str),
-    "init": Flag(None, "start from the weights in this file, last.pt of another run; implies "
-                 "--weights none", str),
+    "init": Flag(None, "start from the weights in this file: last.pt of another run, a file of the "
+                 "authors' release, or a file with weights only; implies --weights none", str),
     "resume": Flag(None, "continue from this last.pt (a file, or the folder that holds it); "
                    "without a value, or with auto: from last.pt in the --output folder if it "
                    "exists", str),
@@ -735,6 +735,9 @@ FLAGS = {
     "plan": Flag(False, "only print what would be trained and tested: recipe, data set, number of "
                  "steps", bool),
 }
+# The constants below, down to TRAINING_ONLY, say more about single settings. A new flag, and a new
+# setting of a recipe, may have to be added to some of them.
+
 # the smallest values of settings; 0 for all other settings
 MINIMUM = {"epochs": 1, "ids": 2, "clips": 1, "frames": 1, "height": 1, "width": 1, "lr_step": 1,
            "checkpoint_every": 1, "figure_tracklets": 1}
@@ -952,7 +955,9 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
 
     Args:
         chosen: the flags that the user has given, {name: value}.
-        recipe, rows, script, release: those of `parse_args`.
+        recipe, rows: RECIPE and ROWS of the script.
+        script: the script's file.
+        release: the script's `Release`, or None.
     """
     script = Path(script)
     defaults = {name: flag.default for name, flag in FLAGS.items()}
@@ -986,6 +991,8 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     checkpoint = None
     saved = {}
     if resume is not None and flags["split"] != "all":
+        # Only a single run may change these four settings, too. The parts of a run must agree in
+        # them (see `part_of`), because a mean over different settings says nothing.
         may_differ = MAY_CHANGE_ON_RESUME | {"init", "weights", "amp", "rerank"}
         if evaluate:
             may_differ = MAY_CHANGE_ON_EVALUATE
@@ -1030,7 +1037,7 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
         values["weights"] = "none"
     values.update(saved)
     values.update(chosen)
-    # These are found out above, or for all runs alike.
+    # No source overrides these: they are determined above, or given by the script.
     values.update(resume=resume, evaluate=evaluate, output=output, chosen=[*chosen],
                   script=script.name)
     # These are not settings; `Run` removes them from the Namespace.
@@ -1044,6 +1051,7 @@ def only_evaluates(chosen):
     nothing."""
     if chosen.get("figure") is not None:
         return True
+    # --export implies --evaluate, unless the user has given --no-evaluate
     return chosen.get("evaluate", "export" in chosen)
 
 
@@ -1119,7 +1127,10 @@ def run_script(train, build, *, recipe, rows, release, text, script):
     Args:
         train: function that takes the settings and trains or shows a network.
         build: function (settings, number of identities) that returns the network.
-        recipe, rows, release, text, script: those of `parse_args`.
+        recipe, rows: RECIPE and ROWS of the script.
+        release: the script's `Release`, or None.
+        text: the script's docstring; its first line is the title in --help.
+        script: the script's file.
     """
     args = parse_args(recipe, rows, text, script, release=release)
     if args.complexity:
@@ -1211,7 +1222,7 @@ def plan(args, *, recipe, sampler, split, metric, build, loss_weights):
     Args:
         args: the settings, of `parse_args`.
         recipe: RECIPE of the script.
-        sampler: class of the batches, SAMPLER of the script.
+        sampler: class of the batch sampler, SAMPLER of the script.
         split: function (n, T) that cuts a test tracklet into clips, SPLIT of the script.
         metric: "cosine" or "euclidean", METRIC of the script.
         build: function (settings, number of identities) that returns the network.
