@@ -1360,7 +1360,7 @@ class Run:
         self.states = {}  # {name: object with state_dict} of a checkpoint; set by `start`
         self.tensorboard = None  # a SummaryWriter
         self.num_logged = 0  # rows of the history that are written to TensorBoard for good
-        self.can_be_tested = True  # whether any query has a match
+        self.can_be_tested = True  # whether any query has a match; set by `num_classes`
 
     @contextlib.contextmanager
     def setting_up(self):
@@ -1380,7 +1380,7 @@ class Run:
             if weights not in ("imagenet", "none"):
                 args.weights = backbone_weights(weights)  # `resnet50` takes a state_dict, too
             elif weights == "imagenet" and (cache / IMAGENET_FILE).exists():
-                load_file(cache / IMAGENET_FILE)  # compares checksums, as torchvision does not do
+                load_file(cache / IMAGENET_FILE)  # compares checksums, which torchvision does not
         try:
             with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports a download to stderr
                 yield
@@ -1403,7 +1403,10 @@ class Run:
 
     def num_classes(self, dataset):
         """Returns the number of identities of the classifier: that of the checkpoint, or else that
-        of the data set. Raises UserError when a training is resumed on another number."""
+        of the data set. Raises UserError when a training is resumed on another number.
+
+        Also keeps this number for the checkpoint, and whether the data set can be tested.
+        """
         self.can_be_tested = dataset.has_a_match()
         here = dataset.num_identities or 1  # for an evaluation there may be no training part
         self.num_identities = here
@@ -1444,7 +1447,7 @@ class Run:
 
         Args:
             tracklets: the training part, a list of `Tracklet`.
-            sampler: class of the batches, SAMPLER of a script.
+            sampler: class of the batch sampler, SAMPLER of a script.
             sample: function (n, T, rng) that draws the frames of a clip, SAMPLE of a script.
         """
         args = self.args
@@ -1482,6 +1485,7 @@ class Run:
         warn_without_triplets(args)
         record_signals()
         if process_rank() == 0:
+            # args.json stays locked until the process ends, so that no other run writes here
             self.lock = locked(self.checkpoint_file.with_name("args.json"),
                                json.dumps(vars(args), indent=2))
             if self.checkpoint:
@@ -1537,7 +1541,7 @@ class Run:
                     bar.set_postfix(loss=self.mean_losses()["loss"])
                     if stop_signal():
                         break
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)  # len(sampler) counts the batches of the whole epoch again
         seconds = time.time() - start_time
         self.end_epoch(epoch, is_complete=self.steps == len(sampler), seconds=seconds,
                        num_clips=(self.steps - first_step) * self.batch_size)
@@ -1693,7 +1697,7 @@ class Run:
             self.history[-1].update({key: result[key] for key in ("mAP", "rank-1")})
             self.save()
             raise_if_stopped()
-        elif result and self.states:
+        elif result and self.states:  # a test before the first epoch
             self.before_training = {key: result[key] for key in ("mAP", "rank-1")}
         elif result and args.evaluate and not self.origin.startswith("untrained"):
             self.print_with_paper(result)
@@ -1705,7 +1709,8 @@ class Run:
               f"rank-1 {result['rank-1']:.1f}; {paper_result_text(self.paper_result)}", flush=True)
 
     def finish(self):
-        """Prints the last epoch's result next to that in the paper, and returns it."""
+        """Prints the last epoch's test result next to that in the paper. Returns the epoch's row of
+        the log."""
         result = self.history[-1]
         if result["mAP"] != "":
             self.origin = f"after epoch {len(self.history)}"
