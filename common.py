@@ -1789,10 +1789,16 @@ def trained_for(checkpoint):
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-# last.pt of a run is a dict: script; args, the settings; num_classes; history, the rows of log.csv;
-# before_training, the result of the untrained network; progress, a pair of the steps done in the
-# unfinished epoch and the sums of their losses; and the states of model, optimizer, scheduler and
-# random.
+# last.pt of a run is a dict:
+#
+#     script            file name of the script
+#     args              {name: value} of all settings
+#     num_classes       number of identities of the classifier
+#     history           the rows of log.csv, a list of dicts
+#     before_training   test result of the untrained network, {} if it was not tested
+#     progress          (steps done in the unfinished epoch, {name of a loss: its sum over these})
+#     model, optimizer, scheduler, random
+#                       states, as `state_dict` returns them; random is that of `RandomStates`
 
 class Release:
     """Trained weights that the authors of a paper offer for download, and how they become a
@@ -1913,7 +1919,8 @@ def backbone_weights(path):
     if wrong:
         raise UserError(f"--weights {path}: does not fit torchvision's ResNet-50: {wrong} (the "
                         f"first entry of the file is {next(iter(everything), None)!r})")
-    # `state` is a part of the file: the same tensor has a longer name there if it has a prefix
+    # Find the prefix that `without_prefix` has removed: the name of the same tensor in the file
+    # still has it.
     for name, value in everything.items():
         if value is state["conv1.weight"]:
             prefix = str(name).removesuffix("conv1.weight")
@@ -1958,7 +1965,7 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen,
         may_differ: names of settings that are exempt from this.
         chosen: names of the flags given by the user; a setting of the recipe that an older
             checkpoint lacks must be among them.
-        for_training: whether the states of the optimiser and so on must be there.
+        for_training: whether optimizer, scheduler, progress and random must be there.
         release: the script's `Release`, or None.
 
     Raises UserError if the file is not such a checkpoint or contradicts `expected`.
@@ -1990,9 +1997,9 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen,
 
 
 def is_checkpoint(file, script, rows):
-    """Whether a file holds what a run of the script writes. Checks only script, variant, data set,
-    root, progress, history and number of classes; `checked_settings` and `restore` check the rest.
-    Raises exceptions of any kind for other contents."""
+    """Returns whether a file holds what a run of the script writes. Checks only script, variant,
+    data set, root, progress, history and number of classes; `checked_settings` and `restore` check
+    the rest. Other contents may also raise an exception of any kind."""
     args = file["args"]
     if file["script"] != script or args["variant"] not in rows:
         return False
@@ -2055,8 +2062,8 @@ def checked_settings(path, checkpoint, *, recipe, rows, chosen):
 
 
 def same_structure(value, reference):
-    """Whether a value has the types and lengths of a reference, also inside its lists and dicts. A
-    dict may have more keys than that of the reference."""
+    """Returns whether a value has the types and lengths of a reference, also inside its lists and
+    dicts. A dict may have more keys than that of the reference."""
     if isinstance(reference, dict):
         value = [value.get(key) for key in reference]
         reference = [*reference.values()]
@@ -2145,8 +2152,8 @@ def load_matching_weights(path, model, release, args):
 
 
 def why_identities_differ(file, args):
-    """Returns why the identities of the classifier in a file are not those of a run with these
-    settings, in words; "" if they are."""
+    """Returns in words why the classifier in a file was not trained on the identities of a run with
+    these settings; "" if it was."""
     saved = file.get("args")
     if file.get("release"):
         return "the authors' release does not say on which data set it was trained"
@@ -2171,24 +2178,24 @@ def describe_identities(values):
     return str(data)
 
 
-def weights_with_prefix(path, checkpoint, prefix, network_names=()):
+def weights_with_prefix(path, checkpoint, prefix, network_state=None):
     """Returns the weights in a checkpoint whose names start with a prefix, without the prefix.
 
     Args:
         path: the file, for the message.
         checkpoint: its contents.
         prefix: such as "streams.spatial."; "" takes all weights.
-        network_names: names of the network's weights, if known. They (otherwise `prefix`) are used
-            to detect and remove a common prefix of the names in the file, such as "module.", see
-            `without_prefix`.
+        network_state: state_dict of the network, or None if it is not known. Its names (otherwise
+            `prefix`) are used to detect and remove a common prefix of the names in the file, such
+            as "module.", see `without_prefix`.
 
     Raises UserError when there are no such weights.
     """
     model = state_dict_in(checkpoint)
 
     def fits(part):
-        if network_names:
-            return not part.keys().isdisjoint(network_names)
+        if network_state:
+            return not part.keys().isdisjoint(network_state)
         return any(str(name).startswith(prefix) for name in part)
 
     part = without_prefix(model, fits) or {}
@@ -2201,8 +2208,8 @@ def weights_with_prefix(path, checkpoint, prefix, network_names=()):
     message = f"contains no weights named {prefix}* of a run"
     if not prefix:
         message = "contains no weights of a network"
-    if network_names and any(map(torch.is_tensor, model.values())):
-        message = f"has no weights that fit this network: {describe_mismatch(model, network_names)}"
+    if network_state and any(map(torch.is_tensor, model.values())):
+        message = f"has no weights that fit this network: {describe_mismatch(model, network_state)}"
     elif model:
         message += f" (its first entry is {next(iter(model))!r})"
     raise UserError(f"{path}: {message}")
