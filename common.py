@@ -2357,7 +2357,7 @@ class Stop(Exception):
 
 
 _stop_signal = 0  # the signal that has asked this process to stop
-_is_writing = False  # whether a second Ctrl-C must wait, see `without_interrupts`
+_is_writing = False  # whether a second Ctrl-C is ignored, see `without_interrupts`
 
 
 def record_signals():
@@ -2499,7 +2499,7 @@ def exit_code_and_message(error):
                    "through: reduce --workers, or enlarge it (docker run --shm-size 8g); "
                    f"{resume}")
     if re.search(r"dataloader worker \(pid.*(killed by signal|exited unexpectedly)", text):
-        if _stop_signal:  # it was sent to all processes, those of the loader included
+        if _stop_signal:  # the signal was sent to all processes, those of the loader included
             name = signal.Signals(_stop_signal).name
             return 128 + _stop_signal, f"stopped by {name} during a step; {resume}"
         return 1, ("a loader process was killed, perhaps because memory ran out: reduce --workers; "
@@ -2513,8 +2513,8 @@ def exit_code_and_message(error):
 
 def complexity(model, clip_length, height, width, without=()):
     """Returns the number of learnable parameters of a network, and the multiply-adds of the
-    convolutions and matrix products for one clip in eval mode. Nothing is computed: the multiply-
-    adds are counted on the meta device.
+    convolutions and matrix products for one clip in eval mode. Nothing is computed: torch counts
+    the multiply-adds on the meta device.
 
     Args:
         model: the network, which is not changed.
@@ -2559,8 +2559,9 @@ def print_complexity_table(rows, recipe, build):
 
 
 # ----------------------------------------------------------------------------------------- pictures
-# A sheet is a list of SheetRow. `picture` of a script returns a title and {label: PictureRow}, and
-# `rows_with_common_ranges` turns the pictures of one or more networks into rows of a sheet.
+# A sheet is one picture file: a title and a list of SheetRow. `picture` of a script returns a title
+# and {label: PictureRow}, and `rows_with_common_ranges` turns the pictures of one or more networks
+# into rows of a sheet.
 
 class Panel(NamedTuple):
     """A part of a row of a sheet."""
@@ -2571,7 +2572,7 @@ class Panel(NamedTuple):
 class SheetRow(NamedTuple):
     """A row of a sheet: a label and what is drawn beside it."""
     label: str
-    panels: list            # of Panel; [] for a note
+    panels: list            # of Panel; [] if the label is a note and nothing is drawn
 
 
 class PictureRow(NamedTuple):
@@ -2589,7 +2590,7 @@ class Picture(NamedTuple):
 
 
 def watch(model, clips, *modules):
-    """Runs a network on clips, in eval mode, and returns a list of the calls of each module: pairs
+    """Runs a network on clips, in eval mode. Returns for each module the list of its calls, pairs
     (inputs, output)."""
     calls = {module: [] for module in modules}
 
@@ -2698,8 +2699,8 @@ def bars(charts, captions):
 
 
 def curves(lines, x_max, x_label):
-    """Returns a Panel: a curve for each of `lines`, {name: {x: y}}, with whole numbers x from 1, or
-    0 if there is one, to x_max."""
+    """Returns a Panel with a curve for each of `lines`, {name: {x: y}}. The x axis has whole
+    numbers, from 1 (from 0 if a curve begins there) to x_max."""
     def draw(ax):
         for name, points in lines.items():
             ax.plot(points.keys(), points.values(), "o-", ms=4, label=name)
@@ -2863,7 +2864,10 @@ def figures(run, model, dataset, split, metric, picture, load):
 
 def load_beside(path, args, load):
     """Returns the network of --beside. Raises UserError if its frames have another size than those
-    of `args`, or its clips another length (except for single frames). load: as for `figures`."""
+    of `args`, or its clips another length (except for single frames).
+
+    load: function (path) that returns the network in a file.
+    """
     other = load(path)
     own = other.args
     same_size = (own.height, own.width) == (args.height, args.width)
@@ -2882,7 +2886,7 @@ def sheet_of_networks(networks, query, *, split_clips, run, picture):
         query: a `Tracklet`.
         split_clips: function (n, T) that cuts a tracklet into clips.
         run: the `Run`; its clip length, frame size and device are used.
-        picture: as for `figures`.
+        picture: function (network, clips, frames) that returns a title and {label: PictureRow}.
     """
     clip = split_clips(len(query.frames), run.args.frames)[0]
     frames = read_clip([query.frames[k] for k in clip], run.size)
@@ -2935,7 +2939,7 @@ def rows_of_ranking(dataset, i, distances, size):
     Args:
         dataset: a `Dataset`.
         i: index of the query, which has a match.
-        distances: from it to the gallery tracklets, (G,).
+        distances: (G,), from the query to the gallery tracklets.
         size: (height, width) of the frames.
     """
     q_pids, q_cams, g_pids, g_cams = dataset.ids()
