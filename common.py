@@ -710,8 +710,8 @@ FLAGS = {
     "seed": Flag(0, "random seed of the initial weights, the batches and the augmentation", int),
     "output": Flag(None, "folder for log.csv, args.json and last.pt (default: "
                    "runs/SCRIPT-DATA[-VARIANT])", str),
-    "init": Flag(None, "start from the weights in this file: last.pt of another run, a file of the "
-                 "authors' release, or a file with weights only; implies --weights none", str),
+    "init": Flag(None, "start from the weights in this file: last.pt of another run, or a file "
+                 "with weights only; implies --weights none", str),
     "resume": Flag(None, "continue from this last.pt (a file, or the folder that holds it); "
                    "without a value, or with auto: from last.pt in the --output folder if it "
                    "exists", str),
