@@ -2698,16 +2698,18 @@ def bars(charts, captions):
     return PictureRow(charts, (), panels)
 
 
-def curves(lines, x_max, x_label):
+def curves(lines, x_max, x_label, *, y_range=None):
     """Returns a Panel with a curve for each of `lines`, {name: {x: y}}. The x axis has whole
-    numbers, from 1 (from 0 if a curve begins there) to x_max."""
+    numbers, from 1 (from 0 if a curve begins there) to x_max. y_range: (lowest, highest) y that is
+    shown; None fits the axis to the curves."""
     def draw(ax):
         for name, points in lines.items():
             ax.plot(points.keys(), points.values(), "o-", ms=4, label=name)
         ax.locator_params("x", integer=True)
         ax.yaxis.tick_right()
         x_min = min(x for points in lines.values() for x in points)
-        ax.set(box_aspect=0.5, xlabel=x_label, xlim=(min(x_min, 1) - 0.5, x_max + 0.5))
+        ax.set(box_aspect=0.5, xlabel=x_label, ylim=y_range,
+               xlim=(min(x_min, 1) - 0.5, x_max + 0.5))
         ax.legend()
 
     return Panel(draw, 2)
@@ -2928,7 +2930,8 @@ def rows_of_training(history, before_training):
         label = "mAP and rank-1 in %, where measured"
         if before_training:
             label += "; at epoch 0 of the untrained network"
-        rows.append(SheetRow(label, [curves(results, len(history), "epoch")]))
+        panel = curves(results, len(history), "epoch", y_range=(0, 100))
+        rows.append(SheetRow(label, [panel]))
     return rows
 
 

@@ -9,11 +9,11 @@ Every variant of every script starts from its weights, as the papers start from 
 ImageNet's weights respond to people, the trunk is trained to do so: its loss has the share of the
 last map's energy that lies outside the person, which is known for synthetic people.
 
-The set `hard` was chosen so that SINet's variant `base` has between 50 and 80 mAP, before any other
-variant was run. A first pass trained for three epochs, in which all variants of SINet with a module
-stayed 10 to 15 mAP below `base`: what a module changes in the trunk has to be learned again first.
-At ten epochs `base+sbm` was above `base`; the study takes eight. In the set `gait` all people look alike except for their walk. Results on synthetic
-people say nothing about MARS.
+The set `hard` was chosen so that SINet's variant `base` has between 50 and 80 mAP, before any
+other variant was run. A first pass trained for three epochs, in which all variants of SINet with a
+module stayed 10 to 15 mAP below `base`: what a module changes in the trunk has to be learned again
+first. At ten epochs `base+sbm` was above `base`; the study takes eight. In the set `gait` all
+people look alike except for their walk. Results on synthetic people say nothing about MARS.
 """
 
 import argparse
@@ -534,7 +534,8 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "study", help="folder (study)")
     parser.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2), help="(0 1 2)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
-    parser.add_argument("--only", nargs="*", help="only these sets, scripts or rows, also as hard/m3d/2d")
+    parser.add_argument("--only", nargs="*",
+                        help="only these sets, scripts or rows, also as hard/m3d/2d")
     parser.add_argument("--table", nargs="?", type=Path, const=RESULTS, metavar="FILE",
                         help="only print the table of a file of results (tests/study.csv)")
     parser.add_argument("--trunk", action="store_true",

@@ -69,7 +69,8 @@ def test_help(script, monkeypatch, capsys):
             said[name] = about
     assert [*said] == [*module.ROWS]
     for name, row in module.ROWS.items():
-        assert re.match(r"([Tt]ext (to|on|about) )?(Tables?|Fig\.|Sec\.) \d[^:]*: .", row.about), name
+        where = r"([Tt]ext (to|on|about) )?(Tables?|Fig\.|Sec\.) \d[^:]*: ."
+        assert re.match(where, row.about), name
         results = [f"{data} {mAP or '-'} / {first}" for data, (mAP, first) in row.results.items()]
         results += [f"{value} {common.COSTS[cost]}" for cost, value in row.costs.items()]
         flags = [common.as_flag(*setting) for setting in row.settings.items()]
