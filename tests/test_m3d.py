@@ -575,7 +575,7 @@ def test_stages(run, small_root, tmp_path):
     assert counts == [f"{frames:,}", f"{len(dataset.train)}", f"{len(dataset.train)}"]
     both = done.stdout.splitlines()[-1]
     joined = [f"x/{stage}/last.pt" for stage in ("2d", "temporal")]
-    results = re.findall(r"^(.*), (?:all|whole) .*:  mAP", done.stdout, re.M)
+    results = re.findall(r"^(.*), (?:all frames|only whole clips).*:  mAP", done.stdout, re.M)
     assert results == [
         "2d, untrained",
         "2d, after epoch 1",
