@@ -1020,8 +1020,8 @@ def picture(model, clips, images):
             column[H // 2, W // 2] = torch.nan          # drawn in black
             centre_columns.append(column)
         first_image = images[:1].expand(len(mask_modules), -1, -1, -1)
-        label = (f"stage {stage_number}: positions that the masks mix into the black one, by "
-                 "factor and window")
+        label = (f"stage {stage_number}: weight of each position in the output at the black one, "
+                 "for each mask and its window")
         rows[label] = overlays(first_image, centre_columns, captions)
     return "STRF: last maps, and the weights of the attention masks", rows
 
