@@ -12,7 +12,7 @@ convolutions.
     python strf.py                            # quick run on synthetic data, also without a GPU
     python strf.py --data mars --gpu 0        # the paper's recipe
     python strf.py --data mars --plan         # only print what the line above trains and tests
-    python strf.py --data mars --gpu 0 --variant strf-i3d --order st    # one setting changed
+    python strf.py --data mars --gpu 0 --variant strf-i3d --order st    # a variant with one change
     python strf.py --help                     # all settings and variants
 
 Where the parts of the paper are:
@@ -23,6 +23,7 @@ Where the parts of the paper are:
   Sec. 3.2, Eq. 9             losses
   Sec. 3.3                    NonLocalBlock, with which the paper compares STRF
   Sec. 4                      RECIPE; the paper prints only a part of it
+  Sec. 4, evaluation          SPLIT, METRIC; CMC and mAP are computed by evaluate in common.py
   (our choice: Adam)          make_optimizer; train divides the learning rate in steps (StepLR)
   Sec. 4.1, Fig. 3 (A)        STRFNet, with its shapes and a sketch of where a unit is
   Sec. 4.2, Fig. 6 (a)        SelfProductMask, which replaces FAM in this ablation
@@ -55,9 +56,9 @@ What follows from the equations:
                  So the networks with FFM(t, tau) alone and with FFM(s, tau) alone are one
                  architecture. Table 4 gives both an mAP of 85.20, but rank-1 accuracies of 89.90
                  and 89.70.
-  factor 4       The columns of a mask sum to one, and Eq. 5 and 7 add two products each. So if its
-                 input is constant over the positions of each frame, a unit returns four times its
-                 input, both in cascade (2 x 2) and in parallel (2 + 2). In I3D and P3D-A, the next
+  factor 4       The columns of a mask sum to one, and Eq. 5 and 7 add two products each. So a unit
+                 returns four times its input if the input is constant over the positions of each
+                 frame, both in cascade (2 x 2) and in parallel (2 + 2). In I3D and P3D-A, the next
                  convolution sees only the output of STRF and has no bias, so the factor reaches the
                  BatchNorm after it. In training, BatchNorm divides by the batch's statistics, which
                  removes the factor. Its running statistics, however, start as ImageNet's, which
@@ -68,9 +69,9 @@ What follows from the equations:
 Deviations from the paper. Each entry quotes the paper, says what we do and names the flag for the
 paper's form:
   Eq. 3         "the unnormalized sample covariance matrix": we first L2-normalise the columns of
-                T_d^k (`features`), that is each position over channels and frames, because
-                kappa = 4 is taken from works [14, 19] that apply it to cosine similarities.
-                --no-normalize is the paper's form.
+                T_d^k (`features`), that is, the vector that each position has over all channels
+                and frames, because kappa = 4 is taken from works [14, 19] that apply it to cosine
+                similarities. --no-normalize is the paper's form.
   Sec. 4.1      "We then replace stage 2 and stage 3": we replace only every second block, two of
                 the four in stage 2 and three of the six in stage 3, because only these numbers
                 match the parameter counts of Table 2. --blocks 1 2 3 4 5 6 replaces all blocks.
@@ -79,14 +80,15 @@ Unspecified in the paper; our choice. We know of no code by the authors. The pap
 are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) follow that code:
   softmax axis  The softmax is over the rows, so that the columns of M sum to one and each position
                 becomes a weighted average.
-  H_dk, G_dk    H has no bias. G has stride 1. Padded positions count neither in the maximum nor in
-                the average.
+  H_dk, G_dk    H has no bias and starts with PyTorch's own random weights. G has stride 1. Padded
+                positions count neither in the maximum nor in the average.
   order         Time comes before space, as in Sec. 4.2; the caption of Fig. 4 says the opposite.
   Eq. 5, 7, 8   These equations have no residual connection and no scale, so we use none. If
-                --factors names no mask of a dimension, its FFM is left out.
+                --factors names no mask of a dimension, the FFM of that dimension is left out.
   place         STRF works on the input of the 3x1x1 (P3D) or 3x3x3 (I3D) convolution. In P3D-B and
                 I3D this is before the stride in the first block of a stage: there a unit works on
-                1,568 positions instead of 392 in stage 2, and on 392 instead of 98 in stage 3.
+                four times as many positions as in P3D-A and P3D-C: on 1,568 instead of 392 in
+                stage 2, and on 392 instead of 98 in stage 3.
   3D blocks     The 3D blocks start as the 2D network: the temporal kernels of P3D are zero (P3D-A:
                 identity), I3D has the 2D weights as the centre tap and zeros beside it. With STRF,
                 only P3D-B and P3D-C start with the outputs of the 2D network. There is no BatchNorm
@@ -102,8 +104,9 @@ are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) fo
                 channels. They add 0.46M parameters; the paper says "~5 million".
   iLIDS         Table 3 does not say which network its iLIDS-VID result is of. We assume P3D-C, as
                 for its MARS result; its Duke result is P3D-B's (Table 2).
-  recipe        It is in a supplement that we do not have, except for the values that RECIPE cites.
-                Random flips are the only augmentation. The frames of a training clip are 4 apart.
+  recipe        The paper leaves its recipe to a supplement that we do not have. RECIPE says which
+                values the paper itself gives. Random flips are the only augmentation. The frames of
+                a training clip are 4 apart.
   pooling       We take the maximum over the last map of each frame, then the mean over the frames
                 (AP3D).
   short         From a training tracklet of fewer than 32 frames, we draw 8 different frames at
@@ -121,8 +124,8 @@ are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) fo
                 clips.)
   --chunk       Training tracklets are cut into chunks of 32 frames on Duke and of 64 on LS-VID.
   --epoch       An epoch goes through the tracklets, in groups of K tracklets of one identity
-                (AP3D). On MARS this takes 235 steps. With --epoch identities it shows every
-                identity once, in 79 steps.
+                (AP3D). On MARS this takes 235 steps. With --epoch identities an epoch shows
+                every identity once, in 79 steps.
 """
 import torch
 import torch.nn as nn
@@ -254,14 +257,16 @@ class FactorizedAttentionMask(nn.Module):
                              f"{self.h.in_channels} channels, not {f.shape[2]}")
         reduced_frames = self.h(f.flatten(0, 1))                          # (B*T, C/n, H, W)
         reduced = reduced_frames.unflatten(0, f.shape[:2])                # (B, T, C/n, H, W)
-        pooled = pool_keeping_size(reduced, self.window, self.pool)       # T = G(H(f)), Eq. 2
+        # Eq. 2: T_d^k = G_dk(H_dk(f))
+        pooled = pool_keeping_size(reduced, self.window, self.pool)       # (B, T, C/n, H, W)
         features = as_matrix(pooled)                                      # (B, C/n * T, H*W)
         # at least float32, because eps=1e-12 below is zero in float16
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         if self.normalize:
             features = F.normalize(features, dim=1, eps=1e-12)
-        scores = (self.kappa * features.transpose(1, 2)) @ features       # C = kappa T^T T, Eq. 3
-        return scores.softmax(1)                                          # M = softmax(C)
+        # Eq. 3: C_dk = kappa (T_d^k)^T T_d^k
+        scores = (self.kappa * features.transpose(1, 2)) @ features       # (B, H*W, H*W)
+        return scores.softmax(1)                                          # M_dk = softmax(C_dk)
 
 
 class SelfProductMask(nn.Module):
@@ -271,7 +276,7 @@ class SelfProductMask(nn.Module):
     Takes maps f (B, T, C, H, W) and returns a mask M (B, H*W, H*W).
 
     Args:
-        normalize: whether the columns of f are L2-normalised first, as those of T are in FAM.
+        normalize: whether the columns of f are L2-normalised first, as FAM does with its features.
 
     Copy along: as_matrix.
     """
@@ -441,7 +446,7 @@ class InflatedConv(nn.Module):
 
 
 def keeps_map_size(conv):
-    """Returns whether a Conv2d changes height and width by its stride only."""
+    """Returns whether a Conv2d would keep height and width if its stride were 1."""
     if isinstance(conv.padding, str):
         return conv.padding == "same"
     for padding, dilation, kernel_size in zip(conv.padding, conv.dilation, conv.kernel_size):
@@ -455,7 +460,8 @@ class P3DConv(nn.Module):
     series (P3D-A), in parallel (P3D-B) or in series with a shortcut (P3D-C).
 
     Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), like the 2D convolution that
-    it replaces in torchvision's Bottleneck. Without STRF it starts as this 2D convolution.
+    it replaces in torchvision's Bottleneck. At the start, and without STRF, it computes the same as
+    this 2D convolution.
 
     Args:
         conv: the Conv2d that is the spatial convolution. Kind "b" adds the outputs of both
@@ -465,8 +471,7 @@ class P3DConv(nn.Module):
         kind: "a", "b" or "c".
         strf: a module on maps (B, T, C, H, W) in front of the temporal convolution, or None.
 
-    Raises ValueError on another kind, and on kind "b" if not only the stride of conv changes the
-    size of maps.
+    Raises ValueError on another kind, and for kind "b" on a conv that is padded differently.
 
     Copy along: strf_then_conv3d, keeps_map_size.
     """
@@ -521,8 +526,8 @@ class P3DConv(nn.Module):
 class NonLocalBlock(nn.Module):
     """Non-local block (Wang et al., CVPR 2018), embedded Gaussian, over all positions of a clip.
 
-    Takes maps f (B, T, C, H, W) and returns maps of the same shape. The weight of its BatchNorm is
-    0 at the start, which makes it the identity.
+    Takes maps f (B, T, C, H, W) and returns maps of the same shape. At the start, the block returns
+    its input, because the weight of its BatchNorm is 0.
 
     Args:
         channels: C; the attention is computed with C/2 channels.
@@ -587,9 +592,9 @@ class STRFNet(nn.Module):
     Takes normalised clips (B, T, 3, H, W) of any height and width. Returns (embeddings, logits),
     (B, 2048) and (B, num_classes), in train mode, and the embeddings alone in eval mode.
 
-    All other layers work on single frames, like the paper's convolutions with "temporal kernel size
-    set to 1". Frames are therefore part of the batch dimension, as (B*T, C, H, W). A frame of
-    224 x 112 goes through these shapes:
+    All layers except the 3D convolutions and the units in front of them work on single frames, like
+    the paper's convolutions with "temporal kernel size set to 1". Frames are therefore part of the
+    batch dimension, as (B*T, C, H, W). A frame of 224 x 112 goes through these shapes:
 
         stem       64 x 56 x 28
         stage 1   256 x 56 x 28     3 blocks
@@ -598,7 +603,8 @@ class STRFNet(nn.Module):
         stage 3  1024 x 14 x 7      6 blocks; blocks 1, 3 and 5 are 3D, with maps of 256 x 14 x 7 in
                                     their STRF
         stage 4  2048 x 14 x 7      3 blocks, without a stride
-        pooling  2048               averaged over the frames; then the BN neck gives the embedding
+        pooling  2048               pooled over positions, then averaged over frames; the BN neck
+                                    then gives the embedding
 
     (In I3D and P3D-B, the STRF in block 1 of stages 2 and 3 comes before the stride, and its shapes
     are 128 x 56 x 28 and 256 x 28 x 14.) A 3D block changes the middle one of three convolutions:
@@ -626,7 +632,8 @@ class STRFNet(nn.Module):
         weights: initial weights of the ResNet-50: "imagenet" (torchvision's V1 weights), "none", or
             a file with a state_dict of torchvision's resnet50.
         strf_options: keyword arguments of STRF other than its channels: factors, resolutions,
-            pools, order, reduction, kappa, normalize, fam.
+            pools, order, reduction, kappa, normalize, fam. With attention="nonlocal" they have no
+            effect, and fam=False is refused.
 
     Raises ValueError on invalid arguments and on clips of another number of frames, OSError and
     RuntimeError if the weights cannot be loaded.
@@ -713,7 +720,7 @@ def losses(outputs, pids, args):
     Args:
         outputs: (embeddings, logits) of an STRFNet in train mode.
         pids: the identities of the clips, (B,).
-        args: the settings; margin is the margin of the triplet loss.
+        args: the settings, of which the losses use `margin`, that of the triplet loss.
     """
     embedding, logits = outputs
     weights = loss_weights(args)
@@ -879,8 +886,14 @@ ROWS = {
     # Fig. 4 and 6 (a): window sizes, pooling and order of the masks, and STRF without FAM
     "resolutions-11": Row("Fig. 4a: r_tau, r_sigma = 1, 1", resolutions=(1, 1)),
     "resolutions-13": Row("Fig. 4a: r_tau, r_sigma = 1, 3", same="strf-p3dc"),
-    "resolutions-15": Row("Fig. 4a: r_tau, r_sigma = 1, 5; 0.2 mAP below 1, 3", resolutions=(1, 5)),
-    "resolutions-35": Row("Fig. 4a: r_tau, r_sigma = 3, 5; 0.4 mAP below 1, 3", resolutions=(3, 5)),
+    "resolutions-15": Row(
+        "Fig. 4a: r_tau, r_sigma = 1, 5; 0.2 mAP below resolutions-13",
+        resolutions=(1, 5),
+    ),
+    "resolutions-35": Row(
+        "Fig. 4a: r_tau, r_sigma = 3, 5; 0.4 mAP below resolutions-13",
+        resolutions=(3, 5),
+    ),
     "pool-t-max-s-max": Row("Fig. 4b: max pooling for t, max for s", same="strf-p3dc"),
     "pool-t-max-s-avg": Row("Fig. 4b: max pooling for t, average for s", pools=("max", "avg")),
     "pool-t-avg-s-max": Row("Fig. 4b: average pooling for t, max for s", pools=("avg", "max")),
@@ -983,8 +996,9 @@ def main():  # same in every script
 # ------------------------------------------------------------------------------------- the picture
 
 def picture(model, clips, images):
-    """Prepares what --figure draws: the last map, as in Fig. 5, and for the first STRF of a stage
-    the centre column of each mask: how much each position contributes to the output at the centre.
+    """Prepares what --figure draws: the last map, as in Fig. 5, and for the first STRF of each
+    stage the centre column of its masks: how much each position contributes to the output at the
+    centre.
 
     Args:
         model: an STRFNet.
