@@ -3,8 +3,8 @@
 Li, Zhang, Huang. AAAI 2019. https://arxiv.org/abs/1811.07468
 
 M3D replaces four 3x3 convolutions of a ResNet-50 by M3D layers. These add parallel temporal
-convolutions with increasing dilations, need few extra parameters, and compute at the start what the
-2D network does. Residual attention layers (RAL) re-weight the feature maps with a spatial, a
+convolutions with increasing dilations, need few extra parameters, and compute at the start the same
+as the 2D convolutions. Residual attention layers (RAL) re-weight the feature maps with a spatial, a
 channel and a temporal mask. A second stream, a plain 2D ResNet-50 on single frames, adds appearance
 features.
 
@@ -15,27 +15,30 @@ features.
     python m3d.py --data mars --gpu 0 --variant m3d --per-tap     # a variant of the paper, with one
                                                                   # setting changed
     python m3d.py --data prid --gpu 0 --split all                 # ten splits and their mean
+    python m3d.py --help                                          # all settings and variants
 
-Eq. 1, Fig. 3              TwoStreamM3D: f_st = [f_s, f_t]
-Eq. 2, 3                   Stream: f_s of the 2D stream, f_t of the M3D stream (the temporal one)
-Eq. 4-6, Fig. 4            M3DLayer, in the first block of each stage of ResNet-50
-Eq. 7-12, Fig. 5           ResidualAttentionLayer (RAL), after stages 1, 2 and 3; Eq. 7 and 8 are in
-                           apply_masks, Eq. 9 is mean_over_frames
-Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, P3D-B and P3D-C)
-Comparison with Recent Work
-  "softmax loss"           losses
-  "Euclidean distance"     METRIC
-Implementation Details     RECIPE (3D networks), ROWS["2d"] (2D network), SAMPLER, SAMPLE
-  "SGD"                    make_optimizer; train divides the learning rate in steps (StepLR)
-  stream after stream      train_in_stages
-  features in the test     TwoStreamM3D.test_parts, SPLIT
-Tables 1 to 4              ROWS; T = 16 of Table 1: the variants that end in -t16
+Where the parts of the paper are:
+  Eq. 1, Fig. 3              TwoStreamM3D: f_st = [f_s, f_t]
+  Eq. 2, 3                   Stream: f_s of the 2D stream, f_t of the M3D stream (the temporal one)
+  Eq. 4-6, Fig. 4            M3DLayer, in the first block of each stage of ResNet-50
+  Eq. 7-12, Fig. 5           ResidualAttentionLayer (RAL), after stages 1, 2 and 3; Eq. 7 and 8 are
+                             in apply_masks, Eq. 9 is mean_over_frames
+  Fig. 2                     InflatedConv (I3D), P3DConv (P3D-A, P3D-B and P3D-C)
+  Comparison with Recent Work
+    "softmax loss"           losses
+    "Euclidean distance"     METRIC
+  Implementation Details     RECIPE (3D networks), ROWS["2d"] (2D network), SAMPLER, SAMPLE
+    "SGD"                    make_optimizer; train divides the learning rate in steps (StepLR)
+    the order of training    train_in_stages
+    features in the test     TwoStreamM3D.test_parts, SPLIT; evaluate in common.py averages them and
+                             ranks the gallery
+  Tables 1 to 4              ROWS; T = 16 of Table 1: the variants that end in -t16
 A class can be copied into another project, with what its docstring names after "Copy along".
 
 Training: the 2D stream learns from single frames, by the recipe of --variant 2d. The M3D stream
-then starts from it and learns from clips of T frames. Test: the 2D stream sees every frame of a
-tracklet, the M3D stream floor(L / T) clips of T frames from a tracklet of L frames. f_s and f_t are
-the means of each stream's outputs over its frames or clips.
+then starts from the 2D stream's weights and learns from clips of T frames. Test: the 2D stream sees
+every frame of a tracklet, the M3D stream floor(L / T) clips of T frames from a tracklet of L
+frames. f_s and f_t are the means of each stream's outputs over its frames or clips.
 
 Four flags take a checkpoint (last.pt): --resume resumes or evaluates the run that wrote it; --init
 starts a new training from those of its weights that fit the new network; --init-2d starts the M3D
@@ -49,10 +52,10 @@ Deviations from the paper (what it says, what we do, the flag for the paper's fo
                 is given.
   input         "The mean value is subtracted from each (B, G, and R) channel". We normalise RGB
                 by torchvision's mean and standard deviation, with which its weights were trained.
-  n = 1         The M3D layer "equals to P3D-C". Eq. 5 contradicts this: its three taps share one
-                C x C matrix, whereas P3D-C has one for each. We follow Eq. 5, because it fits the
-                4.2 MB that M3D adds in the paper. --per-tap uses one matrix for each tap, as P3D-C
-                does (+12.5 MB).
+  n = 1         For n = 1 "the M3D layer equals to P3D-C". Eq. 5 contradicts this: its three taps
+                share one C x C matrix, whereas P3D-C has one for each. We follow Eq. 5, because it
+                fits the 4.2 MB that M3D adds in the paper. --per-tap uses one matrix for each tap,
+                as P3D-C does (+12.5 MB).
   RAL's start   "initializing all convolution layers as zero". If all three masks are zero, the
                 gradient of their product is zero and RAL never learns. We therefore set the last
                 convolution's weight to zero in every branch, and its bias to zero in the first
@@ -138,8 +141,8 @@ def shift_frames(clips, offset: int):
     """Shifts clips (B, C, T, H, W) in time: frame t of the result is frame t + offset of `clips`,
     or zeros if there is no such frame.
 
-    F.pad with a negative number at one end leaves maps and gradients in channels_last_3d, whereas
-    slices leave gradients in another layout, which later layers would have to copy.
+    F.pad with a negative number at one end leaves maps and gradients in channels_last_3d. Slices
+    would leave gradients in another layout, so that they had to be copied.
     """
     # F.pad starts with the last dimension: W, H, T. A negative number removes frames.
     return F.pad(clips, (0, 0, 0, 0, -offset, offset))
@@ -363,7 +366,7 @@ class InflatedConv(nn.Module):
 
 
 def keeps_map_size(conv: nn.Conv2d):
-    """Returns whether a convolution changes height and width by its stride only."""
+    """Returns whether a convolution would keep height and width if its stride were 1."""
     if isinstance(conv.padding, str):
         return conv.padding == "same"
     for padding, dilation, kernel_size in zip(conv.padding, conv.dilation, conv.kernel_size):
@@ -377,18 +380,18 @@ class P3DConv(nn.Module):
     convolution T, one after the other or side by side.
 
     Takes frames (B*T, C, H, W) and returns frames (B*T, C', H', W'), because it replaces a
-    convolution of a 2D network. At initialisation it computes S(x). If bn is given, it computes
-    relu(bn(S(x))).
+    convolution of a 2D network. At initialisation it computes S(x), or relu(bn(S(x))) if bn is
+    given.
 
     Args:
-        conv: the 2D convolution that it replaces, which becomes S.
+        conv: the 2D convolution that it replaces, which becomes S. Kind "b" adds S(x) and T(x), so
+            conv must then be padded such that only its stride changes the size of maps.
         frames: number of frames in a clip, T.
         kind: "a" for T(S(x)), "b" for S(x) + T(x), "c" for S(x) + T(S(x)).
         bn: for kind "a", a BatchNorm2d to apply, followed by a ReLU, between S and T. By default
             there is nothing between them.
 
-    Raises ValueError on another kind. Kind "b" adds S(x) and T(x), so S must then be padded such
-    that only its stride changes the size of maps; ValueError otherwise.
+    Raises ValueError on another kind, and for kind "b" on a conv that is padded differently.
 
     Copy along: frames_to_clips, clips_to_frames, keeps_map_size.
     """
@@ -440,8 +443,8 @@ def identity_batchnorm_after_relu(bn: nn.BatchNorm2d):
 
     Its running statistics are those of relu(z), where z is normally distributed with bn's bias as
     mean and bn's weight as standard deviation; its own weight and bias undo the normalisation by
-    them. In eval mode this holds exactly. In train mode, which normalises by the batch's
-    statistics, it holds only as far as bn(x) is distributed like z.
+    these statistics. In eval mode relu(bn(x)) therefore passes it unchanged. In train mode, which
+    normalises by the batch's statistics, this is true only as far as bn(x) is distributed like z.
     """
     mu, sigma = bn.bias, bn.weight.abs().clamp(min=1e-6)                  # of bn(x)
     density_at_zero = torch.exp(-(mu / sigma) ** 2 / 2) / (2 * torch.pi) ** 0.5
@@ -586,10 +589,10 @@ class TwoStreamM3D(nn.Module):
     share no parameters, each with a BN neck and a classifier of its own.
 
     Takes normalised clips (B, T, 3, H, W). In eval mode it returns embeddings: [f_s, f_t],
-    (B, 4096), or (B, 2048) with a single stream. Here both streams see the same frames. A test
-    feeds them different frames and does not call the network like this; see `test_parts`. In train
-    mode it returns the logits of each stream, {"spatial": (B, num_classes), "temporal":
-    (B, num_classes)}.
+    (B, 4096), or (B, 2048) with a single stream. Such a call feeds both streams the same frames. A
+    test feeds them different frames, so it does not call the network, but the networks that
+    `test_parts` returns. In train mode it returns the logits of each stream,
+    {"spatial": (B, num_classes), "temporal": (B, num_classes)}.
 
     Args:
         num_classes: number of identities in the training set.
@@ -605,8 +608,8 @@ class TwoStreamM3D(nn.Module):
         weights: initial weights of each ResNet-50: "none", "imagenet", or the path of a state_dict
             of torchvision's resnet50.
         init_2d: state_dict of the `net` of a trained 2D stream; the temporal stream starts from
-            these weights instead of `weights`. None by default, and required to be None if stream
-            is "spatial".
+            these weights instead of `weights`. None by default; it must be None if stream is
+            "spatial".
         all_blocks: if True, there is an M3D layer in every block instead of in the first one of
             each stage.
         reduction: r of the RALs, from 1 to 256.
@@ -713,7 +716,7 @@ RECIPE = {
     "ids": (24, 8,
             "a batch has ids x clips tracklets (the paper: 24 for T = 8, 12 for T = 16; "
             "Implementation Details)"),
-    "clips": (1, 1, "see --ids (our choice)"),
+    "clips": (1, 1, "factor of the batch size: a batch has ids x clips tracklets (our choice)"),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
     "epochs": (400, 3, "number of epochs (Implementation Details)"),
     "lr": (0.01, 0.0015, "initial learning rate of SGD (Implementation Details)"),
@@ -864,8 +867,8 @@ RELEASE = None                 # the authors offer no trained weights
 
 
 def build(args, num_classes):
-    """Builds the network that the settings `args` describe. With --resume or --join it gets no
-    initial weights, because all weights come from the checkpoints."""
+    """Builds the network that the settings `args` describe. With --resume or --join the network
+    gets no initial weights, because all its weights come from the checkpoints."""
     weights = args.weights
     join = args.join
     init_2d = None
@@ -873,7 +876,8 @@ def build(args, num_classes):
         weights = "none"
         join = ()
     elif join:
-        can_join = len(join) == 2 and args.stream == "two" and args.evaluate  # also with --figure
+        # --figure sets args.evaluate, too
+        can_join = len(join) == 2 and args.stream == "two" and args.evaluate
         if not can_join:
             raise ValueError("--join takes two checkpoints, and needs --stream two and one of "
                              "--evaluate and --figure")
@@ -960,9 +964,9 @@ def train_in_stages(args):
     again resumes it. Flags that the user gives for the schedule and the batch (--epochs, --lr,
     --lr-step, --ids, --clips) apply to both trainings.
 
-    With a single stream, --no-in-stages, --evaluate, --init or --init-2d it calls `train`. With
-    --evaluate, two streams and no checkpoint, it first prints how to join the two trained streams,
-    if there are any.
+    With a single stream, --no-in-stages, --evaluate, --init or --init-2d it only calls `train`.
+    With --evaluate, two streams and no checkpoint, it first prints how to join the two trained
+    streams, if there are any.
     """
     file_2d = f"{args.output}/2d/last.pt"
     file_temporal = f"{args.output}/temporal/last.pt"
@@ -973,8 +977,8 @@ def train_in_stages(args):
             print("to evaluate the two trained streams as one network, add "
                   f"--join {file_2d} {file_temporal}")
     has_initial_checkpoint = args.init or args.init_2d
-    trains = not args.evaluate and not has_initial_checkpoint
-    trains_in_stages = two_streams and args.in_stages and trains
+    trains_all = not args.evaluate and not has_initial_checkpoint
+    trains_in_stages = two_streams and args.in_stages and trains_all
     if not trains_in_stages:
         return train(args)
     train(part_of(args, ROWS, "2d", variant="2d", chunk=1))
@@ -1019,7 +1023,8 @@ def picture(model, clips, images):
         stream = model.streams["spatial"]
     net = stream.net
     rals = [*stream.ral.values()]
-    drawn_m3d_layers = []           # those in the first block of each stage, with temporal kernels
+    # the M3D layer in the first block of each stage, if it has temporal kernels
+    drawn_m3d_layers = []
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         conv = stage[0].conv2
         if isinstance(conv, M3DLayer) and len(conv.temporal) > 0:
