@@ -520,7 +520,7 @@ def test_the_picture_has_a_map_for_each_frame(per_tap, one_backbone):
     nn.init.normal_(model.streams["temporal"].net.layer1[0].conv2.temporal[0].weight, std=0.1)
     images = torch.randint(0, 256, (4, 3, 64, 32), dtype=torch.uint8)
     rows = m3d.picture(model, normalize(images[None]), images)[1]
-    (label,) = [label for label in rows if label.startswith("stage 1: sum of the temporal kernels")]
+    (label,) = [label for label in rows if label.startswith("stage 1: what the temporal kernels")]
     maps, *_ = rows[label]
     assert [m.shape for m in maps] == 4 * [(16, 8)]
 
