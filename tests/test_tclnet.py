@@ -645,7 +645,7 @@ def test_the_picture_shows_a_of_the_first_frame():
     model, inputs = TCLNet(3, 4, 64, 48), []
     model.after["layer2"].register_forward_hook(lambda m, args, out: inputs.append(args[0]))
     rows, (seen, r, erased, a) = picture_rows(model, 4)
-    assert list(rows)[3].startswith("A of the TSB after layer2") and model.training
+    assert list(rows)[3].startswith("TSB after layer2") and model.training
     assert [len(maps) for maps in (seen, r, erased, a)] == [4, 2, 2, 3]
     slow = slow_map(inputs[0][0].double(), 0, 5.0)[1:]
     # float32 against float64: exponents within 5, from dot products of 512 terms, each rounded by
