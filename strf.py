@@ -1020,11 +1020,8 @@ def picture(model, clips, images):
         for dimension, ffm in units[0].ffm.items():
             for mask_module in ffm.masks:
                 mask_modules.append(mask_module)
-                r = mask_module.resolution
-                window = f"space, {r} x {r}"
-                if dimension == "t":
-                    window = f"time, {r}"
-                captions.append(window)
+                pooled_over = {"t": "time", "s": "space"}[dimension]
+                captions.append(f"{pooled_over}, {mask_module.resolution}")
         centre_columns = []
         for calls in watch(model, clips, *mask_modules):
             inputs, mask = calls[0]

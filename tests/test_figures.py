@@ -118,7 +118,7 @@ def test_heads_of_columns(one_backbone):
     for name, label, heads in (
         ("bicnet_tks", "last map", ["full size"] + 3 * ["1/2 size"] + [""]),
         ("tclnet", "map of the frame's learner", 2 * ["learner 1", "learner 2"] + [""]),
-        ("strf", "stage 3", ["time, 1", "time, 3", "space, 1 x 1", "space, 3 x 3", ""]),
+        ("strf", "stage 3", ["time, 1", "time, 3", "space, 1", "space, 3", ""]),
         ("m3d", "spatial masks", ["stage 1", "stage 2", "stage 3", ""]),
         ("m3d", "what the temporal kernels add", [""]),
     ):
