@@ -996,7 +996,7 @@ def picture(model, clips, frames):
     last_maps = []
     for _, x in layer4_calls:  # one call for each branch
         last_maps += energy(x)
-    rows["last map, divided by its mean"] = overlays(frames, last_maps, captions)
+    rows["last map of each frame, divided by its mean"] = overlays(frames, last_maps, captions)
     for name, calls_of_layer in zip(tks_with_selection, selection_calls):
         tks_module = tks_with_selection[name]
         _, logits = calls_of_layer[0]

@@ -2686,7 +2686,10 @@ def bars(charts, captions):
         def chart(k):
             def draw(ax):
                 ax.bar(range(1, len(charts[k]) + 1), charts[k].tolist())
-                ax.locator_params("x", integer=True, nbins=4, min_n_ticks=1)
+                if len(charts[k]) <= 8:
+                    ax.set_xticks(range(1, len(charts[k]) + 1))
+                else:
+                    ax.locator_params("x", integer=True, nbins=4)
                 ax.set(box_aspect=1.2, ylim=(min(low, 0), 1.05 * max(high, 0)))
                 ax.set_title(captions[k], size=9, pad=3)
                 ax.yaxis.tick_right()
@@ -2743,8 +2746,8 @@ def rows_with_common_ranges(pictures):
                 panels = picture.rows[label].panels(float(low - margin), float(high + margin))
                 drawn.append(SheetRow(text, panels))
             else:
-                drawn.append(SheetRow(f"{text}: not drawn, because it is {x.mean():.3g} "
-                                      "everywhere", []))
+                drawn.append(SheetRow(f"{text}: not drawn, because all values are "
+                                      f"{x.mean():.3g}", []))
     return drawn
 
 
@@ -3005,8 +3008,9 @@ def pca(dataset, people, *, query_features, gallery_features, metric):
         for k, pid in enumerate(people):
             ax.plot([], [], "s", color=f"C{k}", label=f"person {pid}")
         for cam in sorted({tracklet.cam for tracklet, _, _ in shown.values()}):
-            ax.plot([], [], markers[cam % 15], color="grey", label=f"camera {cam}")
-        ax.plot([], [], "o", color="none", markeredgecolor="black", label="query")
+            ax.plot([], [], markers[cam % 15], color="white", markeredgecolor="grey",
+                    label=f"camera {cam}")
+        ax.plot([], [], "_", color="black", label="black edge: a query")
         ax.set(box_aspect=1, xticks=[], yticks=[])
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 

@@ -1048,7 +1048,7 @@ def picture(model, clips, images):
 
     stages = ["stage 1", "stage 2", "stage 3", "stage 4"]
     last_map = energy(output_of[net.layer4])
-    rows = {"last map, divided by its mean": overlays(images, last_map)}
+    rows = {"last map of each frame, divided by its mean": overlays(images, last_map)}
     if drawn_m3d_layers:
         first_layer = drawn_m3d_layers[0]
         added = sum(output_of[kernel] for kernel in first_layer.temporal)
@@ -1065,10 +1065,10 @@ def picture(model, clips, images):
         if len(relative_norms[0]) > 1:
             rows[f"{what}, by dilation"] = bars(relative_norms, stages)
         else:
-            rows[f"{what}, by stage"] = bars([torch.cat(relative_norms)], [""])
+            rows[what] = bars([torch.cat(relative_norms)], [f"stages 1 to {len(relative_norms)}"])
     if spatial_masks:
         first_image = images[:1].expand(len(spatial_masks), -1, -1, -1)
-        rows["spatial masks of the attention layers, on frame 1"] = overlays(
+        rows["spatial masks of the attention layers before the sigmoid, on frame 1"] = overlays(
             first_image, spatial_masks, stages)
     if temporal_masks:
         rows["temporal masks of the attention layers, by frame"] = bars(temporal_masks, stages)

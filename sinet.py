@@ -1204,7 +1204,7 @@ def picture(model, clips, images):
     layers = [model.layer4[-1]] + [sbm.so for sbm in sbms]
     last_calls, *so_calls = watch(model, clips, *layers)    # pairs (inputs, output) of each layer
     _, last_maps = last_calls[0]
-    rows = {"last feature maps, divided by their mean": overlays(images, energy(last_maps))}
+    rows = {"last map of each frame, divided by its mean": overlays(images, energy(last_maps))}
     for number, (sbm, calls) in enumerate(zip(sbms, so_calls), 1):
         _, suppression = calls[0]
         of_later_frames = 1 - suppression[0, :, 0]

@@ -246,7 +246,6 @@ class FactorizedAttentionMask(nn.Module):
             self.window = (resolution, 1, 1)                                  # G, Eq. 4
         else:
             self.window = (1, resolution, resolution)                         # G, Eq. 6
-        self.resolution = resolution
         self.pool = pool
         self.kappa = kappa
         self.normalize = normalize
@@ -280,8 +279,6 @@ class SelfProductMask(nn.Module):
 
     Copy along: as_matrix.
     """
-
-    resolution = 1  # it does not pool
 
     def __init__(self, *, normalize: bool = True):
         super().__init__()
@@ -350,6 +347,7 @@ class STRF(nn.Module):
             raise ValueError(f"the order must be ts, st or parallel, not {order}")
         self.order = order
         self.ffm = nn.ModuleDict()
+        self.names_of_masks = {}  # {dimension: names of its masks}, which the picture shows
         for dimension, pool in (("t", pools[0]), ("s", pools[1])):
             mask_names = [name for name in factors if name.startswith(f"{dimension}-")]
             if not mask_names:
@@ -367,8 +365,10 @@ class STRF(nn.Module):
                     )
                     for name in mask_names
                 ]
+                self.names_of_masks[dimension] = mask_names
             else:
                 masks = [SelfProductMask(normalize=normalize)]
+                self.names_of_masks[dimension] = [f"{dimension}-product"]
             self.ffm[dimension] = FeatureFactorizationModule(masks)
 
     def forward(self, f):
@@ -1009,7 +1009,7 @@ def picture(model, clips, images):
     """
     calls_of_stage_4 = watch(model, clips, model.layer4)[0]
     _, last_map = calls_of_stage_4[0]                   # (inputs, output) of the only call
-    rows = {"last map, divided by its mean": overlays(images, energy(last_map))}
+    rows = {"last map of each frame, divided by its mean": overlays(images, energy(last_map))}
     stages = (model.layer1, model.layer2, model.layer3, model.layer4)
     for stage_number, stage in enumerate(stages, start=1):
         units = [module for module in stage.modules() if isinstance(module, STRF)]
@@ -1018,10 +1018,8 @@ def picture(model, clips, images):
         mask_modules = []
         captions = []
         for dimension, ffm in units[0].ffm.items():
-            for mask_module in ffm.masks:
-                mask_modules.append(mask_module)
-                pooled_over = {"t": "time", "s": "space"}[dimension]
-                captions.append(f"{pooled_over}, {mask_module.resolution}")
+            mask_modules.extend(ffm.masks)
+            captions.extend(units[0].names_of_masks[dimension])
         centre_columns = []
         for calls in watch(model, clips, *mask_modules):
             inputs, mask = calls[0]
@@ -1031,8 +1029,8 @@ def picture(model, clips, images):
             column[H // 2, W // 2] = torch.nan          # drawn in black
             centre_columns.append(column)
         first_image = images[:1].expand(len(mask_modules), -1, -1, -1)
-        label = (f"stage {stage_number}: weight of each position in the output at the black one, "
-                 "for each mask and its window")
+        label = (f"stage {stage_number}: how much each position counts in the output at the black "
+                 "one, by mask")
         rows[label] = overlays(first_image, centre_columns, captions)
     return "STRF: last maps, and the weights of the attention masks", rows
 

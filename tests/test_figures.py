@@ -68,7 +68,7 @@ def test_the_papers_pictures(name, tmp_path, one_backbone):
     drawn = common.rows_with_common_ranges([common.Picture(name, title, rows)])
     # of random weights a row can be constant
     assert [label.split(": not drawn")[0] for label, _ in drawn] == [*rows] and drawn[0].panels
-    assert all(panels or label.endswith(" everywhere") for label, panels in drawn)
+    assert all(panels or "not drawn, because all values are" in label for label, panels in drawn)
     common.save_sheet(title, drawn, tmp_path / "a.png")
     image = Image.open(tmp_path / "a.png").convert("RGB")
     assert image.width < 830 and len(image.getcolors(10**6)) > 50
@@ -118,9 +118,9 @@ def test_heads_of_columns(one_backbone):
     for name, label, heads in (
         ("bicnet_tks", "last map", ["full size"] + 3 * ["1/2 size"] + [""]),
         ("tclnet", "map of the frame's learner", 2 * ["learner 1", "learner 2"] + [""]),
-        ("strf", "stage 3", ["time, 1", "time, 3", "space, 1", "space, 3", ""]),
+        ("strf", "stage 3", ["t-dynamic", "t-static", "s-fine", "s-coarse", ""]),
         ("m3d", "spatial masks", ["stage 1", "stage 2", "stage 3", ""]),
-        ("m3d", "what the temporal kernels add", [""]),
+        ("m3d", "what the temporal kernels add", ["stages 1 to 4"]),
     ):
         script, model = network(name)
         rows = script.picture(model, clips, frames)[1]
@@ -244,9 +244,9 @@ def test_small_differences_are_not_stretched():
                                                          np.mean(values) + 0.025))]
     for value in (0.0, 0.5, -7.0):
         (row,) = drawn(value, value * 1.001)
-        assert row == (f"x: not drawn, because it is {value:.3g} everywhere", [])
+        assert row == (f"x: not drawn, because all values are {value:.3g}", [])
     (row,) = compared(a={"T": common.bars(3 * [torch.ones(4)], "abc")})
-    assert row == ("T: not drawn, because it is 1 everywhere", [])
+    assert row == ("T: not drawn, because all values are 1", [])
 
 
 def test_bars_share_their_axis():
@@ -381,7 +381,7 @@ def test_pictures_of_two_checkpoints_for_papers(monkeypatch, trained, tmp_path, 
         assert files[1].name == f"training.{format}"
         assert all(file.read_bytes().startswith(first) for file in files)
     assert [picture.name for picture in seen[0]] == ["base+idm", "base"]
-    label = "last feature maps, divided by their mean"
+    label = "last map of each frame, divided by its mean"
     assert [label for label, _ in original(seen[0])] == [f"base+idm: {label}", f"base: {label}"]
     assert not torch.equal(*(picture.rows[label].values[0] for picture in seen[0]))
     small = sinet.load(last).state_dict()
@@ -484,7 +484,8 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     people = sorted({t.pid for t in dataset.query})
     cams = sorted({t.cam for t in dataset.query})
     names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert names == [*(f"person {p}" for p in people), *(f"camera {c}" for c in cams), "query"]
+    people_and_cameras = [*(f"person {p}" for p in people), *(f"camera {c}" for c in cams)]
+    assert names == [*people_and_cameras, "black edge: a query"]
     points = [line for line in ax.lines if len(line.get_xdata())]
     shown = {t.frames[0]: t for t in dataset.gallery + dataset.query if t.pid in people}
     assert len(points) == len(shown) < len(dataset.query) + len(dataset.gallery)
