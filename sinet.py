@@ -1209,8 +1209,8 @@ def picture(model, clips, images):
         _, suppression = calls[0]
         of_later_frames = 1 - suppression[0, :, 0]
         maps = [None] * sbm.split + list(of_later_frames)   # no map for the former frames
-        kept = "frame 1" if sbm.split == 1 else f"frames 1 to {sbm.split}"
-        label = f"suppressed by SBM {number} as salient in {kept}"
+        former = "frame 1" if sbm.split == 1 else f"frames 1 to {sbm.split}"
+        label = f"suppressed by SBM {number} as salient in {former}"
         rows[label] = overlays(images, maps, limits=(0, 1))
     return "SINet: where the network attends in each frame", rows
 

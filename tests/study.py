@@ -22,6 +22,7 @@ import csv
 import importlib
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -156,18 +157,23 @@ class Trunk(nn.Module):
         return self.classifier(self.neck(maps.amax((2, 3)).float())), maps
 
 
+def read_mask(frame, root):
+    """The mask (H, W) of the person in a frame of a synthetic set in the folder `root`, from 0 to
+    1."""
+    path = (root / "masks" / Path(frame).relative_to(root)).with_suffix(".png")
+    return torch.from_numpy(np.array(Image.open(path))).float() / 255
+
+
 def frame_and_mask(frame, root):
-    """A frame of a synthetic set (3, H, W), uint8, and the mask of the person in it (H, W), from 0
-    to 1."""
-    mask = (root / "masks" / Path(frame).relative_to(root)).with_suffix(".png")
+    """A frame of a synthetic set (3, H, W), uint8, and its mask, see `read_mask`."""
     image = torch.from_numpy(np.array(Image.open(frame))).permute(2, 0, 1)
-    return image, torch.from_numpy(np.array(Image.open(mask))).float() / 255
+    return image, read_mask(frame, root)
 
 
 def random_crop(image, mask, rng, size=(128, 64)):
-    """Crops an image and its mask at random to an upright rectangle of half its height or a little
-    less, which may cut off a part of the person, and mirrors half of the crops. The crop is resized
-    to `size`."""
+    """Crops an image and its mask at the same random place, which may cut off a part of the person,
+    mirrors half of the crops, and resizes the crop to `size`. The crop has 0.75 to 1 of the image's
+    height and is half as wide as it is high."""
     H, W = image.shape[1:]
     height = int(H * rng.uniform(0.75, 1))
     width = height // 2
@@ -241,9 +247,10 @@ def where_maps_lie(maps, masks):
     share = (over * person).sum((1, 2)) / over.sum((1, 2)).clamp(min=1e-12)
     border = torch.ones(maps.shape[1:])
     border[1:-1, 1:-1] = 0
-    pairs = [np.corrcoef(m.flatten(), border.flatten())[0, 1] for m in maps] if not border.all() \
-        else [np.nan]
-    return share.mean().item(), float(np.mean(pairs))
+    if border.all():
+        return share.mean().item(), math.nan
+    correlations = [np.corrcoef(m.flatten(), border.flatten())[0, 1] for m in maps]
+    return share.mean().item(), float(np.mean(correlations))
 
 
 def alike(maps):
@@ -264,8 +271,8 @@ def of_frames(maps, clips, size):
 
 
 def perplexity(p):
-    """Distributions p along the first axis after the batch's (B, N, ...) -> how many of the N
-    entries they cover, as a share of N, mean over all: 1 / N is one-hot, 1 is flat."""
+    """How many of its N entries a distribution covers, as a share of N: 1 / N if it is one-hot, 1
+    if it is flat. Takes distributions over the second axis, (B, N, ...); returns their mean."""
     entropy = -(p * p.clamp(min=1e-30).log()).sum(1)
     return (entropy.exp() / p.shape[1]).mean().item()
 
@@ -359,7 +366,7 @@ def measure(file, root, tracklets=32, gait=False):
         two = np.arange(len(query.frames) // T * T).reshape(-1, T)[:2]
         clips.append(torch.stack([read_clip([query.frames[i] for i in clip], size)
                                   for clip in two]))
-        masks.append(torch.stack([frame_and_mask(frame, root)[1] for frame in query.frames[:T]]))
+        masks.append(torch.stack([read_mask(frame, root) for frame in query.frames[:T]]))
     clips, masks = normalize(torch.stack(clips)), F.adaptive_avg_pool2d(torch.stack(masks), size)
     B, first = len(clips), clips[:, 0]
 
@@ -513,8 +520,8 @@ def table(rows):
             continue
         print(f"\n**{which}**\n\n| script | row | seeds | {' | '.join(keys)} |")
         print("|" + "---|" * (3 + len(keys)))
-        order = {(script, name): (script, i) for (a, script), names in ROWS.items() if a == which
-                 for i, name in enumerate(names)}
+        order = [(script, name) for (a, script), names in ROWS.items() if a == which
+                 for name in names]
         for script, name in order:
             seeds = [row for row in mine if (row["script"], row["row"]) == (script, name)]
             if not seeds:
@@ -539,7 +546,8 @@ def main():
     parser.add_argument("--table", nargs="?", type=Path, const=RESULTS, metavar="FILE",
                         help="only print the table of a file of results (tests/study.csv)")
     parser.add_argument("--trunk", action="store_true",
-                        help="only print where the last maps of the trunk in --output lie")
+                        help="only print where the last maps of the trunk in --output lie; it "
+                             "is trained first if it is not there")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = args.output.resolve()
