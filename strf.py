@@ -105,8 +105,9 @@ are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) fo
   iLIDS         Table 3 does not say which network its iLIDS-VID result is of. We assume P3D-C, as
                 for its MARS result; its Duke result is P3D-B's (Table 2).
   recipe        The paper leaves its recipe to a supplement that we do not have. RECIPE says which
-                values the paper itself gives. Random flips are the only augmentation. The frames of
-                a training clip are 4 apart.
+                values the paper itself gives. We train for 240 epochs and divide the learning
+                rate by 10 after every 60 (AP3D). Random flips are the only augmentation. The
+                frames of a training clip are 4 apart.
   pooling       We take the maximum over the last map of each frame, then the mean over the frames
                 (AP3D).
   short         From a training tracklet of fewer than 32 frames, we draw 8 different frames at
@@ -748,9 +749,11 @@ RECIPE = {
               "the paper; as in AP3D's code)",
               ("tracklets", "identities")),
     "erase": (0.0, 0.0, "probability of random erasing (our choice)"),
-    "epochs": (240, 8, "number of training epochs (our choice)"),
+    "epochs": (240, 8, "number of training epochs (not in the paper; as in AP3D's code)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (our choice)"),
-    "lr_step": (60, 7, "divide the learning rate by 10 after every N epochs (our choice)"),
+    "lr_step": (60, 7,
+                "divide the learning rate by 10 after every N epochs (not in the paper; as in "
+                "AP3D's code)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of Adam (our choice)"),
     "weights": ("imagenet", "none",
                 "initial weights of the ResNet-50: imagenet, none or a file (our choice)"),

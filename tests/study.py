@@ -317,13 +317,16 @@ def measure_tse(model, clips, masks):
     found = {}
     B = len(clips)
     learners = model.tse.learners
-    ((_, c),), *seen = watch(model, clips, model.tse, *learners)
-    maps = [energy(y) for ((_, y),) in seen]            # of each learner: (B * T / N, h, w)
+    modules = [model.tse, *learners]
+    if model.tse.seo:
+        modules.append(model.tse.seo.binarization)
+    ((_, c),), *seen = watch(model, clips, *modules)
+    maps = [energy(y) for ((_, y),) in seen[:len(learners)]]  # of each learner: (B * T / N, h, w)
     if len(learners) > 1:
         vectors = c.flatten(0, 1) - c.flatten(0, 1).mean(0)
         found["learners alike"] = F.cosine_similarity(vectors[:, 0], vectors[:, 1]).mean().item()
     if model.tse.seo:
-        (_, b), = watch(model, clips, model.tse.seo.binarization)[0]  # of the second learner
+        ((_, b),) = seen[-1]  # called for the second learner only
         erased = 1 - b[:, 0]
         inside = (maps[1] * erased).sum((1, 2)) / erased.sum((1, 2))
         found["inside block"] = (inside / maps[1].mean((1, 2))).mean().item()
