@@ -90,6 +90,9 @@ ROWS = {
     ("gait", "strf"): ("p3dc", "strf-p3dc"),
     ("gait", "m3d"): M3D,
 }
+# the row of each script with which the other rows are compared, as in the papers
+BASELINES = {"sinet": "base", "tclnet": "base", "bicnet_tks": "base-b", "strf": "p3dc",
+             "m3d": "2d-again"}
 VARIANTS = {  # rows that are a variant of the script with another flag
     "base+sbm-window": "--variant base+sbm --scale window",
     "base+sbm-none": "--variant base+sbm --scale none",
@@ -514,28 +517,45 @@ def results(file):
                 for row in csv.DictReader(lines)]
 
 
+def differences(rows, script, name):
+    """The mAP of a row of a script minus that of the script's baseline with the same seed, for each
+    seed that both have, as text."""
+    of_seed = {(row["row"], row["seed"]): float(row["mAP"]) for row in rows
+               if row["script"] == script}
+    baseline = BASELINES[script]
+    seeds = sorted({seed for _, seed in of_seed})
+    pairs = [((name, seed), (baseline, seed)) for seed in seeds if name != baseline]
+    return ", ".join(f"{of_seed[ours] - of_seed[other]:+.1f}" for ours, other in pairs
+                     if ours in of_seed and other in of_seed)
+
+
 def table(rows):
-    """Prints, in Markdown, mean and standard deviation over the seeds, a table for each set."""
+    """Prints, in Markdown, mean and standard deviation over the seeds, and for each seed how far
+    the mAP is above the baseline's; a table for each set."""
     for which in SETS:
         mine = [row for row in rows if row["set"] == which]
         keys = [key for key in QUANTITIES if any(key in row for row in mine)]
         if not mine:
             continue
-        print(f"\n**{which}**\n\n| script | row | seeds | {' | '.join(keys)} |")
-        print("|" + "---|" * (3 + len(keys)))
+        columns = ["script", "row", "seeds", "mAP minus baseline's", *keys]
+        print(f"\n**{which}**\n\n| {' | '.join(columns)} |")
+        print("|" + "---|" * len(columns))
         order = [(script, name) for (a, script), names in ROWS.items() if a == which
                  for name in names]
         for script, name in order:
             seeds = [row for row in mine if (row["script"], row["row"]) == (script, name)]
             if not seeds:
                 continue
-            cells = []
+            cells = [differences(mine, script, name)]
             for key in keys:
                 values = [round(float(row[key]), 6) + 0.0 for row in seeds if key in row]
                 spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
                 cells.append(f"{np.mean(values):.3g}{spread}" if values else "")
             print(f"| {script} | {name} | {len(seeds)} | {' | '.join(cells)} |")
-    print("\n" + "\n".join(f"- {key}: {meaning}" for key, meaning in QUANTITIES.items()))
+    baselines = ", ".join(f"{name} of {script}" for script, name in BASELINES.items())
+    print(f"\n- mAP minus baseline's: with the same seed, of each seed; the baselines are "
+          f"{baselines}")
+    print("\n".join(f"- {key}: {meaning}" for key, meaning in QUANTITIES.items()))
 
 
 def main():

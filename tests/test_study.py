@@ -47,6 +47,17 @@ def test_the_results_are_those_of_the_rows(capsys):
         assert f"| {row['script']} | {row['row']} | " in printed
 
 
+def test_a_row_is_compared_with_the_baseline_of_its_seed():
+    """Of seeds that both have; the baseline itself has no difference."""
+    assert all(study.BASELINES[script] in names for (_, script), names in study.ROWS.items())
+    rows = [{"script": script, "row": row, "seed": seed, "mAP": mAP} for script, row, seed, mAP in (
+        ("sinet", "base", "1", "40.25"), ("sinet", "base", "0", "50.5"),
+        ("sinet", "sinet", "0", "48"), ("sinet", "sinet", "1", "44.3"),
+        ("sinet", "sinet", "2", "90"), ("strf", "p3dc", "2", "10"))]
+    assert study.differences(rows, "sinet", "sinet") == "-2.5, +4.0"
+    assert study.differences(rows, "sinet", "base") == ""
+
+
 def test_a_name_of_no_row_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["study.py", "--output", f"{tmp_path / 'a'}", "--only", "bse"])
     with pytest.raises(SystemExit, match="--only bse and --seeds name no row"):
