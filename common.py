@@ -951,7 +951,7 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     """Returns all settings of a run, a Namespace.
 
     In order of precedence, they come from the user's flags, the checkpoint of --resume, the
-    authors' network of --init, the variant, and the recipe.
+    authors' network of --init, the variant, the authors' settings with --release, and the recipe.
 
     Args:
         chosen: the flags that the user has given, {name: value}.
@@ -1316,15 +1316,20 @@ class Run:
         args: the settings, of `parse_args` or `part_of`.
 
     Attributes that the loop and the pictures use:
+        args: the settings.
         device: the torch device.
+        size: (height, width) of the frames.
+        extract_options: the arguments batch_size, workers and amp of `extract`, a dict.
         evaluates_first: whether the untrained network is tested before the training; set by
             `start`.
         history: the rows of log.csv so far, a list of dicts.
         before_training: {"mAP": percent, "rank-1": percent} of the network before its training, {}
             where it was not tested.
+        origin: a phrase that says how the network was trained, such as "after epoch 3".
+
+    Attributes that only the methods use:
         steps: number of steps of the current epoch so far.
         loss_sums: sums of the losses of these steps, {name: number or tensor}.
-        origin: a phrase that says how the network was trained, such as "after epoch 3".
     """
 
     def __init__(self, args):
@@ -1874,8 +1879,9 @@ def without_prefix(state, fits):
 
 
 def describe_mismatch(state, own):
-    """Returns in words how a state_dict differs from `own`, that of the network: the first name
-    that only one of them has, or the first shape that is different. Returns "" if they agree."""
+    """Returns in words how a state_dict differs from `own`, that of the network: its first
+    name that the network does not have and the first name that it lacks or, if the names agree, the
+    first shape that is different. Returns "" without a difference."""
     more = [name for name in state if name not in own]
     missing = [name for name in own if name not in state]
     differences = []
@@ -2470,7 +2476,12 @@ def command_line(main):
 
 def exit_code_and_message(error):
     """Returns the exit code and the message of an exception that ends a script, or None for one
-    that is a mistake in the program. Code 2: a setting or a file is wrong."""
+    that is a mistake in the program.
+
+    The exit codes are 2 if the user has to change a setting or a file, also when memory runs out;
+    1 if a loader process or the connection to another process has failed; 128 + n after signal n,
+    where Ctrl-C is signal 2 and a closed output pipe counts as signal 13.
+    """
     resume = "the same command with --resume continues"
     if isinstance(error, UserError):
         if any(word.startswith(("--local-rank", "--local_rank")) for word in sys.argv[1:]):
@@ -2635,7 +2646,8 @@ def overlays(frames, maps, captions=None, limits=()):
 
     Cell (i, j) of a map (h, w) is centred on pixel (i H / h, j W / w), the centre of its receptive
     field in a ResNet, so the first row and column show only half of each cell. A cell that is NaN
-    is black. A frame without a map is drawn as it is and hatched.
+    has no colour: it is mixed with black, so that the grey frame is darker there. A frame without
+    a map is drawn as it is and hatched.
 
     Args:
         frames: uint8 tensor (T, 3, H, W).
