@@ -258,9 +258,10 @@ def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, or
     (Q, G). They are the weighted sum of the original distance d and the Jaccard distance of the
     k-reciprocal neighbours.
 
-    d is the cosine or the squared Euclidean distance, divided by the largest distance of its query.
-    A sample comes first in its own list of neighbours and is not counted among the k1. Equally
-    distant neighbours rank in the order of the features.
+    Queries and gallery together are the samples. d is the cosine or the squared Euclidean distance
+    of a sample p from another, divided by the largest distance of p from any sample. p comes first
+    in its own list of neighbours and is not counted among the k1. Equally distant neighbours rank
+    in the order of the features.
 
     Two details follow the paper and differ from its authors' code: the encoding V is not divided by
     its sum, and the neighbours R(q, k1/2) of a neighbour q are added if at least 2/3 of them are in
@@ -340,6 +341,7 @@ def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, or
         for query, row in zip(range(rows.start, rows.stop), d.cpu().numpy() ** exponent):
             entries = slice(V.indptr[query], V.indptr[query + 1])  # the stored ones of V[query]
             minima = sums_of_minima(V.data[entries], gallery_columns[:, V.indices[entries]])
+            # 1 - sum of min(a, b) / sum of max(a, b); max(a, b) is a + b - min(a, b)
             jaccard = 1 - minima / (total[query] + total[Q:] - minima)
             original = original_weight * row / largest_distance[query]
             reranked[query] = original + (1 - original_weight) * jaccard
@@ -359,8 +361,8 @@ def sums_of_minima(values, columns):
 
 # --------------------------------------------------------------------------------------- evaluation
 # A network that is evaluated takes clips (B, T, 3, H, W) and returns embeddings (B, D), in eval
-# mode. It may have two methods: finish(features) is applied to the tracklets' mean embeddings, and
-# test_parts() returns the networks that a test runs, see `networks_of_test`.
+# mode. It may have two methods: finish(features) is applied to the tracklets' mean embeddings (in
+# TCLNet), and test_parts() returns the networks that a test runs (in M3D), see `networks_of_test`.
 
 def as_tracklets(tracklets):
     """Returns a list of `Tracklet`. A bare list of frames becomes a Tracklet of identity 0 and
@@ -475,7 +477,7 @@ def tracklet_features(model, dataset, *, split_clips, clip_length, size, **extra
     """
     # keyed by the first frame, so that a query that is also in the gallery is computed once
     tracklets = {t.frames[0]: t for t in as_tracklets(dataset.query + dataset.gallery)}
-    parts = []
+    parts = []  # the features of each network of the test
     for network, length in networks_of_test(model, clip_length):
         parts.append(extract(network, [*tracklets.values()], split_clips=split_clips,
                              clip_length=length, size=size, **extract_options))
@@ -485,8 +487,8 @@ def tracklet_features(model, dataset, *, split_clips, clip_length, size, **extra
                         "diverged")
     row_of_frame = {first: row for row, first in enumerate(tracklets)}
 
-    def features_of(part):
-        return features[[row_of_frame[t.frames[0]] for t in part]]
+    def features_of(wanted):
+        return features[[row_of_frame[t.frames[0]] for t in wanted]]
 
     return features_of(dataset.query), features_of(dataset.gallery)
 
@@ -647,7 +649,7 @@ class Setting(NamedTuple):
 
 class Flag(NamedTuple):
     """A flag that is not in a recipe."""
-    default: object           # if no other source has a value; None: the help says how it is chosen
+    default: object           # if no other source has a value; None: the help says what happens
     help: str
     kind: type                # int, str or bool
     choices: tuple | None = None
@@ -805,8 +807,8 @@ def add_flag(group, name, default, help_text, *, kind=None, choices=None):
     Args:
         group: the parser or its group.
         name: the setting's name.
-        default: an example of the flag's value. Its type determines what the flag accepts; a tuple
-            accepts several values, and None accepts a string.
+        default: the setting's default, of which only the type is used. A flag whose default is a
+            tuple accepts several values. Without `kind`, None makes the flag accept a string.
         help_text: for --help.
         kind: int, float, str or bool; None takes the type of the default.
         choices: the values that the flag takes, if these are few.
@@ -835,8 +837,8 @@ def add_flag(group, name, default, help_text, *, kind=None, choices=None):
 
 
 def flag_accepts(action, value):
-    """Returns whether the user could have got this value by typing the flag of this argparse
-    action: only such a value may be in a checkpoint."""
+    """Returns whether a value is one that the flag of this argparse action gives when it is typed.
+    A checkpoint may hold only such values."""
     if isinstance(action, argparse.BooleanOptionalAction):
         return isinstance(value, bool)
     values = [value]
@@ -991,8 +993,8 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     checkpoint = None
     saved = {}
     if resume is not None and flags["split"] != "all":
-        # Only a single run may change these four settings, too. The parts of a run must agree in
-        # them (see `part_of`), because a mean over different settings says nothing.
+        # A run that has no parts may change these four settings, too. The parts of a run (see
+        # `part_of`) must agree in them, because a mean over different settings says nothing.
         may_differ = MAY_CHANGE_ON_RESUME | {"init", "weights", "amp", "rerank"}
         if evaluate:
             may_differ = MAY_CHANGE_ON_EVALUATE
@@ -1082,7 +1084,8 @@ def refuse_flags_without_effect(chosen, *, evaluate, saved, is_resumed):
         is_resumed: whether there is a checkpoint.
     """
     draws = chosen.get("figure") is not None
-    # --resume FILE, rather than auto, which continues a run that this command may have started
+    # True for --resume FILE. With --resume auto the same command first starts a run and later
+    # continues it, so it may have flags that only matter at the start, such as --init.
     resumes_a_file = chosen.get("resume") not in (None, "auto")
     if draws:
         mode = "--figure"
@@ -1255,6 +1258,7 @@ def print_training_plan(args, dataset, sampler, weights):
     losses. weights: {name of a loss: its weight}."""
     batch = args.ids * args.clips
     steps = len(make_sampler(sampler, [t.pid for t in dataset.train], args))
+    # the setting epoch is "tracklets" or "identities"; M3D's recipe does not have it
     shown = f"all {args.epoch}" if "epoch" in args else "all tracklets once"
     print(f"an epoch: {steps:,} steps of {batch} clips, which show {shown}, in all "
           f"{steps * batch:,} clips with {steps * batch * args.frames:,} frames")
@@ -1522,7 +1526,7 @@ class Run:
     def batches(self, loader, epoch):
         """Yields the remaining batches of an epoch, moved to the device, and then calls
         `end_epoch`, which after a signal writes a checkpoint and raises `Stop`."""
-        if epoch <= len(self.history):
+        if epoch <= len(self.history):  # it was finished before the run was resumed
             return
         sampler = loader.batch_sampler
         if not 0 <= self.steps < len(sampler):
@@ -1747,7 +1751,7 @@ def warn_without_triplets(args):
     if args.clips > 1 or "margin" not in args or vars(args).get("loss") == "xent":
         return
     are_zero = "the triplet loss is"
-    if vars(args).get("lambda2"):
+    if vars(args).get("lambda2"):  # the weight of SINet's mutual information loss L_mi
         are_zero = "the triplet loss and L_mi are"
     print(f"--clips 1: {are_zero} 0, because no batch has two clips of an identity to compare",
           flush=True)
@@ -1799,7 +1803,8 @@ def trained_for(checkpoint):
 #     script            file name of the script
 #     args              {name: value} of all settings
 #     num_classes       number of identities of the classifier
-#     history           the rows of log.csv, a list of dicts
+#     history           the rows of log.csv, a list of dicts; mAP and rank-1 of an epoch that was
+#                       not tested are ""
 #     before_training   test result of the untrained network, {} if it was not tested
 #     progress          (steps done in the unfinished epoch, {name of a loss: its sum over these})
 #     model, optimizer, scheduler, random
@@ -1978,6 +1983,7 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen,
     """
     checkpoint = read_file_or_release(path, script=script, release=release)
     try:
+        # the weights may be in a wrapper of their own
         checkpoint["model"] = state_dict_in({"model": checkpoint["model"]})
         is_ours = is_checkpoint(checkpoint, script, rows)
     except Exception:  # the file may hold any objects
@@ -2191,9 +2197,11 @@ def weights_with_prefix(path, checkpoint, prefix, network_state=None):
         path: the file, for the message.
         checkpoint: its contents.
         prefix: such as "streams.spatial."; "" takes all weights.
-        network_state: state_dict of the network, or None if it is not known. Its names (otherwise
-            `prefix`) are used to detect and remove a common prefix of the names in the file, such
-            as "module.", see `without_prefix`.
+        network_state: state_dict of the network, or None if it is not known.
+
+    In the file the names may have another prefix before this one, such as "module.", which
+    `without_prefix` removes. It returns the part of the file of which some names are in
+    network_state or, if this is None, begin with `prefix`.
 
     Raises UserError when there are no such weights.
     """
@@ -2268,7 +2276,8 @@ def load_network(path, build, given=None, *, recipe, rows, release, script):
 
 # ------------------------------------------------------------------------- processes, signals, exit
 # torchrun starts world_size() processes with the ranks 0, 1 and so on. Without it there is a single
-# process of rank 0.
+# process of rank 0. A training batch has --ids x --clips clips in all, and every process runs an
+# equal part of it. In a test, every process runs batches of its own.
 
 def world_size():
     """Returns the number of processes."""
@@ -2367,8 +2376,9 @@ _is_writing = False  # whether a second Ctrl-C is ignored, see `without_interrup
 
 
 def record_signals():
-    """From now on a signal to stop is only recorded, for `stop_signal`. A second Ctrl-C ends the
-    program at once, except within `without_interrupts`."""
+    """Makes this process record a signal to stop, which `stop_signal` then returns, instead of
+    ending at once. A second Ctrl-C still ends it at once, except within `without_interrupts` and
+    where there are several processes."""
     def record(number, _):
         global _stop_signal
         is_second_ctrl_c = number == signal.SIGINT and _stop_signal == signal.SIGINT
@@ -2457,9 +2467,9 @@ def command_line(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     rank = process_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
     if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
-        # All processes refuse a wrong setting. The first process of a machine says so, and torchrun
-        # then ends the others, which wait here: if another process ended before it, torchrun would
-        # end the first one before it has said anything.
+        # All processes refuse a wrong setting, and the first process of a machine is to say so. The
+        # others wait here until torchrun ends them. If one of them ended by itself, torchrun might
+        # end the first process before its line is printed.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     program = Path(sys.argv[0]).name
