@@ -2818,7 +2818,7 @@ def save_sheet(title, rows, path, height=1.3):
     print(f"wrote {path}", flush=True)
 
 
-def figures(run, model, dataset, split, metric, picture, load):
+def figures(run, model, dataset, *, split, metric, picture, load):
     """--figure: for a few queries, draws the script's `picture` and the ranked list; for the whole
     run, draws the training curves, the CMC curve and a PCA of the test features.
 

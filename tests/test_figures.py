@@ -1,5 +1,6 @@
 """What --figure draws and --complexity prints."""
 
+import functools
 import importlib
 import math
 import re
@@ -463,8 +464,11 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
         args=args, device=torch.device("cpu"), history=history, before_training={},
         extract_options={"batch_size": 4}, size=(48, 40), origin="after epoch 3",
     )
-    rest = run, network, dataset, sinet.SPLIT, "euclidean", sinet.picture, sinet.load
-    common.figures(*rest)
+    draw = functools.partial(
+        common.figures, run, network, dataset, split=sinet.SPLIT, metric="euclidean",
+        picture=sinet.picture, load=sinet.load,
+    )
+    draw()
     q, g = common.tracklet_features(network, dataset, split_clips=sinet.SPLIT, clip_length=4,
                                     size=(48, 40))
     ids = dataset.ids()
@@ -494,12 +498,12 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     assert len({line.get_color() for line in points}) == len(people) == 4
     assert len({line.get_marker() for line in points}) == len(cams) == 2
     history[1].update({"mAP": 50.0, "rank-1": 60.0})
-    common.figures(*rest)
+    draw()
     (_, (panel,)) = sheets["training.png"][1]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes_of(panel).lines}
     assert lines == {"mAP": [[2, 50]], "rank-1": [[2, 60]]}
     run.before_training = {"mAP": 20.0, "rank-1": 30.0}  # the untrained network is the first dot
-    common.figures(*rest)
+    draw()
     (label, (panel,)) = sheets["training.png"][1]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes_of(panel).lines}
     assert lines == {"mAP": [[0, 20], [2, 50]], "rank-1": [[0, 30], [2, 60]]}
@@ -508,7 +512,7 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     args.figure = tmp_path / "g"
     monkeypatch.setattr(common, "tracklet_features", lambda *_, **__: (q, g))
     monkeypatch.setattr(common, "process_rank", lambda: 1)
-    common.figures(*rest)
+    draw()
     assert not sheets  # the first process draws
 
 
