@@ -48,8 +48,9 @@ Unspecified in the paper; our choice, which follows the authors' release where (
                 therefore zero and nothing is suppressed (S = 1).
   Eq. 1         w_ctr is computed for each clip, and no gradient flows through it.
   SE            w_se is computed for each clip, by two linear layers without biases. Its reduction
-                is 4 (release). The SE paper uses 16, and the 0.014 GFLOPs that Sec. 4.5 gives for
-                SBM also suggest 16, or no SE block at all; --se-reduction 16 selects 16.
+                is 4 (release). The SE paper uses 16; --se-reduction 16 selects it. The 0.014 GFLOPs
+                that Sec. 4.5 gives for SBM fit 16 (0.0145) or no SE block at all (0.0142) better
+                than 4 (0.0157), if the product K = P A_p^T is not counted.
   Eq. 3         The convolution has replicate padding.
   IDM           It has neither biases nor BatchNorm, as in Eq. 7, and G^D starts at zero. One IDM
                 follows block 4 of layer2; three IDMs follow blocks 2, 3 and 4.
@@ -58,12 +59,13 @@ Unspecified in the paper; our choice, which follows the authors' release where (
   pooling       The last feature map of each frame is pooled by its maximum, and the resulting
                 vectors of the frames are averaged (release).
   classifier    Its weights start from a normal distribution with a standard deviation of 0.001
-                (release).
+                (release). It has no bias.
   L_mi          The paper defines it in a supplement that we do not have; mutual_information_loss is
-                our reading. It takes the frames' vectors after the BN neck (release) and a linear
-                layer, which the paper does not mention. Variants without SBM are trained without it
-                (release, --lambda2 0), because its purpose is to maintain the differences between
-                frames that SBM creates.
+                our reading, with a temperature of 0.07 (release). Before the loss, the frames'
+                vectors go through the BN neck and a linear layer (release); the paper mentions no
+                such layer. Variants without SBM are trained without this loss (release,
+                --lambda2 0), because its purpose is to maintain the differences between frames that
+                SBM creates.
   triplet       The loss takes the embedding after the BN neck, the cosine distance and a margin
                 of 0.3.
   backbone      The stride of ResNet-50's layer4 is 1.
@@ -89,8 +91,8 @@ The authors' release departs from the paper's equations in the points below, and
 networks need this form. Loading one of them with --resume or --init sets --release by itself. To
 train such a network, give --release, which also sets the flags --reduction 16 --lambda2 0.001
 --scale window --pool max. The points are:
-  IDM           BatchNorms after G^I and L^I, a ReLU at the end, and biases. Its reduction is 16,
-                although Fig. 5b finds 4 best.
+  IDM           It has BatchNorms after G^I and L^I, a ReLU at the end, and biases. Its reduction is
+                16, although Fig. 5b finds 4 best.
   CPM           It takes means where Eq. 5-6 take sums. The mean over the later frames is weighted
                 by 1 - S.
   SE            Its linear layers have biases, and so has the classifier.
@@ -99,9 +101,9 @@ train such a network, give --release, which also sets the flags --reduction 16 -
                 mean that is weighted by 0.01. Its linear layer starts with Kaiming's normal weights
                 and zero biases.
 The authors' release also departs in these points, which --release does not follow:
-  batches       A batch has 8 groups of K clips, and some batches hold one identity twice. They
-                train on two GPUs, and BatchNorm computes its statistics on each GPU's half of the
-                batch.
+  batches       A batch has 8 groups of K clips, and some batches hold one identity twice. The
+                authors train on two GPUs, and BatchNorm computes its statistics on each GPU's half
+                of the batch.
   train clips   Each of the T parts has floor(n / T) frames; the last one has the remainder, too.
   test clips    A tracklet is filled up to a multiple of T with copies of its last frames.
   erasing       Every frame has its own box. A setting of p erases with probability 1 - p.
@@ -260,8 +262,8 @@ class SuppressOperation(nn.Module):
         B, L, C, H, W = q.shape
         window = kernel.shape[1]                                          # k^2
         # The kernel is divided by k^2 sqrt(C) first, so that the sums of the product fit into
-        # float16. Then the float32 response is multiplied by whichever of these two factors `scale`
-        # does not include.
+        # float16. If `scale` asks for less than this division, the float32 response is multiplied
+        # again by sqrt(C), or by both k^2 and sqrt(C).
         response = conv_by_matmul(q, kernel / (window * math.sqrt(C)))            # Q * K
         if self.scale == "window":
             response = response * math.sqrt(C)
@@ -400,7 +402,8 @@ class IntegrationDistributionModule(nn.Module):
         release: True takes the form of the authors' release, y = BN(G^I F),
             F_output = ReLU(G^D (L^D BN(L^I y) + y) + F), with biases where no BatchNorm follows.
 
-    Raises ValueError for a reduction out of range, and for maps of other sizes.
+    Raises ValueError for a reduction out of range, and for maps with another number of channels or
+    of positions.
     """
 
     def __init__(self, channels: int, frames: int, height: int, width: int, *, reduction: int = 4,
@@ -559,7 +562,8 @@ class SINet(nn.Module):
 
     Input: normalised clips (B, T, 3, height, width). Output in eval mode: the embeddings (B, 2048).
     Output in train mode: a list of the embeddings, the logits (B, num_classes) and the projected
-    frame embeddings (B, T, 2048) for L_mi. Copy with: all classes and functions above.
+    frame embeddings (B, T, 2048) for L_mi. Copy with: all classes and functions above, and
+    IDM_BLOCKS.
 
     The maps of a clip of 4 frames of 256x128, C x H x W for each frame:
 
@@ -589,9 +593,9 @@ class SINet(nn.Module):
             "window+channels" (k^2 sqrt(C)).
         se_reduction: ratio by which the squeeze-and-excitation in CAL reduces the channels, 1 to
             1024.
-        mixer: what mixes the positions at the places of the IDMs: "idm", a Non-local block with the
-            affinity "softmax", "ones" or "inverse", or "gc" (GC block).
-        reduction: c / c' and m / m' of the IDMs.
+        mixer: the module at each place of an IDM: "idm" (IDM), "gc" (GC block), or "softmax",
+            "ones" or "inverse" (Non-local block with this affinity).
+        reduction: c / c' and m / m' of the IDMs, 1 to the smaller one of 512 and m.
         projection: False leaves out the linear layer for L_mi, and its output.
         pool: "max" or "avg", the pooling over the positions of each frame's last map.
         weights: initial weights of the backbone: "imagenet" (torchvision's), "none" (random), a
@@ -600,8 +604,9 @@ class SINet(nn.Module):
             its IDM, CAL and CPM, max pooling without padding in the stem, and a classifier with
             biases.
 
-    Raises ValueError if a setting is out of range, if settings contradict each other, or if the
-    clips are too short or too small for the SBMs.
+    Raises ValueError for idms, sbm_blocks, sbm_splits, kernel_size, beta, scale, se_reduction or
+    reduction out of range, if there is not one split for each of the blocks, and if the clips are
+    too short or too small for the SBMs.
     """
 
     def __init__(self, num_classes: int, frames: int = 4, height: int = 256, width: int = 128, *,
@@ -776,7 +781,8 @@ def losses(outputs, pids, args):
     if len(outputs) > 2:
         terms["mi"] = mutual_information_loss(outputs[2], pids, temperature=args.temperature)
         if args.release:
-            # This equals len(pids.unique()), for which the CPU would have to wait for the GPU.
+            # Each identity is counted where it occurs first. len(pids.unique()) would give the same
+            # number, but the CPU would have to wait for the GPU.
             is_repeated = (pids[:, None] == pids).tril(-1).any(1)
             terms["mi"] = (~is_repeated).sum() * terms["mi"]
     weights = loss_weights(args)
@@ -813,8 +819,8 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
     "k": (3, 3, "kernel size of SBM, odd (Sec. 4.2, Fig. 5a)"),
     "beta": (5.0, 5.0, "strength of the suppression (Eq. 4, Sec. 4.2)"),
     "scale": ("window", "window+channels",
-              "what the response of Eq. 3 is divided by: nothing with none (the paper's form), k^2 "
-              "with window (the authors' release), k^2 sqrt(c) with window+channels",
+              "divisor of the response of Eq. 3: 1 for none (the paper's form), k^2 for window (as "
+              "in the authors' release), k^2 sqrt(c) for window+channels",
               ("none", "window", "window+channels")),
     "alpha": (0.1, 0.1, "degree of CPM's propagation (Eq. 5-6, Sec. 3.1)"),
     "cal": (True, True, "use CAL in the SBMs (Table 3)"),
@@ -825,8 +831,8 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
     "idms": (2, 2, "number of IDMs, 0 to 3 (Sec. 3.3, Table 3)", range(4)),
     "reduction": (4, 4, "reduction of the IDMs, c/c' and m/m' (Fig. 5b)"),
     "mixer": ("idm", "idm",
-              "what mixes all positions in layer2: idm, a Non-local block with the affinity "
-              "softmax, ones or inverse, or gc (GC block) (Table 3)",
+              "what mixes all positions in layer2: idm (IDM), gc (GC block), or softmax, ones or "
+              "inverse (Non-local block with this affinity) (Table 3)",
               ("idm", "softmax", "ones", "inverse", "gc")),
     "lambda1": (1.0, 1.0, "weight of the triplet loss (Eq. 8, Sec. 4.2)"),
     "release": (False, False,
@@ -846,10 +852,11 @@ SPLIT = split_segments
 METRIC = "cosine"
 
 ROWS = {
-    # Each entry of a variant has its table and name in the paper, the settings of RECIPE that
-    # define it (those equal to RECIPE's may be repeated for clarity), the paper's (mAP, rank-1) and
-    # the paper's GFLOPs above base. same="NAME" says that the variant is the same as the variant
-    # NAME. Variants without SBM are trained without L_mi (lambda2=0.0).
+    # The Row of a variant names its table and its name in the paper. It gives the settings of
+    # RECIPE that define the variant (some repeat RECIPE's value for clarity), the paper's
+    # (mAP, rank-1) for each data set, and how many GFLOPs more than base it needs, as the paper
+    # gives them. same="NAME" says that the variant is the same as the variant NAME. Variants
+    # without SBM are trained without L_mi (lambda2=0.0).
 
     # Tables 1 and 2: the whole network, and its two modules alone. Table 3 lists base+idm, too, as
     # base+2idm, with an mAP of 85.8 instead of 85.9.
