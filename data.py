@@ -76,7 +76,8 @@ def printable(text) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The message of an exception on one line, cut to 160 characters; its class if it has none."""
+    """The message of an exception on one line, cut to 160 characters. Without a message it is the
+    name of the exception's class."""
     text = printable(" ".join(str(error).split()))[:160]
     if not text:
         return type(error).__name__
@@ -162,7 +163,8 @@ def last_line(error):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Context manager: a binary file that replaces `path` once it is completely on disk.
+    """Context manager that opens a temporary binary file. This replaces `path` once it is
+    completely on disk.
 
     Raises UserError if it cannot be written; the previous file is unchanged then.
     """
@@ -399,7 +401,8 @@ def load_dataset(name: str, root, split: int = 0, chunk: int = 0, *, training: b
         training: whether a network will be trained on the data set. If so, a "synthetic" set that
             is missing is made, and "folder" needs its subfolder `train`.
         images: whether the frames will be read. If so, the first frame of every tracklet must
-            exist; False is for work with the index alone.
+            exist, of the training ones only if `training` is True. False is for work with the index
+            alone.
 
     Raises UserError if a file is missing or the files contradict each other.
     """
@@ -549,8 +552,8 @@ def _archive_hint(*folders):
 
 
 def _similar_names_hint(folder, start=""):
-    """Returns a hint about the files in a folder that begin with `start`, to append to the message
-    that others are missing there."""
+    """Returns the end of a message that says what is missing in a folder. It names what is there
+    instead, counting only names that begin with `start`, and is empty if there is nothing."""
     names = sorted(name for name in os.listdir(folder) if name.startswith(start))
     if not names:
         return ""
@@ -694,9 +697,10 @@ def _are_decimals(names):
 
 
 def _tracklets_below(folder, depth, layout, parents=()):
-    """Yields (names of the folders on the way to it, paths of its frames) for each tracklet. The
-    folder of a tracklet is `depth` levels below `folder`, and its own name is the last of these
-    names. `layout` describes in an error message what is expected; `parents` has the names so far.
+    """Yields (names, paths of the frames) for each tracklet. Its folder is `depth` levels below
+    `folder`, and `names` are the names of the folders on these levels, its own the last. `layout`
+    describes in an error message what is expected. `parents` has the names of the levels that the
+    recursion has already passed.
     """
     if depth == 0:
         names = _images(folder)
@@ -809,7 +813,7 @@ def _mars_part(folder, part):
     """All tracklets of `part`, "train" or "test", with the pids of MARS.
 
     A row of the table is a tracklet: (first line, last line, pid, camera). The lines are those of
-    the list of file names, from 1.
+    the list of file names, and the first of all is line 1.
     """
     table = folder / f"info/tracks_{part}_info.mat"
     list_file = folder / f"info/{part}_name.txt"
@@ -1001,9 +1005,9 @@ def load_prid(folder: Path, name: str = "prid", *, split: int = 0) -> Dataset:
 
     Only the numbers 1 to 200 are the same person under both cameras; a larger one is one person
     under camera a and another one under camera b. The data set uses the 178 of these 200 persons
-    who have at least 27 frames under both cameras. (Wang et al., ECCV 2014, write "more than 21",
-    which up to 183 persons have, but their splits divide 178.) The queries are of camera a,
-    and the gallery is of camera b.
+    who have at least 27 frames under both cameras. (Wang et al., ECCV 2014, write "more than 21"
+    frames, which would admit up to 183 persons, but their splits divide 178.) The queries are of
+    camera a, and the gallery is of camera b.
 
     The splits are read from splits_prid2011.json, a list of {"train": [...], "test": [...]}, or
     from train_test_splits_prid.mat, which comes with the archive of iLIDS-VID. Either file is
@@ -1164,7 +1168,7 @@ def load_folder(folder: Path, name: str = "folder", *, training: bool = True) ->
 
 
 class Source(NamedTuple):
-    """How a data set is read.
+    """How a data set is found and read.
 
     Args:
         load: its loader, a function of (folder, name). Some loaders have a further keyword, which
@@ -1277,9 +1281,9 @@ def _upright(frame, orientation):
 
 
 def _decode(path):
-    """Reads a frame, uint8 (H, W, 3), upright. Warnings of the decoder are raised as errors, so
-    that no damaged frame is used. JPEGs go to simplejpeg, because Pillow hides libjpeg's warnings.
-    """
+    """Reads a frame, uint8 (H, W, 3), upright. JPEGs go to simplejpeg, which raises libjpeg's
+    warnings as errors, so that no damaged frame is used; Pillow would hide them. All other images,
+    and the few JPEGs that simplejpeg cannot convert, go to Pillow."""
     with open(path, "rb") as file:
         content = file.read()
     if content.startswith(b"\xff\xd8"):  # a JPEG, whatever its name
@@ -1294,7 +1298,7 @@ def _decode(path):
         _check_image_size(*image.size)
         image.verify()  # compares the checksums of a PNG; the image has to be opened again
     with Image.open(path) as image:
-        image.load()  # decodes now, so that errors are raised here and Exif at the end is read
+        image.load()  # decodes now: errors are raised here, and Exif at the file's end is found
         orientation = _orientation(image)
         if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
@@ -1302,9 +1306,9 @@ def _decode(path):
 
 
 def _decode_jpeg(content):
-    """The frame (H, W, 3) in the bytes of a JPEG. Returns None for JPEGs that simplejpeg cannot
-    convert to RGB, which the caller then reads with Pillow: those with unusual chroma subsampling,
-    and CMYK ones, after simplejpeg has checked them for damage."""
+    """The frame (H, W, 3) in the bytes of a JPEG. Returns None for the JPEGs that simplejpeg cannot
+    convert to RGB, and the caller then reads them with Pillow. These are JPEGs with unusual chroma
+    subsampling, and CMYK ones, which simplejpeg has at least checked for damage before."""
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(content)
         _check_image_size(width, height)
@@ -1339,9 +1343,9 @@ def read_clip(frames, size: tuple):
 
     Args:
         frames: T paths, or frames in memory, uint8 arrays or tensors (height, width, 3).
-        size: (H, W); frames of another size are resized to it.
+        size: (H, W); frames of another size are resized to it by bicubic interpolation.
 
-    Raises UserError, with the name of the file, if a frame is missing or damaged. It is never
+    Raises UserError, with the name of the file, if a frame is missing or damaged. No frame is
     skipped.
     """
     height, width = size
@@ -1480,7 +1484,11 @@ class TrainClips(torch.utils.data.Dataset):
 
     The index of an item is what the samplers below yield: (tracklet, seed, epoch, position in the
     epoch). Its frames and its augmentation depend on these numbers alone. Nothing is kept between
-    items, so that any number of workers may read them, in any order.
+    items, so that any number of workers may read them, in any order. A loader of batches is made by
+
+        clips = TrainClips(dataset.train, sample_segments, T=4, size=(256, 128))
+        batches = PKSampler([t.pid for t in dataset.train], P=8, K=4)
+        loader = torch.utils.data.DataLoader(clips, batch_sampler=batches, num_workers=4)
 
     Args:
         tracklets: list of Tracklet.
@@ -1638,7 +1646,7 @@ class PKSampler(torch.utils.data.Sampler):
 
     def _batches_of_tracklets(self, rng):
         """Yields batches of P pairs (pid, its K tracklets), in which each identity occurs once for
-        each of its groups."""
+        each of its groups that the epoch shows."""
         shuffled = [rng.permutation(self.tracklets_of[pid]) for pid in self.pids]
         left = self.groups.copy()  # for each identity, the number of groups still to be shown
         surplus = left.sum() - self.P * self.batches  # groups that do not fill a last batch
@@ -1650,6 +1658,7 @@ class PKSampler(torch.utils.data.Sampler):
             # this batch.
             batch = np.flatnonzero(left > batches_after)
             if len(batch) < self.P:
+                # The other places are drawn: the more groups an identity has left, the likelier.
                 others = np.flatnonzero((left > 0) & (left <= batches_after))
                 share = left[others] / left[others].sum()
                 drawn = rng.choice(others, self.P - len(batch), replace=False, p=share)
@@ -1710,7 +1719,7 @@ class TrackletSampler(PKSampler):
 
 _UPPER = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
 _LOWER = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
-# The people of a group take these in turn, so that no two of them have the same.
+# The people of a group take these in turn, so that in a group of up to four all are different.
 _IN_TURN = dict(lower=_LOWER, cut="trousers shorts skirt coat".split(),
                 head="short long bun cap bald".split(), bag="none backpack shoulder hand".split())
 # These, and the ranges of body and gait, are random for each person.
@@ -1752,6 +1761,7 @@ def _random_camera(index, rng, zoom):
     """A camera with its own view and colours. Its scene, along which people walk, has 420 x 150
     units of `zoom` pixels; a frame is 128 units high."""
     def colour(low, high):
+        """A pale colour of a random hue, with a brightness from `low` to `high`."""
         return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), 0.12, rng.uniform(low, high)))
     wall, floor, horizon = colour(0.5, 0.8), colour(0.4, 0.7), int(rng.integers(52, 90))
     image = Image.new("RGB", (420, 150), _shade(wall, 1))
@@ -1781,7 +1791,8 @@ def _draw_person(image, person, *, phase, yaw, x, y, height):
     """Draws a person of `height` pixels whose feet are at the pixel (x, y).
 
     `phase` is that of the gait and `yaw` the direction of the walk, in radians: 0 is towards the
-    camera, pi / 2 to the right. Lengths below are shares of the height, from the feet.
+    camera, pi / 2 to the right. All lengths in this function are shares of the person's height, and
+    `up` counts from the feet.
     """
     draw = ImageDraw.Draw(image)
     sine, cosine = math.sin(yaw), math.cos(yaw)
@@ -1892,8 +1903,8 @@ def _draw_person(image, person, *, phase, yaw, x, y, height):
 
 
 def _draw_tracklet(person, passer, camera, *, frames, size, occlusion, rng):
-    """Yields the frames of a person, or of nobody (None), who walks past a camera, and for each
-    frame its mask, as `draw_synthetic` describes it. `size` is (height, width). With probability
+    """Yields pairs of a frame and its mask, as `draw_synthetic` describes it, of a person who walks
+    past a camera; if `person` is None, nobody is there. `size` is (height, width). With probability
     `occlusion` a pole, a box on a cart or the person `passer` gets in the way."""
     height, width = size
     unit = _SUPERSAMPLING * height / 128
@@ -1957,7 +1968,7 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
         frames: the least and the largest number of frames in a tracklet, 1 to 999.
         size: (height, width) of a frame in pixels.
         group: number of people in a group, who share the upper clothes.
-        occlusion: probability that something passes in front of a tracklet, 0 to 1.
+        occlusion: probability that something passes in front of the person of a tracklet, 0 to 1.
         gait: True lets the people of a group differ in their gait only.
         seed: a whole number from 0 on.
         masks: True also writes a mask of the person for each frame, in black and white (mode "L"):
