@@ -2,12 +2,12 @@
 
 Aich, Zheng, Karanam, Chen, Roy-Chowdhury, Wu. ICCV 2021. https://arxiv.org/abs/2107.11878
 
-STRF is a unit in front of a temporal convolution. It computes four masks. Each mask holds weights
-from the similarities between the positions of a feature map: two masks use features pooled over
-time (one for dynamic, one for static content), two use features pooled over space (one for fine,
-one for coarse content). Multiplying the map by a mask replaces each position by a weighted average
-of the positions that are like it. The only learnable parameters of a unit are four 1x1
-convolutions.
+STRF is a unit in front of a temporal convolution. It computes four masks. A mask has a weight for
+each pair of positions of a feature map, which says how similar the two are. Two masks compare
+features pooled over time (one for dynamic, one for static content), two compare features pooled
+over space (one for fine, one for coarse content). Multiplying the map by a mask replaces each
+position by a weighted average of the positions that are like it. The only learnable parameters of a
+unit are four 1x1 convolutions.
 
     python strf.py                            # quick run on synthetic data, also without a GPU
     python strf.py --data mars --gpu 0        # the paper's recipe
@@ -69,37 +69,40 @@ What follows from the equations:
 Deviations from the paper. Each entry quotes the paper, says what we do and names the flag for the
 paper's form:
   Eq. 3         "the unnormalized sample covariance matrix": we first L2-normalise the columns of
-                T_d^k (`features`), that is, the vector that each position has over all channels
-                and frames, because kappa = 4 is taken from works [14, 19] that apply it to cosine
-                similarities. --no-normalize is the paper's form.
+                T_d^k (`features`); a column is the vector of one position over all channels and
+                frames. We do this because the works from which the paper takes kappa = 4, its
+                references [14, 19], apply it to cosine similarities. --no-normalize is the paper's
+                form.
   Sec. 4.1      "We then replace stage 2 and stage 3": we replace only every second block, two of
                 the four in stage 2 and three of the six in stage 3, because only these numbers
                 match the parameter counts of Table 2. --blocks 1 2 3 4 5 6 replaces all blocks.
 
 Unspecified in the paper; our choice. We know of no code by the authors. The paper's four baselines
 are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) follow that code:
-  softmax axis  The softmax is over the rows, so that the columns of M sum to one and each position
-                becomes a weighted average.
+  softmax axis  The softmax is taken of each column, so that the columns of M sum to one and each
+                position becomes a weighted average.
   H_dk, G_dk    H has no bias and starts with PyTorch's own random weights. G has stride 1. Padded
                 positions count neither in the maximum nor in the average.
   order         Time comes before space, as in Sec. 4.2; the caption of Fig. 4 says the opposite.
   Eq. 5, 7, 8   These equations have no residual connection and no scale, so we use none. If
                 --factors names no mask of a dimension, the FFM of that dimension is left out.
   place         STRF works on the input of the 3x1x1 (P3D) or 3x3x3 (I3D) convolution. In P3D-B and
-                I3D this is before the stride in the first block of a stage: there a unit works on
-                four times as many positions as in P3D-A and P3D-C: on 1,568 instead of 392 in
-                stage 2, and on 392 instead of 98 in stage 3.
+                I3D, and in the first block of stage 2 and of stage 3, this input comes before the
+                stride. There a unit works on four times as many positions as in P3D-A and P3D-C: on
+                1,568 instead of 392 in stage 2, and on 392 instead of 98 in stage 3.
   3D blocks     The 3D blocks start as the 2D network: the temporal kernels of P3D are zero (P3D-A:
                 identity), I3D has the 2D weights as the centre tap and zeros beside it. With STRF,
                 only P3D-B and P3D-C start with the outputs of the 2D network. There is no BatchNorm
                 or ReLU between P3D's two convolutions.
   Table 5       Stages 2 and 3 are 3D in every variant; stages 1 and 4 become 3D if they get STRF.
-  Fig. 6 (a)    Without FAM there is a "non-weighted multiplication of f with itself": we take
+  Fig. 6 (a)    Without FAM there is a "non-weighted multiplication" of f with itself: we take
                 M = f^T f / (h w), one mask for each dimension, and L2-normalise the columns of f
                 first, as for Eq. 3. The network is P3D-C.
-  parameters    STRF adds 0.05M parameters, as in Table 2. The text's "~0.5 million", "~0.15" for
-                one unit and "~1.73%" of I3D do not fit this. Table 2 also counts the classifier for
-                MARS (1.28M), which --complexity leaves out.
+  classifier    Its weights start normal with a standard deviation of 0.001, its biases at zero.
+  parameters    The five STRF units add 57,344 parameters. This fits Table 2, whose rounded values
+                differ by 0.05M, but not the text, which has "~0.5 million", "~0.15 million" for one
+                unit and "~1.73%" of I3D. Table 2 also counts the classifier for MARS (1.28M), which
+                --complexity leaves out.
   non-local     The non-local blocks replace the five STRF units and compute attention with half the
                 channels. They add 0.46M parameters; the paper says "~5 million".
   iLIDS         Table 3 does not say which network its iLIDS-VID result is of. We assume P3D-C, as
@@ -590,8 +593,9 @@ class STRFNet(nn.Module):
     """ResNet-50 whose stages 2 and 3 have 3D convolutions with STRF (Sec. 4.1, Fig. 3), followed by
     pooling, a BN neck and a classifier.
 
-    Takes normalised clips (B, T, 3, H, W) of any height and width. Returns (embeddings, logits),
-    (B, 2048) and (B, num_classes), in train mode, and the embeddings alone in eval mode.
+    Takes clips (B, T, 3, H, W) of any height and width, normalised as for ImageNet. Returns
+    (embeddings, logits), (B, 2048) and (B, num_classes), in train mode, and the embeddings alone in
+    eval mode.
 
     All layers except the 3D convolutions and the units in front of them work on single frames, like
     the paper's convolutions with "temporal kernel size set to 1". Frames are therefore part of the
@@ -735,7 +739,7 @@ def losses(outputs, pids, args):
 FACTORS = ("t-dynamic", "t-static", "s-fine", "s-coarse")
 # flag: (the paper's value or our choice, the quick run's value, help text[, choices])
 RECIPE = {
-    "frames": (8, 4, "number of frames in a clip, T (8 in the last map, Sec. 4.2)"),
+    "frames": (8, 4, "number of frames in a clip, T (Sec. 4.2: the last map has 8 frames)"),
     "height": (224, 128,
                "height of the frames (our choice: 16 x 14, where 14 is the height of the last map "
                "in Sec. 4.2)"),
@@ -936,6 +940,7 @@ def build(args, num_classes):
 
 
 def make_optimizer(model, args):
+    """Adam, our choice; the paper names no optimizer."""
     return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
 
 
