@@ -7,8 +7,8 @@ The frames of a clip are much alike, and a network finds the same salient part i
 Temporal saliency erasing (TSE) has one learner for each frame of a short segment; a learner is the
 last stage of the network. TSE erases from a frame the regions that the learners of the previous
 frames attended to, so that the frame's own learner finds another part. Temporal saliency boosting
-(TSB) comes before TSE and adds to each frame the features of its salient part as the other frames
-show it. This makes up for the information that erasing removes.
+(TSB) comes before TSE. It looks in the other frames for the salient part of a frame, and adds the
+features that it finds there to the frame. This makes up for the information that erasing removes.
 
     python tclnet.py                          # a small run on synthetic data, on any machine
     python tclnet.py --data mars --gpu 0      # the paper's recipe on MARS
@@ -27,13 +27,15 @@ Where the paper's parts are:
                                   TCLNet.finish computes the v that the test compares
             Sec. 3.3              loss_weights, losses: the objective function
             Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE: batches and training
-                                  clips; SPLIT, METRIC: clips and distance of the test
+                                  clips; SPLIT, METRIC: clips and distance of the test; CMC and
+                                  mAP are computed by evaluate in common.py
             Sec. 4.1, Adam        make_optimizer; train divides the learning rate in steps (StepLR)
             Tables 1-4            ROWS: the variants; --complexity prints parameters and GFLOPs as
                                   we count them, beside the paper's
             Sec. 4.3              single-shot re-ID: --variant base+tse --frames 1 gives one image
-                                  to all learners. The paper has 85.3 mAP (baseline: 80.3) on
-                                  Market-1501, for which there is no loader here.
+                                  to all learners. The paper has 85.3 mAP (baseline: 80.3, though
+                                  it calls the difference 3.2) on Market-1501, for which there is
+                                  no loader here.
             Sec. 4.4, Table 4     NonLocalBlock, TemporalConv (3D); DropBlock is in TCLNet; random
                                   erasing (RE) of input frames is --erase
             Fig. 2, 3 (b), 5, 6   --figure FOLDER draws them (function picture), with a PCA instead
@@ -70,9 +72,9 @@ Deviations from the paper (what the paper has, what we do, and the flag for the 
                 their f_k. We stop this gradient, as the release does. --no-stop-gradient restores
                 the paper's form.
   TSB's BN      The paper duplicates o over all positions "before entering the BN layer". We do it
-                afterwards, which changes only the running variance: its unbiased estimate has a
-                factor n / (n - 1), where n is the number of frames in ours, and of all their
-                positions in the paper. There is no flag for this.
+                afterwards. This changes only the running variance, an unbiased estimate with the
+                factor n / (n - 1): with us n is the number of frames in a batch, in the paper it is
+                the number of all their positions. There is no flag for this.
   test          The paper takes "an input of entire video". We cut it into clips of T frames, so
                 that the memory of TSB holds the other frames of one clip, as in training. A larger
                 --frames makes the clips longer, in the test and in training.
@@ -83,20 +85,21 @@ Eq. 3 is as in the paper with both flags, --no-scaled --no-stop-gradient.
 
 Unspecified in the paper; our choice ("release": the authors' release does the same):
   erased map    F * B + BN(sum over all positions of G * F), where the second term is added at every
-                position. It lets gradients reach w, and costs only the 2,048 parameters of the BN,
-                whose weight starts at zero.
+                position. Through this term gradients reach w, which they cannot do through B. It
+                costs only the 2,048 parameters of the BN, whose weight starts at zero.
   first frame   Nothing is erased: B = 1. An empty product of correlation maps is 1 everywhere, so
                 that G is uniform. The BN term of the erased map is added to the first frame, too.
-  SEO           All frames of a segment, also the first, share one BN. The BN and the two blocks
-                that the learners share are applied once for each n; the batch is then frame n of
-                all segments (release). f_k is always an average over positions, even with
-                --pool max (release).
+  SEO           All frames of a segment, also the first, share one BN. This BN and the two blocks
+                that the learners share take the first frames of all segments as one batch, then the
+                second frames as the next batch, and so on (release). f_k is always an average over
+                positions, even with --pool max (release).
   block         If several blocks have the highest sum, the first is erased. h_e and w_e refer to a
                 16x8 map and are scaled to the size of the actual map. The strides are not scaled.
   TSB           tau = 5; the weight of the BN starts at zero.
-  new layers    Initially the weights of the classifiers are normal with a standard deviation of
-                0.001, and those of the BatchNorms in TSB, SEO and the Non-local block are zero.
-                Each learner starts as a copy of the last block of ResNet-50.
+  new layers    Initially the weights of the classifiers, which have no bias, are normal with a
+                standard deviation of 0.001, and those of the BatchNorms in TSB, SEO and the
+                Non-local block are zero. Each learner starts as a copy of the last block of
+                ResNet-50.
   backbone      The last stride of ResNet-50 is removed, which the paper's GFLOPs confirm.
   neck          Each v_i goes through its own BatchNorm (neck). Classifier, triplet loss and test
                 take its output.
@@ -104,9 +107,10 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
                 margin of 0.4.
   batch         32 clips are 8 identities with 4 clips each.
   weight decay  We use 5e-4.
-  epoch         An epoch shows all tracklets, in groups of K tracklets of the same identity
-                (release): 235 steps on MARS. With --epoch identities it shows every identity once
-                instead: 79 steps.
+  epoch         An epoch goes through the tracklets, in groups of K tracklets of the same identity
+                (release), and leaves out the tracklets that remain beyond full groups and batches.
+                On MARS this takes 235 steps. With --epoch identities an epoch shows every identity
+                once, in 79 steps.
   frames        In training the frames of a clip are 8 apart. A tracklet of 4 to 31 frames gives 4
                 different frames, which are drawn at random and kept in temporal order. A tracklet
                 of fewer than 4 frames gives some of its frames more than once (release). In the
@@ -170,7 +174,8 @@ class CorrelationLayer(nn.Module):
         channels: number of channels D of the map.
         feature_size: length D1 of a frame's vector.
         scaled: whether to divide by sqrt(D). False is the paper's form.
-        stop_gradient: whether the vectors get no gradient from Eq. 3. False is the paper's form.
+        stop_gradient: whether to stop the gradient of Eq. 3 at the vectors. False is the paper's
+            form.
 
     Raises ValueError on maps that do not have D channels and on vectors of another length than D1.
     """
@@ -264,7 +269,8 @@ class SaliencyErasingOperation(nn.Module):
             map; the default is the paper's, for maps of 16x8.
         block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
-        stop_gradient: whether the vectors get no gradient from Eq. 3. False is the paper's form.
+        stop_gradient: whether to stop the gradient of Eq. 3 at the vectors. False is the paper's
+            form.
 
     Raises ValueError on invalid blocks and strides, on maps that do not have D channels or are
     smaller than the block, and on vectors of another length than D1. To reuse this class, also copy
@@ -303,10 +309,10 @@ class SaliencyErasingOperation(nn.Module):
 def unbind_frames(x):
     """Takes maps (B, T, C, H, W) and returns a list of T maps (B, C, H, W), in channels_last.
 
-    The channels are moved to the end before `unbind`, because the backward of `unbind` allocates
-    its gradient contiguously in the order of the dimensions. With the channels at the end the
-    gradient is in channels_last, too. Otherwise the preceding layers would have to copy every map
-    in the backward pass.
+    The channels are moved to the end before `unbind` for the sake of the backward pass. There
+    `unbind` allocates the gradient of its input contiguously, in the order of the dimensions. With
+    the channels at the end this gradient is in channels_last, too. Otherwise the preceding layers
+    would have to copy the gradient of every map.
     """
     channels_at_the_end = x.movedim(2, 4)                                 # (B, T, H, W, C)
     frames = []
@@ -335,8 +341,8 @@ class TemporalSaliencyErasing(nn.Module):
         block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
         seo: whether to erase. False is the paper's "TSE-wo-SEO".
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
-        stop_gradient: whether the vectors of the previous frames get no gradient from Eq. 3. False
-            is the paper's form.
+        stop_gradient: whether to stop the gradient of Eq. 3 at the vectors of the previous frames.
+            False is the paper's form.
         pool: pooling of a learner's output into the returned vector: "avg" (GAP, as in the paper)
             or "max". The vectors f_k that SEO takes are averages in both cases.
 
@@ -406,8 +412,8 @@ def probability_map(query, memory, *, tau: float = 5.0):
     """Computes Eq. 6: how well each position of the other frames matches a frame, the query.
 
     Returns A, (B, T, T*H*W), in float32 (in float64 for a float64 memory). For each query the
-    T*H*W probabilities sum to 1. They are 0 at the query's own positions, because its memory holds
-    only the other frames.
+    T*H*W probabilities sum to 1. They are 0 at the positions of the query's own frame, because in
+    the paper the memory of a query holds only the other frames.
 
     Args:
         query: q, (B, T, D), the average of every frame over its positions.
@@ -483,7 +489,8 @@ class NonLocalBlock(nn.Module):
         nn.init.zeros_(self.out[1].weight)
 
     def project_positions(self, layer, x):
-        """Applies a 1x1 convolution to X and lists all positions: (B, 1, T*H*W, C / 2)."""
+        """Applies a 1x1 convolution to X and returns the vectors of all positions of a clip in one
+        dimension, (B, 1, T*H*W, C / 2)."""
         B, T, C, H, W = x.shape
         y = layer(x.flatten(0, 1)).view(B, T, -1, H, W)
         return y.movedim(2, 4).reshape(B, 1, T * H * W, -1)
@@ -493,7 +500,7 @@ class NonLocalBlock(nn.Module):
         theta = self.project_positions(self.theta, x)
         phi = self.project_positions(self.phi, x)
         g = self.project_positions(self.g, x)
-        y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)      # softmax(theta^T phi) g
+        y = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)      # softmax(theta phi^T) g
         y = y.reshape(B * T, H, W, -1).movedim(3, 1)
         return self.out(y).view(B, T, C, H, W) + x
 
@@ -589,8 +596,8 @@ class TCLNet(nn.Module):
             map.
         block_stride: vertical and horizontal stride (s_h, s_w) of the sliding block, at least 1.
         scaled: whether to divide Eq. 3 by sqrt(D). False is the paper's form.
-        stop_gradient: whether the vectors of the previous frames get no gradient from Eq. 3. False
-            is the paper's form.
+        stop_gradient: whether to stop the gradient of Eq. 3 at the vectors of the previous frames.
+            False is the paper's form.
         tsb: stages of ResNet-50 (from 1, 2 and 3) after which a TSB is inserted; () for no TSB.
         tau: temperature of TSB, Eq. 6: the larger it is, the more the best matches count.
         extra: the alternative of Table 4 to TSE and TSB: "nl" (a Non-local block after stage 3),
@@ -724,8 +731,11 @@ def losses(outputs, pids, args):
     """Returns the losses of Sec. 3.3, {name: weighted scalar}. Each is summed over the learners.
     A loss whose weight is 0 is left out. Training minimises their sum.
 
-    Takes the network's outputs in train mode, embeddings (B, N, 2048) and logits
-    (B, N, num_classes), and the identities of the clips, (B,).
+    Args:
+        outputs: the network's outputs in train mode, embeddings (B, N, 2048) and logits
+            (B, N, num_classes).
+        pids: the identities of the clips, (B,).
+        args: the settings, of which the losses use `loss` and `margin`.
     """
     embeddings, logits = outputs
     weights = loss_weights(args)
@@ -749,14 +759,14 @@ RECIPE = {  # flag: (the paper's value, or ours; the small run's; meaning and so
               "clips of each identity in a batch, K (Sec. 4.1: batches of 32 clips; K is our "
               "choice)"),
     "epoch": ("tracklets", "identities",
-              "what an epoch shows: all training tracklets, or every identity once (our choice, as "
-              "in the authors' release)",
+              "whether an epoch goes through the tracklets or shows every identity once (our "
+              "choice, as in the authors' release)",
               ("tracklets", "identities")),
     "erase": (0.0, 0.0, "probability of random erasing, in the input frames (Sec. 4.1, Table 4a)"),
     "epochs": (150, 8, "number of training epochs (Sec. 4.1)"),
     "lr": (3e-4, 5e-4, "learning rate of Adam (Sec. 4.1)"),
     "lr_step": (40, 7,
-                "number of epochs after which the learning rate is divided by 10 (Sec. 4.1)"),
+                "divide the learning rate by 10 every so many epochs (Sec. 4.1)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of Adam (our choice)"),
     "weights": ("imagenet", "none",
                 "initial weights of ResNet-50: imagenet, none, or the path of a state_dict of "
