@@ -524,6 +524,8 @@ class BiCnet(nn.Module):
             csp_stages = ()
         check_arguments(frames, height, width, shares=shares, csp_stages=csp_stages, tks=tks,
                         grid=grid)
+        if pool not in ("max", "avg"):
+            raise ValueError(f"the pooling of the last maps must be max or avg, not {pool}")
         self.frames_per_branch = [frames * share // sum(shares) for share in shares]
         net = resnet50(weights)
         self.branch_norms = []  # the BranchBatchNorms, if branches have their own statistics

@@ -1258,10 +1258,11 @@ def print_training_plan(args, dataset, sampler, weights):
     losses. weights: {name of a loss: its weight}."""
     batch = args.ids * args.clips
     steps = len(make_sampler(sampler, [t.pid for t in dataset.train], args))
-    # the setting epoch is "tracklets" or "identities"; M3D's recipe does not have it
-    shown = f"all {args.epoch}" if "epoch" in args else "all tracklets once"
-    print(f"an epoch: {steps:,} steps of {batch} clips, which show {shown}, in all "
-          f"{steps * batch:,} clips with {steps * batch * args.frames:,} frames")
+    shown = "show all tracklets once"
+    if "epoch" in args:  # not in M3D's recipe
+        shown = f"go through the {args.epoch}"
+    print(f"an epoch: {steps:,} steps of {batch} clips, which {shown}, in all {steps * batch:,} "
+          f"clips with {steps * batch * args.frames:,} frames")
     total = f"in all: {args.epochs:,} epochs, {steps * args.epochs:,} steps"
     if args.split == "all":
         total += " for each of ten splits"

@@ -1579,13 +1579,16 @@ class PKSampler(torch.utils.data.Sampler):
         rank: number of this process, from 0. It takes P / world identities of each batch.
         world: number of processes.
 
-    Raises UserError if P or K do not fit the identities or the number of processes.
+    Raises ValueError for another `shows`, and UserError if P or K do not fit the identities or the
+    number of processes.
     """
     unit = "identities"  # the noun for P in error messages
     flags = "--ids"      # the flags that set P
 
     def __init__(self, pids, P: int, K: int, *, shows: str = "tracklets", seed: int = 0,
                  rank: int = 0, world: int = 1):
+        if shows not in ("tracklets", "identities"):
+            raise ValueError(f"an epoch shows tracklets or identities, not {shows}")
         self.tracklets_of = collections.defaultdict(list)
         for index, pid in enumerate(pids):
             self.tracklets_of[pid].append(index)

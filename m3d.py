@@ -533,6 +533,8 @@ class Stream(nn.Module):
         super().__init__()
         if layer not in ("2d", "m3d", "i3d", "p3d-a", "p3d-b", "p3d-c"):
             raise ValueError(f"the layers are 2d, m3d, i3d, p3d-a, p3d-b and p3d-c, not {layer}")
+        if pool not in ("max", "avg"):
+            raise ValueError(f"the pooling of the last maps must be max or avg, not {pool}")
         net = resnet50(weights, last_stride=2)
         if init_2d is not None:
             try:

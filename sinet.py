@@ -457,10 +457,14 @@ class NonLocalBlock(nn.Module):
         affinity: "softmax" (embedded Gaussian, "Non-local" in Table 3), "ones" (the mean over all
             positions, "Non-local (1)") or "inverse" (softmax of the negated affinity, "Non-local
             (inverse)").
+
+    Raises ValueError for another affinity.
     """
 
     def __init__(self, channels: int, *, affinity: str = "softmax"):
         super().__init__()
+        if affinity not in ("softmax", "ones", "inverse"):
+            raise ValueError(f"the affinity must be softmax, ones or inverse, not {affinity}")
         self.affinity = affinity
         if affinity != "ones":
             self.theta = nn.Conv2d(channels, channels // 2, 1)
@@ -604,9 +608,9 @@ class SINet(nn.Module):
             its IDM, CAL and CPM, max pooling without padding in the stem, and a classifier with
             biases.
 
-    Raises ValueError for idms, sbm_blocks, sbm_splits, kernel_size, beta, scale, se_reduction or
-    reduction out of range, if there is not one split for each of the blocks, and if the clips are
-    too short or too small for the SBMs.
+    Raises ValueError for idms, sbm_blocks, sbm_splits, kernel_size, beta, scale, se_reduction,
+    mixer, reduction or pool out of range, if there is not one split for each of the blocks, and if
+    the clips are too short or too small for the SBMs.
     """
 
     def __init__(self, num_classes: int, frames: int = 4, height: int = 256, width: int = 128, *,
@@ -619,6 +623,11 @@ class SINet(nn.Module):
         super().__init__()
         if idms not in IDM_BLOCKS:
             raise ValueError(f"SINet takes 0 to 3 IDMs, not {idms}")
+        if mixer not in ("idm", "gc", "softmax", "ones", "inverse"):
+            raise ValueError("SINet takes a mixer of idm, gc, softmax, ones or inverse, not "
+                             f"{mixer}")
+        if pool not in ("max", "avg"):
+            raise ValueError(f"the pooling of the last maps must be max or avg, not {pool}")
         if sbm:
             if len(sbm_blocks) != len(sbm_splits):
                 raise ValueError(f"SINet takes a split for each block with an SBM, not "
@@ -798,7 +807,7 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
     "ids": (8, 4, "number of identities in a batch, P (Sec. 4.2)"),
     "clips": (4, 2, "number of clips of each identity in a batch, K (Sec. 4.2)"),
     "epoch": ("tracklets", "identities",
-              "what an epoch goes through once: all tracklets (as in the authors' release) or all "
+              "what an epoch goes through: the tracklets (as in the authors' release) or the "
               "identities",
               ("tracklets", "identities")),
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.2)"),

@@ -660,6 +660,8 @@ class STRFNet(nn.Module):
         if attention == "nonlocal" and not strf_options.get("fam", True):
             raise ValueError("fam=False needs the attention strf, because a non-local block has "
                              "no FAM to leave out")
+        if pool not in ("max", "avg"):
+            raise ValueError(f"the pooling of the last maps must be max or avg, not {pool}")
         self.frames = frames
         self.pool = pool
         net = resnet50(weights)

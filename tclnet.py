@@ -346,9 +346,9 @@ class TemporalSaliencyErasing(nn.Module):
         pool: pooling of a learner's output into the returned vector: "avg" (GAP, as in the paper)
             or "max". The vectors f_k that SEO takes are averages in both cases.
 
-    Raises ValueError on invalid blocks and strides, if T is neither 1 nor a multiple of N, on maps
-    that do not have D channels or are smaller than the block, and on learners whose outputs do not
-    have D1 channels. To reuse this class, also copy CorrelationLayer, BlockBinarization,
+    Raises ValueError on an invalid block, stride or pooling, if T is neither 1 nor a multiple of N,
+    on maps that do not have D channels or are smaller than the block, and on learners whose outputs
+    do not have D1 channels. To reuse this class, also copy CorrelationLayer, BlockBinarization,
     SaliencyErasingOperation and unbind_frames.
     """
 
@@ -357,6 +357,8 @@ class TemporalSaliencyErasing(nn.Module):
                  block_stride: tuple[int, int] = (1, 1), seo: bool = True, scaled: bool = True,
                  stop_gradient: bool = True, pool: str = "avg"):
         super().__init__()
+        if pool not in ("max", "avg"):
+            raise ValueError(f"the pooling of the last maps must be max or avg, not {pool}")
         self.shared = shared
         self.learners = nn.ModuleList(learners)
         self.channels = channels
@@ -626,6 +628,8 @@ class TCLNet(nn.Module):
         if tsb and frames < 2:
             raise ValueError(f"TSB needs at least 2 frames, not {frames}, because it looks for the "
                              "salient part of each frame in the others")
+        if extra not in ("none", "nl", "dropblock", "3d"):
+            raise ValueError(f"extra must be nl, dropblock, 3d or none, not {extra}")
         if extra == "3d" and learners > 1:
             raise ValueError(f'extra "3d" takes one learner, not {learners}')
         if extra == "nl" and 3 in tsb:

@@ -179,7 +179,7 @@ def test_a_plan_of_mars(script, mars_without_images, monkeypatch, capsys, tmp_pa
     mars = ("--data", "mars", "--root", mars_without_images)
     out = planned(script, monkeypatch, capsys, *mars)
     steps, epochs, loss, (clips, frames) = PLANS[script]
-    assert f"an epoch: {steps} steps of " in out and "all tracklets" in out
+    assert f"an epoch: {steps} steps of " in out and "which go through the tracklets" in out
     assert f"in all: {epochs} epochs, {steps * epochs:,} steps" in out
     assert f"\nloss: {loss}\n" in out
     assert f"reads 11,310 tracklets in {clips:,} clips, {frames:,} frames in all" in out

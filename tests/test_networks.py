@@ -17,6 +17,7 @@ import strf
 import tclnet
 from common import settings
 from conftest import wake
+from data import PKSampler
 
 SCRIPTS = ["bicnet_tks", "m3d", "sinet", "strf", "tclnet"]
 each_script = pytest.mark.parametrize("name", SCRIPTS)
@@ -299,3 +300,20 @@ REFUSED = [
 def test_modules_refuse_other_sizes(make, shapes, says):
     with pytest.raises(ValueError, match=says):
         make().eval()(*map(torch.rand, shapes))
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: bicnet_tks.BiCnet(5, pool="mean"), "must be max or avg, not mean"),
+    (lambda: m3d.Stream(4, pool="mean"), "must be max or avg, not mean"),
+    (lambda: sinet.SINet(5, pool="mean"), "must be max or avg, not mean"),
+    (lambda: sinet.SINet(5, mixer="nl"), "idm, gc, softmax, ones or inverse, not nl"),
+    (lambda: sinet.NonLocalBlock(16, affinity="gaussian"), "softmax, ones or inverse, not gauss"),
+    (lambda: strf.STRFNet(5, pool="mean"), "must be max or avg, not mean"),
+    (lambda: tclnet.TCLNet(5, pool="mean"), "must be max or avg, not mean"),
+    (lambda: tclnet.TCLNet(5, learners=1, extra="2d"), "nl, dropblock, 3d or none, not 2d"),
+    (lambda: PKSampler([1, 2], 2, 2, shows="people"), "tracklets or identities, not people"),
+])
+def test_unknown_choices_are_refused(make, says, one_backbone):
+    """Not taken for one of the others."""
+    with pytest.raises(ValueError, match=says):
+        make()
