@@ -25,10 +25,12 @@ Where the parts of the paper are:
   Sec. 3.3, Fig. 3a           BiCnet
   Sec. 4.3.1                  losses
   Sec. 4.1                    RECIPE: all settings; SAMPLER, SAMPLE: batches and training clips;
-                              SPLIT, METRIC: clips and distance of the test
-  Sec. 4.1, Adam              make_optimizer; train divides the learning rate in steps (StepLR)
+                              SPLIT, METRIC: clips and distance of the test; evaluate in common.py
+                              averages the features of the clips and ranks the gallery
+  Sec. 4.1, Adam              make_optimizer; StepLR in train lowers the learning rate
   Tables 1 to 6               ROWS: the variants, table by table
-  Fig. 1, 3, 4                --figure FOLDER draws maps like theirs (function picture)
+  Fig. 1, 3b, 4               --figure FOLDER draws the last maps, the attention maps A_k and the
+                              weights g of the kernels of TKS (function picture)
 To reuse a class elsewhere, read the end of its docstring: it says what else of this file it needs.
 
 Shapes of the maps for a clip of 8 frames of 256 x 128 pixels and alpha = 3, as frames x channels x
@@ -58,11 +60,12 @@ flag restores the paper's form; all three flags together give the network of the
                   weight of this BatchNorm starts at zero, so that TKS is the identity at the start
                   of training. --no-excite-bn
 
-Two choices rest on the parameter counts in the paper's tables. CSPs after stages 1 to 3 give the
-27.6 million of TB+CSP (Table 2). With TKS after stage 4 the paper has 53.5 million (Table 6). With
-a reduction of 16 in the bottleneck of W_i ours has 53.59 million, not counting DAO and the
-BatchNorms of TKS. The paper truncates its values, so the two agree. The counts are too coarse to
-show whether CSP has a bias (5,376 parameters) or how DAO is built (27,648 weights).
+Two of these choices rest on the parameter counts in the paper's tables. The first is to add CSPs
+after stages 1 to 3, which gives the 27.6 million of TB+CSP (Table 2). The second is the reduction
+of 16 in the bottleneck of W_i: with TKS after stage 4 ours then has 53.59 million, not counting DAO
+and the BatchNorms of TKS, and the paper has 53.5 million (Table 6). The paper truncates its values,
+so the two agree. The counts are too coarse to show whether CSP has a bias (5,376 parameters) or how
+DAO is built (27,648 weights).
 
 Unspecified in the paper; our choice. "(release)" marks what we took from the authors' code:
   small frames    They are resized at the input, as the text says, by bilinear interpolation with
@@ -105,9 +108,10 @@ Unspecified in the paper; our choice. "(release)" marks what we took from the au
                   (release). --chunk 0 keeps them whole.
   test clips      The last clip of a tracklet is filled by starting the tracklet again: 10 frames
                   give a clip of frames 1 to 8 and one of frames 9, 10 and 1 to 6.
-  epoch           An epoch visits every tracklet, in groups of K tracklets of the same identity
-                  (release): 117 steps on MARS. With --epoch identities it visits every identity
-                  once: 40 steps.
+  epoch           An epoch goes through the tracklets, in groups of K tracklets of the same identity
+                  (release): 117 steps on MARS. Tracklets that fill no group, or whose group fits
+                  in no batch, are left out; the next epoch forms other groups. With --epoch
+                  identities it goes through the identities, each with K clips: 40 steps.
   initial values  The classifier starts with normal weights (standard deviation 0.001). The
                   BatchNorms before the residual sums of DAO and TKS start with a weight of zero.
                   All other new layers have torch's default initialisation.
@@ -187,10 +191,12 @@ class CrossScalePath(nn.Module):
 
 
 class DiverseAttentionsOperation(nn.Module):
-    """DAO, Fig. 3b, Eq. 3: gives each frame of a branch an attention map, which for all frames but
-    the first comes from a module of its own. `divergence_loss` makes the maps attend to different
-    regions. At initialisation the operation is the identity, because the weight of its BatchNorm is
-    zero.
+    """DAO, Fig. 3b, Eq. 3: gives each frame of a branch an attention map, and adds to the frame's
+    features their mean over the positions, weighted by this map, after a BatchNorm.
+
+    The first frame's attention map comes from its features alone, that of each other frame from a
+    module of its own. `divergence_loss` makes the attention maps attend to different regions. At
+    initialisation the operation is the identity, because the weight of its BatchNorm is zero.
 
     Input: maps D (B, M, C, H, W) of a branch. Output: the new maps, of the same shape, and the
     attention maps A (B, M, H, W), each of which sums to 1.
@@ -257,8 +263,8 @@ def divergence_loss(attention):
 # -------------------------------------------------------------- Sec. 3.2: temporal kernel selection
 
 class TemporalKernelSelection(nn.Module):
-    """TKS, Fig. 4, Eq. 6-8: adds temporal convolutions of several lengths to the maps, weighted for
-    each clip and channel.
+    """TKS, Fig. 4, Eq. 6-8: applies temporal convolutions of several lengths to the regions of the
+    maps, weights their outputs for each clip and channel, and adds the weighted sum to the maps.
 
     Input: maps F (B, T_i, C, H_i, W_i) of one or more branches i, one argument for each branch.
     Their frames are concatenated into one sequence, in the order of the arguments. Output: a list
@@ -460,8 +466,8 @@ def check_arguments(frames, height, width, *, shares, csp_stages, tks, grid):
     max_downscale = 2 ** (len(shares) - 1)      # of the branch with the smallest frames
 
     def required_multiple(num_regions):
-        """Returns the number of which the height, or the width, must be a multiple if TKS divides
-        the maps into `num_regions` regions along it."""
+        """Returns the number by which the height must be divisible if the grid of TKS has
+        `num_regions` rows. The same holds for the width and the columns of the grid."""
         factors = [max_downscale]
         for stage in csp_stages:  # the maps of the big frames are halved
             factors.append(2 * output_stride[stage])
@@ -530,8 +536,8 @@ class BiCnet(nn.Module):
         net = resnet50(weights)
         self.branch_norms = []  # the BranchBatchNorms, if branches have their own statistics
         if own_statistics:
-            used_branches = [number for number in self.frames_per_branch if number > 0]
-            self.branch_norms = separate_statistics(net, len(used_branches))
+            num_used_branches = sum(number > 0 for number in self.frames_per_branch)
+            self.branch_norms = separate_statistics(net, num_used_branches)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layer1 = net.layer1
         self.layer2 = net.layer2
@@ -667,7 +673,7 @@ RECIPE = {  # flag: (the full recipe's value, the small run's, meaning and sourc
     "ids": (16, 4, "number of identities in a batch, P (Sec. 4.1)"),
     "clips": (4, 2, "number of clips of each identity in a batch, K (Sec. 4.1)"),
     "epoch": ("tracklets", "identities",
-              "what an epoch goes through once: all tracklets (as in the authors' release) or all "
+              "what an epoch goes through: the tracklets (as in the authors' release) or the "
               "identities",
               ("tracklets", "identities")),
     "erase": (0.5, 0.0, "probability of random erasing (Sec. 4.1 has it; the value is our choice)"),
@@ -723,9 +729,9 @@ METRIC = "cosine"
 # The settings of variants without CSP, DAO and TKS
 PLAIN_BRANCHES = dict(csp=False, dao=False, tks=())
 ROWS = {
-    # Each entry of a variant has its table and name in the paper, the settings of RECIPE that
-    # define it (those equal to RECIPE's may be repeated for clarity), and the paper's (mAP, rank-1)
-    # and costs. same="NAME" says that the variant is the same as the variant NAME.
+    # The Row of a variant has its table and name in the paper, the settings that define it (even
+    # where RECIPE has the same values), and the paper's (mAP, rank-1) and costs. same="NAME" says
+    # that the variant is the same as the variant NAME. All other settings are as in RECIPE.
 
     # Tables 1 and 2: the whole network and its components, alpha = 3
     "bicnet-tks": Row(
@@ -811,7 +817,7 @@ ROWS = {
     ),
     "tb-alpha-inf": Row("Table 4: alpha = infinity (Base-S)", same="base-s"),
 
-    # Table 5: the kernels of TKS. What a variant does not set is as in RECIPE.
+    # Table 5: the kernels of TKS
     "tks-k3": Row(
         "Table 5: K3",
         kernels=(3,),
@@ -964,10 +970,17 @@ def main():  # same in every script
 
 # ------------------------------------------------------------------------------------- the picture
 
-def picture(model, clips, frames):
-    """What --figure draws, modelled on Figures 1, 3 and 4: the attention maps A_k and the last
-    maps, drawn over the frames, and the weights of the kernels of TKS. Returns a title and
-    {label: row}."""
+def picture(model, clips, images):
+    """Prepares what --figure draws: the attention maps A_k (see Fig. 3b) and the last maps (compare
+    Fig. 1), drawn over the frames, and the weights of the kernels of TKS (g in Fig. 4).
+
+    Args:
+        model: a BiCnet.
+        clips: a normalised clip, (1, N, 3, H, W).
+        images: its frames, (N, 3, H, W), uint8, on which the maps are drawn.
+
+    Returns a title and {label: row}, as `figures` draws them.
+    """
     tks_with_selection = {}
     for name, tks_module in model.tks.items():
         if tks_module.w is not None:
@@ -994,15 +1007,15 @@ def picture(model, clips, frames):
                 # A_k sums to 1, so that its mean is 1 / numel.
                 attention_maps.append(frame_attention * frame_attention.numel())
         label = "attention map of each frame, divided by its mean"
-        rows[label] = overlays(frames, attention_maps, captions)
+        rows[label] = overlays(images, attention_maps, captions)
     last_maps = []
     for _, x in layer4_calls:  # one call for each branch
         last_maps += energy(x)
-    rows["last map of each frame, divided by its mean"] = overlays(frames, last_maps, captions)
+    rows["last map of each frame, divided by its mean"] = overlays(images, last_maps, captions)
     for name, calls_of_layer in zip(tks_with_selection, selection_calls):
         tks_module = tks_with_selection[name]
         _, logits = calls_of_layer[0]
-        g = tks_module.softmax_over_paths(logits.float())[0].mean(1)
+        g = tks_module.softmax_over_paths(logits.float())[0].mean(1)  # mean over the channels
         lengths = ", ".join(str(k) for k in tks_module.kernels)
         rows[f"TKS after {name}: weights of its kernels"] = bars([g], [f"{lengths} frames"])
     return "BiCnet-TKS: attention and features of each frame", rows
