@@ -28,7 +28,7 @@ Where the parts of the paper are:
     "softmax loss"           losses
     "Euclidean distance"     METRIC
   Implementation Details     RECIPE (3D networks), ROWS["2d"] (2D network), SAMPLER, SAMPLE
-    "SGD"                    make_optimizer; train divides the learning rate in steps (StepLR)
+    "SGD"                    make_optimizer; StepLR in train lowers the learning rate
     the order of training    train_in_stages
     features in the test     TwoStreamM3D.test_parts, SPLIT; evaluate in common.py averages them and
                              ranks the gallery
@@ -40,10 +40,10 @@ then starts from the 2D stream's weights and learns from clips of T frames. Test
 every frame of a tracklet, the M3D stream floor(L / T) clips of T frames from a tracklet of L
 frames. f_s and f_t are the means of each stream's outputs over its frames or clips.
 
-Four flags take a checkpoint (last.pt): --resume resumes or evaluates the run that wrote it; --init
+These flags take a checkpoint (last.pt): --resume resumes or evaluates the run that wrote it; --init
 starts a new training from those of its weights that fit the new network; --init-2d starts the M3D
 stream from a run of --variant 2d; --join evaluates a 2D stream and an M3D stream that were trained
-separately, as one network.
+separately, as one network; --beside, with --figure, draws a second network, too.
 
 Deviations from the paper (what it says, what we do, the flag for the paper's form if there is one):
   streams       M3D is "initialized with well-trained 2D CNN layers", and the 2D network has a
@@ -55,7 +55,7 @@ Deviations from the paper (what it says, what we do, the flag for the paper's fo
   n = 1         For n = 1 "the M3D layer equals to P3D-C". Eq. 5 contradicts this: its three taps
                 share one C x C matrix, whereas P3D-C has one for each. We follow Eq. 5, because it
                 fits the 4.2 MB that M3D adds in the paper. --per-tap uses one matrix for each tap,
-                as P3D-C does (+12.5 MB).
+                as P3D-C does; M3D then adds 12.5 MB.
   RAL's start   "initializing all convolution layers as zero". If all three masks are zero, the
                 gradient of their product is zero and RAL never learns. We therefore set the last
                 convolution's weight to zero in every branch, and its bias to zero in the first
@@ -96,7 +96,7 @@ Unspecified in the paper; our choice (no release is known):
                 -> T channels.
   pooling       The last map is averaged over its positions.
   "softmax"     Cross entropy. Each stream has a BN neck, whose output is f_s or f_t, and a
-                classifier.
+                classifier, which starts with normal weights (standard deviation 0.001).
   SGD           Momentum 0.9, weight decay 5e-4; "reduced ten times" means divided by 10.
   augmentation  Each clip is flipped left to right with a probability of 0.5.
   epoch         An epoch shows every tracklet once. When the streams are trained in stages, an epoch
@@ -141,8 +141,8 @@ def shift_frames(clips, offset: int):
     """Shifts clips (B, C, T, H, W) in time: frame t of the result is frame t + offset of `clips`,
     or zeros if there is no such frame.
 
-    F.pad with a negative number at one end leaves maps and gradients in channels_last_3d. Slices
-    would leave gradients in another layout, so that they had to be copied.
+    F.pad with a negative number at one end keeps maps and gradients in channels_last_3d. With
+    slices the gradients would have another layout and would have to be copied.
     """
     # F.pad starts with the last dimension: W, H, T. A negative number removes frames.
     return F.pad(clips, (0, 0, 0, 0, -offset, offset))
@@ -260,8 +260,8 @@ class ResidualAttentionLayer(nn.Module):
         branches: the masks to use, one or more of "s" (spatial), "c" (channel) and "t" (temporal),
             as a string or a tuple; each mask that is left out counts as 1.
 
-    Raises ValueError on invalid branches or an invalid reduction, and on an input whose T or C is
-    not `frames` or `channels`.
+    Raises ValueError on invalid branches or an invalid reduction, and on an input whose T is not
+    `frames` or whose C is not `channels`.
 
     Copy along: mean_over_frames, apply_masks.
     """
@@ -490,8 +490,9 @@ def resnet50(weights="none", last_stride=1):  # same in every script
 
 
 class Stream(nn.Module):
-    """One stream of Fig. 3: F_2d of Eq. 2 or F_M3D of Eq. 3, a ResNet-50, either plain 2D or with
-    3D convolutions and RALs. Its features are averaged over the frames.
+    """One stream of Fig. 3: a ResNet-50 whose features are averaged over the frames. The 2D stream
+    is the plain network, F_2d of Eq. 2. The M3D stream, F_M3D of Eq. 3, has 3D convolutions and
+    RALs.
 
     Takes normalised clips (B, T, 3, H, W) and returns features (B, 2048). Shapes in the M3D stream
     for frames of 256 x 128 pixels:
@@ -504,7 +505,8 @@ class Stream(nn.Module):
         features  (B, 2048)             pooled over positions, then averaged over frames
 
     Args:
-        frames: number of frames in a clip, T. A 2D stream takes clips of any length.
+        frames: number of frames in a clip, T. A stream with layer="2d" and no RALs takes clips of
+            any length.
         layer: the convolutions: "2d" (a plain ResNet-50), "m3d", "i3d", "p3d-a", "p3d-b" or
             "p3d-c".
         ral: the branches of the RALs, some of "s", "c" and "t"; empty for no RALs.
@@ -744,8 +746,8 @@ RECIPE = {
                      "with --layer p3d-a: no BatchNorm and ReLU between the spatial and the "
                      "temporal convolution (our choice)"),
     "ral": (("s", "c", "t"), ("s", "c", "t"),
-            "masks of the residual attention layers: spatial, channel, temporal; without a value "
-            "there are no such layers (Table 2)",
+            "masks of the residual attention layers: spatial, channel, temporal; --ral without a "
+            "value leaves these layers out (Table 2)",
             ("s", "c", "t")),
     "reduction": (16, 16,
                   "r: the channel branch of a residual attention layer reduces C channels to C/r "
@@ -768,9 +770,9 @@ SPLIT = split_whole            # the test: the first floor(L / T) clips; with T 
 METRIC = "euclidean"           # distance of the test
 
 ROWS = {
-    # Each entry of a variant has its place in the paper, the settings of RECIPE that define it
-    # (those equal to RECIPE's may be repeated for clarity), the paper's (mAP, rank-1), and how many
-    # megabytes the network has in Table 1 beyond those of the 2D network.
+    # The Row of a variant has its place in the paper, the settings that define it (even where
+    # RECIPE has the same values), the paper's (mAP, rank-1), and how many megabytes the network has
+    # in Table 1 beyond those of the 2D network. All other settings are as in RECIPE.
 
     # Tables 1 to 4: the whole network and its two streams. Tables 3 and 4 also give rank-5 of the
     # two-stream network: MARS 93.84, PRID-2011 100.00, iLIDS-VID 94.33; and rank-20: MARS 97.74.
@@ -912,6 +914,7 @@ def build(args, num_classes):
 
 
 def make_optimizer(model, args):
+    """SGD, as in Implementation Details."""
     return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum,
                            weight_decay=args.weight_decay, fused=True)
 
