@@ -27,7 +27,7 @@ Where each part of the paper is:
   Sec. 3.3, Eq. 8            losses, mutual_information_loss
   Sec. 4.2                   RECIPE, SAMPLER, SAMPLE, SPLIT, METRIC (flips and erasing: TrainClips
                              in data.py; means of clips and ranking: evaluate in common.py)
-  Sec. 4.2, Adam             make_optimizer; train divides the learning rate in steps (StepLR)
+  Sec. 4.2, Adam             make_optimizer; StepLR in train lowers the learning rate
   Tables 1-3, Fig. 5         ROWS
   Fig. 1, Fig. 6             picture
 Every class can be copied into another project. Its docstring names what else has to be copied with
@@ -861,11 +861,11 @@ SPLIT = split_segments
 METRIC = "cosine"
 
 ROWS = {
-    # The Row of a variant names its table and its name in the paper. It gives the settings of
-    # RECIPE that define the variant (some repeat RECIPE's value for clarity), the paper's
-    # (mAP, rank-1) for each data set, and how many GFLOPs more than base it needs, as the paper
-    # gives them. same="NAME" says that the variant is the same as the variant NAME. Variants
-    # without SBM are trained without L_mi (lambda2=0.0).
+    # The Row of a variant has its table and name in the paper, the settings that define it (even
+    # where RECIPE has the same values), the paper's (mAP, rank-1), and how many GFLOPs more than
+    # base it needs in the paper. same="NAME" says that the variant is the same as the variant NAME.
+    # All other settings are as in RECIPE. Variants without SBM are trained without L_mi
+    # (lambda2=0.0).
 
     # Tables 1 and 2: the whole network, and its two modules alone. Table 3 lists base+idm, too, as
     # base+2idm, with an mAP of 85.8 instead of 85.9.

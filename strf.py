@@ -24,7 +24,7 @@ Where the parts of the paper are:
   Sec. 3.3                    NonLocalBlock, with which the paper compares STRF
   Sec. 4                      RECIPE; the paper prints only a part of it
   Sec. 4, evaluation          SPLIT, METRIC; CMC and mAP are computed by evaluate in common.py
-  (our choice: Adam)          make_optimizer; train divides the learning rate in steps (StepLR)
+  (our choice: Adam)          make_optimizer; StepLR in train lowers the learning rate
   Sec. 4.1, Fig. 3 (A)        STRFNet, with its shapes and a sketch of where a unit is
   Sec. 4.2, Fig. 6 (a)        SelfProductMask, which replaces FAM in this ablation
   Tables 2-5, Fig. 4, 6 (a)   ROWS
@@ -803,9 +803,9 @@ SPLIT = split_consecutive      # the test: all frames of a tracklet, in clips of
 METRIC = "cosine"              # the test's distance between the mean embeddings of tracklets
 
 ROWS = {
-    # Each entry of a variant has its place in the paper, the settings of RECIPE that it changes,
-    # and the paper's (mAP, rank-1) and parameters. same="NAME" says that the variant is the same as
-    # the variant NAME.
+    # The Row of a variant has its place in the paper, the settings that define it, and the paper's
+    # (mAP, rank-1) and parameters. same="NAME" says that the variant is the same as the variant
+    # NAME. All other settings are as in RECIPE.
 
     # Tables 2 and 3: four 3D networks with and without STRF. On Duke, Table 3 reports the values of
     # strf-p3db for STRF.

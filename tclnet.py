@@ -29,7 +29,7 @@ Where the paper's parts are:
             Sec. 4.1              RECIPE: all settings; SAMPLER, SAMPLE: batches and training
                                   clips; SPLIT, METRIC: clips and distance of the test; CMC and
                                   mAP are computed by evaluate in common.py
-            Sec. 4.1, Adam        make_optimizer; train divides the learning rate in steps (StepLR)
+            Sec. 4.1, Adam        make_optimizer; StepLR in train lowers the learning rate
             Tables 1-4            ROWS: the variants; --complexity prints parameters and GFLOPs as
                                   we count them, beside the paper's
             Sec. 4.3              single-shot re-ID: --variant base+tse --frames 1 gives one image
@@ -826,9 +826,9 @@ SPLIT = split_consecutive      # the test: all frames, in clips of T consecutive
 METRIC = "cosine"              # the test: distance between the vectors v that TCLNet.finish gives
 
 ROWS = {
-    # Each entry of a variant has its place and name in the paper, the settings of RECIPE that
-    # define it (those equal to RECIPE's may be repeated for clarity), and the paper's (mAP, rank-1)
-    # and costs. same="NAME" says that the variant is the same as the variant NAME.
+    # The Row of a variant has its place and name in the paper, the settings that define it (even
+    # where RECIPE has the same values), and the paper's (mAP, rank-1) and costs. same="NAME" says
+    # that the variant is the same as the variant NAME. All other settings are as in RECIPE.
 
     # Tables 1 and 2: the whole network and its components. Only the variant tclnet has the triplet
     # loss. All others, also those of Tables 3 and 4, have the cross entropy alone (Sec. 4.3).
