@@ -109,6 +109,9 @@ QUANTITIES = {
     "top cells shared": "share of a frame's top quarter of cells that is also another frame's",
     "R positions": "SINet: positions that the softmax R of Eq. 3 covers (its perplexity), as a "
                    "share of all; mean over the SBMs",
+    "masks fixed": "SINet: share of the clips in which what SBM suppresses changes less than a "
+                   "tenth as much as its kernel, both relatively, so that the kernel gets hardly "
+                   "any gradient; mean over the SBMs",
     "suppressed on person": "SINet: share of 1 - S on the person, which covers `person` of the "
                             "cells; mean over the SBMs",
     "person": "SINet: share of the cells of the SBMs' maps at least half of which shows the person",
@@ -294,24 +297,39 @@ def told_apart(embed, queries, size, T):
     return (nearest == torch.arange(4)).float().mean().item()
 
 
+def slope_of_suppression(so, q, kernel):
+    """How much what SBM suppresses in a clip, the sum of 1 - S, changes relatively when its kernel
+    does: norm of the gradient with respect to the kernel, times norm of the kernel, over the sum.
+    Returns a value for each of B clips, (B,)."""
+    with torch.enable_grad():
+        kernel = kernel.detach().requires_grad_()
+        suppressed = (1 - so(q, kernel)).flatten(1).sum(1)
+        gradient, = torch.autograd.grad(suppressed.sum(), kernel)
+    norms = gradient.flatten(1).norm(dim=1) * kernel.detach().flatten(1).norm(dim=1)
+    return norms / suppressed.detach()
+
+
 def measure_sbm(script, model, clips, masks):
-    """How wide the softmax of Eq. 3 is, and where the SBMs suppress."""
+    """How wide the softmax of Eq. 3 is, whether gradients pass through it, and where the SBMs
+    suppress."""
     sbms = [m for m in model.modules() if isinstance(m, script.SalientToBroadModule)]
     if not sbms:
         return {}
-    widths, shares, persons = [], [], []
+    widths, fixed, shares, persons = [], [], [], []
     for sbm, calls in zip(sbms, watch(model, clips, *[sbm.so for sbm in sbms])):
         (q, kernel), suppression = calls[0]
         divisor = {"none": 1, "window": kernel.shape[1],
                    "window+channels": kernel.shape[1] * kernel.shape[2] ** 0.5}[sbm.so.scale]
         response = script.conv_by_matmul(q, kernel / divisor).flatten(1)
         widths.append(perplexity(response.softmax(1)))                            # R of Eq. 3
+        slopes = slope_of_suppression(sbm.so, q, kernel)
+        fixed.append((slopes < 0.1).float().mean().item())
         person = cells_of_person(masks[:, sbm.split:], suppression.shape[-2:])
         suppressed = 1 - suppression[:, :, 0]
         shares.append(((suppressed * person).sum() / suppressed.sum().clamp(min=1e-12)).item())
         persons.append(person.mean().item())
-    return {"R positions": np.mean(widths), "suppressed on person": np.mean(shares),
-            "person": np.mean(persons)}
+    return {"R positions": np.mean(widths), "masks fixed": np.mean(fixed),
+            "suppressed on person": np.mean(shares), "person": np.mean(persons)}
 
 
 def measure_tse(model, clips, masks):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torchvision
 
 import common
+import sinet
 import study
 from data import draw_synthetic, load_dataset
 
@@ -148,6 +149,27 @@ def test_perplexity():
     assert study.perplexity(torch.full((2, 8, 3), 1 / 8)) == pytest.approx(1)
 
 
+def test_slope_of_suppression():
+    """Against small changes of each number of a clip's kernel; nearly 0 where R is one-hot."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 2, 16, 6, 4, dtype=torch.float64)
+    kernel = torch.randn(2, 9, 16, dtype=torch.float64)
+    so = sinet.SuppressOperation(scale="window+channels")
+    found = study.slope_of_suppression(so, q, kernel)
+    for clip in range(2):
+        own_q, own_kernel = q[clip:clip + 1], kernel[clip:clip + 1]
+        amount = (1 - so(own_q, own_kernel)).sum()
+        changes = torch.zeros_like(own_kernel)
+        for index in np.ndindex(*own_kernel.shape):
+            moved = own_kernel.clone()
+            moved[index] += 1e-6
+            changes[index] = (1 - so(own_q, moved)).sum() - amount
+        expected = (changes / 1e-6).norm() * own_kernel.norm() / amount
+        assert found[clip].item() == pytest.approx(expected.item(), rel=1e-4)
+    one_hot = sinet.SuppressOperation(scale="none")
+    assert (study.slope_of_suppression(one_hot, 100 * q, kernel) < 1e-9).all() and found.min() > 0.1
+
+
 def test_the_trunk_trains_and_is_measured(tmp_path):
     """One short epoch: the file has torchvision's names, and its maps are measured."""
     draw_synthetic(tmp_path / "trunk", 6, 1, cameras=2, frames=(2, 2), size=(128, 128), masks=True)
@@ -160,7 +182,7 @@ def test_the_trunk_trains_and_is_measured(tmp_path):
 
 @pytest.mark.parametrize("script, row, there", [
     ("sinet", "base", set()),
-    ("sinet", "sinet", {"R positions", "suppressed on person", "person"}),
+    ("sinet", "sinet", {"R positions", "masks fixed", "suppressed on person", "person"}),
     ("tclnet", "base+tse", {"learners alike", "inside block", "block on person"}),
     ("tclnet", "base+tse-wo-seo", {"learners alike"}), ("tclnet", "base", set()),
     ("bicnet_tks", "tb+csp+dao", {"A alike", "A top shared"}),
