@@ -38,7 +38,9 @@ Deviations from the paper (what the paper says; what we do and why; the flag for
                 over the window, as in the authors' release, from which the paper's results come.
                 With the plain sum, the softmax is almost one-hot, so that S suppresses a single
                 position and hardly any gradient reaches KGM. --scale none restores the plain sum.
-                The small run divides by sqrt(c), too, because it starts from random weights.
+                In our study on synthetic people the same happens with k^2; from ImageNet's weights
+                on MARS this was not measured. The small run divides by sqrt(c), too, because it
+                starts from random weights.
   Fig. 1, 6     The paper shows class activation maps. --figure shows the root mean square of the
                 last feature maps over their channels, which needs no class; there is no flag.
 
