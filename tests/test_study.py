@@ -1,6 +1,8 @@
 """What tests/study.py measures, on small networks; the study itself is run by hand."""
 
 import importlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,6 +48,13 @@ def test_the_results_are_those_of_the_rows(capsys):
     printed = capsys.readouterr().out
     for row in rows:
         assert f"| {row['script']} | {row['row']} | " in printed
+
+
+def test_a_closed_pipe_ends_the_table_without_a_traceback():
+    process = subprocess.Popen([sys.executable, study.__file__, "--table"], stderr=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_a_row_is_compared_with_the_baseline_of_its_seed():
