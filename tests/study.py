@@ -537,14 +537,14 @@ def results(file):
 
 def differences(rows, script, name):
     """The mAP of a row of a script minus that of the script's baseline with the same seed, for each
-    seed that both have, as text."""
-    of_seed = {(row["row"], row["seed"]): float(row["mAP"]) for row in rows
-               if row["script"] == script}
+    seed that both have, as text; "" for the baseline itself."""
     baseline = BASELINES[script]
-    seeds = sorted({seed for _, seed in of_seed})
-    pairs = [((name, seed), (baseline, seed)) for seed in seeds if name != baseline]
-    return ", ".join(f"{of_seed[ours] - of_seed[other]:+.1f}" for ours, other in pairs
-                     if ours in of_seed and other in of_seed)
+    if name == baseline:
+        return ""
+    ours, theirs = ({row["seed"]: float(row["mAP"]) for row in rows
+                     if (row["script"], row["row"]) == (script, wanted)}
+                    for wanted in (name, baseline))
+    return ", ".join(f"{ours[seed] - theirs[seed]:+.1f}" for seed in sorted(ours.keys() & theirs))
 
 
 def table(rows):
