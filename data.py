@@ -15,7 +15,6 @@ import argparse
 import bisect
 import codecs
 import collections
-import colorsys
 import contextlib
 import csv
 import functools
@@ -37,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFilter
+from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -1717,238 +1716,133 @@ class TrackletSampler(PKSampler):
 
 
 # ------------------------------------------------------------------------------- synthetic people
-# Small pedestrians in groups of people who wear the same upper clothes. These dominate a person's
-# look; the people of a group differ in everything else.
+# Small pedestrians in groups. The people of a group wear the same shirt and sash, the clothes that
+# one sees best. They differ in the colours of their cap, trousers and boots, in skin, build and
+# height, and in their gait.
 
-_UPPER = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
-_LOWER = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
-# The people of a group take these in turn, so that in a group of up to four all are different.
-_IN_TURN = dict(lower=_LOWER, cut="trousers shorts skirt coat".split(),
-                head="short long bun cap bald".split(), bag="none backpack shoulder hand".split())
-# These, and the ranges of body and gait, are random for each person.
-_TINTS = dict(bag_colour=_UPPER, cap=_UPPER, hair="#1c1816 #54361e #cea85c sienna #9c9c9e".split(),
-              skin="#f0ccb2 #d8a882 #a87450 #62402c".split(), shoes=_LOWER)
-_BODY = dict(build=(0.82, 1.25), height=(0.9, 1.04), leg=(0.47, 0.53))
-_GAIT = dict(frequency=(0.55, 1.0), stride=(0.3, 0.6), arms=(0.15, 0.7))
-_GAITS = dict(frequency=(0.3, 1.6), stride=(0.2, 0.7), arms=(0.0, 0.8))  # with --gait
-_SUPERSAMPLING = 3  # frames are drawn three times as large and averaged down
-
-
-def _shade(colour, factor):
-    """A colour, a name or (red, green, blue), made lighter or darker."""
-    colour = ImageColor.getrgb(colour) if isinstance(colour, str) else colour
-    return tuple(int(min(255, c * factor)) for c in colour)
+_SHIRTS = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
+_OTHERS = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
+_SKINS = "#f0ccb2 #d8a882 #a87450 #62402c".split()
+_SUPERSAMPLING = 3  # frames are drawn three times as wide and as high and averaged down
 
 
 def _random_people(count, rng, group=4, gait=False):
-    """People in groups of `group` who look alike; with `gait` they differ in their gait only."""
+    """People in groups of `group`; with `gait` those of a group differ in their gait only."""
     people = []
-    gaits = _GAITS if gait else _GAIT
     for i in range(count):
         member = i % group
-        if member == 0:  # a new group
-            upper, second = rng.choice(_UPPER, 2, replace=False)
-            shared = dict(upper=upper, second=second, sleeves=rng.random() < 0.65,
-                          pattern=rng.choice(("plain", "plain", "hoops", "stripes", "halves")))
-            orders = {what: rng.permutation(looks) for what, looks in _IN_TURN.items()}
+        if member == 0:  # a new group; its 512 outfits are taken in turn
+            shirt, sash = rng.choice(_SHIRTS, 2, replace=False)
+            outfits = rng.permutation(list(itertools.product(_OTHERS, repeat=3)))
         if member == 0 or not gait:
-            own = {what: order[member % len(order)] for what, order in orders.items()}
-            own |= {what: rng.choice(colours) for what, colours in _TINTS.items()}
-            own |= {what: rng.uniform(*limits) for what, limits in _BODY.items()}
-        walk = {what: rng.uniform(*limits) for what, limits in gaits.items()}
-        people.append(SimpleNamespace(**shared, **own, **walk))
+            trousers, boots, cap = outfits[member % len(outfits)]
+            looks = dict(shirt=shirt, sash=sash, trousers=trousers, boots=boots, cap=cap,
+                         skin=rng.choice(_SKINS), build=rng.uniform(0.82, 1.25),
+                         height=rng.uniform(0.9, 1.04))
+        walk = dict(frequency=rng.uniform(0.3, 1.6),  # cycles in eight frames
+                    stride=rng.uniform(0.2, 0.7),  # how far the legs swing, in radians
+                    arms=rng.uniform(0, 0.8))  # how far the arms swing, in radians
+        people.append(SimpleNamespace(**looks, **walk))
     return people
 
 
-def _random_camera(index, rng, zoom):
-    """A camera with its own view and colours. Its scene, along which people walk, has 420 x 150
-    units of `zoom` pixels; a frame is 128 units high."""
-    def colour(low, high):
-        """A pale colour of a random hue, with a brightness from `low` to `high`."""
-        return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), 0.12, rng.uniform(low, high)))
-    wall, floor, horizon = colour(0.5, 0.8), colour(0.4, 0.7), int(rng.integers(52, 90))
-    image = Image.new("RGB", (420, 150), _shade(wall, 1))
-    draw = ImageDraw.Draw(image)
-    bricks, windows = (16, 14, 6), (60, 40, 46)
-    step, width, height = (bricks, windows)[index % 2]
-    for y in range(horizon - height - 2, -height, -height - 2):
-        for x in range(y % 2 * step // 2, 420, step):
-            draw.rectangle([x, y, x + width, y + height], _shade(wall, rng.uniform(0.8, 1.05)))
-    draw.rectangle([0, horizon, 420, 150], _shade(floor, 1))
-    for x in rng.integers(0, 420, 5).tolist():
-        draw.rectangle([x, horizon, x + 30, 150], _shade(floor, rng.uniform(0.8, 1.1)))
-        if index % 3 == 0:  # a tree
-            draw.rectangle([x - 3, horizon - 40, x + 3, horizon], (84, 62, 44))
-            draw.ellipse([x - 18, horizon - 58, x + 18, horizon - 22], (50, 85, 45))
-    pixels = (np.asarray(image) + rng.normal(0, 6, (150, 420, 1))).clip(0, 255).astype(np.uint8)
-    hue = np.array(colorsys.hsv_to_rgb(rng.random(), 1, 1))
-    return SimpleNamespace(
-        cast=(1 + 0.16 * (hue - 0.5)) * rng.uniform(0.9, 1.1), gamma=rng.uniform(0.9, 1.1),
-        light=0.15 * rng.choice([-1, 1]), scale=rng.uniform(0.85, 0.97),
-        yaw=[0.25, 1.35, 2.75, -1.1, 0.9, -2.2][index % 6] + rng.uniform(-0.15, 0.15),
-        blur=rng.uniform(0.0, 0.7), noise=rng.uniform(1, 3),
-        scene=Image.fromarray(pixels).resize((round(420 * zoom), round(150 * zoom))))
+def _random_camera(index, rng, height):
+    """A camera: a background, along which people walk, a direction in which they walk, and a light.
+    The background is `height` pixels high and about three times as wide."""
+    wall_hue, floor_hue = rng.integers(360, size=2)
+    horizon = rng.integers(50, 85)
+    background = Image.new("RGB", (400, 128), f"hsl({wall_hue}, 15%, 60%)")
+    draw = ImageDraw.Draw(background)
+    for x, y, side, lightness in rng.integers((0, 0, 8, 50), (400, 40, 40, 70), (30, 4)):
+        draw.rectangle([x, y, x + side, y + side], f"hsl({wall_hue}, 15%, {lightness}%)")
+    draw.rectangle([0, horizon, 400, 128], f"hsl({floor_hue}, 15%, 50%)")
+    brightness = rng.uniform(0.86, 1.14)
+    tint = rng.uniform(0.91, 1.09, 3)  # a factor for each of red, green and blue
+    return SimpleNamespace(background=background.resize((height * 400 // 128, height)),
+                           yaw=(0.25, 1.35, 2.75, -1.1, 0.9, -2.2)[index % 6],
+                           light=brightness * tint)
 
 
 def _draw_person(image, person, *, phase, yaw, x, y, height):
     """Draws a person of `height` pixels whose feet are at the pixel (x, y).
 
     `phase` is that of the gait and `yaw` the direction of the walk, in radians: 0 is towards the
-    camera, pi / 2 to the right. All lengths in this function are shares of the person's height, and
-    `up` counts from the feet.
+    camera, pi / 2 to the right. Lengths below are fractions of the person's height, and a point is
+    (how far to the right of x, how far above the feet).
     """
     draw = ImageDraw.Draw(image)
     sine, cosine = math.sin(yaw), math.cos(yaw)
-    # 1 if the person walks to the right, -1 to the left; also the sign of the side of the body that
-    # is drawn as the nearer one
-    near = math.copysign(1, sine)
-    hip, shoulder, head = (up + 0.008 * math.cos(2 * phase) for up in (person.leg, 0.82, 0.905))
-    breadth = person.build * (0.6 * abs(sine) + abs(cosine))  # a body is flatter from the side
-    chest, waist = 0.145 * breadth, 0.11 * breadth  # half of the torso's width at both ends
+    front = math.copysign(1, sine)  # 1 or -1: the side whose arm and leg are drawn in front
+    hip, shoulder, head = 0.5, 0.82, 0.91
+    chest = 0.14 * person.build * (0.6 * abs(sine) + abs(cosine))  # half of the torso's width
 
-    def pixel(right, up):
-        return x + right * height, y - up * height
-
-    def bar(start, end, thickness, colour):
-        """Draws a straight bar with round ends."""
+    def bar(start, end, thickness, colour, light=1.0):
+        """Draws a straight bar with round ends, or a disc if it starts where it ends."""
+        ends = [(x + right * height, y - up * height) for right, up in (start, end)]
         radius = thickness * height / 2
-        draw.line([pixel(*start), pixel(*end)], colour, round(2 * radius))
-        for px, py in (pixel(*start), pixel(*end)):
-            draw.ellipse([px - radius, py - radius, px + radius, py + radius], colour)
+        colour = tuple(round(light * channel) for channel in ImageColor.getrgb(colour))
+        draw.line(ends, colour, round(2 * radius))
+        for right, down in ends:
+            draw.ellipse([right - radius, down - radius, right + radius, down + radius], colour)
 
-    def oval(right, up, radius, colour, end=540):
-        """Draws a narrow disc, or its upper half with `end` = 360."""
-        (px, py), radius = pixel(right, up), radius * height
-        box = [px - 0.9 * radius, py - radius, px + 0.9 * radius, py + radius]
-        draw.pieslice(box, 180, end, colour)
+    def limb(side, *, distance, top, length, swing, thickness, colours):
+        """Draws an arm or a leg that hangs from `top`, `distance` beside the middle of the body,
+        and swings by up to the angle `swing`. The one that is not in front is darker."""
+        light = 1.0 if side == front else 0.8
+        angle = side * swing * math.sin(phase)
+        right, down = length * math.sin(angle) * sine, length * math.cos(angle)
+        start = (side * distance * cosine, top)
+        middle = (start[0] + right / 2, top - down / 2)  # the elbow or the knee
+        end = (start[0] + right, top - down)
+        bar(middle, end, thickness, colours[1], light)
+        bar(start, middle, 1.3 * thickness, colours[0], light)
 
-    def band(top, low, colour):
-        """Draws the part of the torso between two heights."""
-        top_half, low_half = (chest + (waist - chest) * (shoulder - up) / (shoulder - hip)
-                              for up in (top, low))
-        draw.polygon([pixel(-top_half, top), pixel(top_half, top), pixel(low_half, low),
-                      pixel(-low_half, low)], colour)
-
-    def joint(start, length, swing):
-        """The other end of a part of a limb that hangs from `start`."""
-        return (start[0] + 1.25 * length * math.sin(swing) * sine,
-                start[1] - length * math.cos(swing))
-
-    def leg(side):
-        light = 1.0 if side == near else 0.82
-        cloth, skin = _shade(person.lower, light), _shade(person.skin, light)
-        swing = person.stride * math.sin(phase) * side
-        bend = 0.9 * person.stride * max(0.0, math.cos(phase) * side) + 0.05
-        top = (side * 0.055 * person.build * cosine, hip)
-        knee = joint(top, 0.5 * hip, swing)
-        ankle = joint(knee, 0.46 * hip, swing - bend)
-        toe = (ankle[0] + 0.07 * sine, ankle[1] - 0.012 - 0.018 * max(cosine, 0))
-        bar(knee, ankle, 0.06 * person.build, skin if person.cut in ("shorts", "skirt") else cloth)
-        bar(top, knee, 0.09 * person.build, skin if person.cut == "skirt" else cloth)
-        bar(ankle, toe, 0.045, _shade(person.shoes, light))
-
-    def arm(side):
-        light = 0.95 if side == near else 0.78
-        cloth, skin = _shade(person.upper, light), _shade(person.skin, light)
-        swing = -person.arms * math.sin(phase) * side
-        top = (side * (chest - 0.01) * cosine, shoulder - 0.025)
-        elbow = joint(top, 0.16, swing)
-        hand = joint(elbow, 0.14, swing + 0.3)
-        bar(elbow, hand, 0.05 * person.build, cloth if person.sleeves else skin)
-        bar(top, elbow, 0.06 * person.build, cloth)
-        bar(hand, hand, 0.045, skin)
-        if person.bag == "hand" and side == 1:
-            bar((hand[0], hand[1] - 0.06), (hand[0], hand[1] - 0.11), 0.12, person.bag_colour)
-
-    def backpack():
-        bar((-0.16 * sine, shoulder - 0.06), (-0.16 * sine, hip + 0.12), 0.15, person.bag_colour)
-
-    # from the far side to the near one
-    bar((-0.12, 0), (0.12, 0), 0.025, (60, 60, 64))  # the shadow
-    arm(-near)
-    leg(-near)
-    leg(near)
-    if person.bag == "backpack" and cosine > 0:
-        backpack()
-    if person.cut == "coat":
-        bar((0, hip), (0, hip - 0.12), 2 * waist, _shade(person.upper, 0.9))
-    bar((-0.8 * chest, shoulder - 0.015), (0.8 * chest, shoulder - 0.015), 0.05, person.upper)
-    band(shoulder, hip - 0.02, person.upper)
-    if person.pattern == "hoops":
-        for i in range(4):
-            band(shoulder - 0.03 - 0.08 * i, shoulder - 0.065 - 0.08 * i, person.second)
-    elif person.pattern == "stripes":
-        for share in (-0.6, 0, 0.6):
-            bar((share * chest, shoulder - 0.02), (share * waist, hip), 0.025, person.second)
-    elif person.pattern == "halves":
-        band((shoulder + hip) / 2, hip - 0.02, person.second)
-    if person.cut == "skirt":
-        draw.polygon([pixel(-waist, hip + 0.03), pixel(waist, hip + 0.03),
-                      pixel(1.4 * waist, hip / 2), pixel(-1.4 * waist, hip / 2)], person.lower)
-    if person.bag == "backpack" and cosine <= 0:
-        backpack()
-    bar((0, shoulder), (0, head), 0.06, _shade(person.skin, 0.85))
-    if person.head == "long":
-        bar((-0.02 * sine, head), (-0.03 * sine, shoulder - 0.03), 0.13, person.hair)
-    elif person.head == "bun":
-        oval(-0.06 * sine, head + 0.07, 0.035, person.hair)
-    oval(0.015 * sine, head, 0.06, person.skin)
-    if person.head == "cap":
-        oval(0, head + 0.01, 0.066, person.cap, end=360)
-        bar((0, head + 0.015), (0.09 * sine, head + 0.015), 0.02, _shade(person.cap, 0.75))
-    elif person.head != "bald":  # hair, below which the face is in sight unless one sees the back
-        oval(-0.012 * sine, head + 0.008, 0.064, person.hair, end=360 if cosine > -0.3 else 540)
-    arm(near)
-    if person.bag == "shoulder":
-        side = math.copysign(waist, cosine)
-        bar((-side, shoulder), (side, hip), 0.02, _shade(person.bag_colour, 0.7))
-        bar((side, hip), (side, hip - 0.04), 0.12, person.bag_colour)
+    arm = dict(distance=chest, top=shoulder - 0.03, length=0.3, swing=-person.arms,  # against a leg
+               thickness=0.05 * person.build, colours=(person.shirt, person.skin))
+    leg = dict(distance=0.055 * person.build, top=hip, length=hip - 0.03, swing=person.stride,
+               thickness=0.075 * person.build, colours=(person.trousers, person.boots))
+    limb(-front, **arm)
+    limb(-front, **leg)
+    limb(front, **leg)
+    for right in (-0.45 * chest, 0.45 * chest):  # the torso: two bars side by side
+        bar((right, shoulder - 0.06), (right, hip + 0.04), 1.1 * chest, person.shirt)
+    bar((-0.7 * chest, shoulder - 0.03), (0.7 * chest, hip + 0.02), 0.09, person.sash)
+    bar((0, head + 0.02), (0, head + 0.02), 0.12, person.cap)
+    bar((0.02 * sine, head), (0, shoulder), 0.09, person.skin)  # the face and the neck
+    limb(front, **arm)
 
 
-def _draw_tracklet(person, passer, camera, *, frames, size, occlusion, rng):
-    """Yields pairs of a frame and its mask, as `draw_synthetic` describes it, of a person who walks
-    past a camera; if `person` is None, nobody is there. `size` is (height, width). With probability
-    `occlusion` a pole, a box on a cart or the person `passer` gets in the way."""
-    height, width = size
-    unit = _SUPERSAMPLING * height / 128
-    h, w = _SUPERSAMPLING * height, _SUPERSAMPLING * width
-    yaw = camera.yaw + rng.choice([0, 0.5], p=[0.8, 0.2]) + rng.uniform(-0.2, 0.2)
-    phase, start = rng.uniform(0, 2 * math.pi), rng.uniform(40, 280)
-    kind = rng.choice(["pole", "box", "passer"]) if rng.random() < occlusion else "none"
-    when = rng.uniform(0, frames)
-    tint = _shade((1, 1, 1), rng.uniform(50, 150))
-    light = 1 + camera.light * np.linspace(-1, 1, width)[:, None]
-    colour = (camera.cast * rng.uniform(0.9, 1.1) * light / 255).astype(np.float32)
-    drift = rng.normal(0, 1, 2)
+def _draw_tracklet(person, camera, *, frames, size, occlusion, rng):
+    """Yields `frames` pairs of a frame and its mask, which `draw_synthetic` describes. The person
+    walks past the camera; None leaves the background empty. `size` is (height, width) of a frame.
+    With probability `occlusion` a post passes in front, from left to right."""
+    height, width = _SUPERSAMPLING * size[0], _SUPERSAMPLING * size[1]
+    yaw = camera.yaw + rng.uniform(-0.3, 0.3)
+    phase = rng.uniform(0, 2 * math.pi)
+    start = rng.uniform(0.3, 2.2)  # left edge of the first frame, in heights of a frame
+    post = rng.random() < occlusion
+    when = rng.uniform(0, frames)  # when the post passes the middle, in frames from the start
     for i in range(frames):
-        drift = 0.7 * drift + rng.normal(0, 1, 2)  # the detector's box trembles
-        left = (start + 2.5 * i * math.sin(yaw) + drift[0]) * unit
-        left = int(np.clip(left, 0, camera.scene.width - w))
-        image = camera.scene.crop((left, 5, left + w, 5 + h))
-        layer = Image.new("RGBA", image.size)  # two layers, transparent where nothing is drawn
-        front = Image.new("RGBA", image.size)
-        middle, feet = w / 2 + 1.2 * drift[0] * unit, 0.965 * h + drift[1] * unit
+        shift = rng.normal(0, 0.01, 2)  # of the person against the background
+        left = height * (start + 0.02 * i * math.sin(yaw) + shift[0])
+        left = int(np.clip(left, 0, camera.background.width - width))  # stays where it ends
+        image = camera.background.crop((left, 0, left + width, height))
+        layer = Image.new("RGBA", image.size)  # transparent where no person is drawn
         if person:
-            step = phase + 2 * math.pi * person.frequency * i / 8
-            tall = h * camera.scale * person.height * rng.uniform(0.96, 1.04)
-            _draw_person(layer, person, phase=step, yaw=yaw, x=middle, y=feet, height=tall)
-        x = w * (0.5 + (i - when) / 6)
-        if kind == "pole":
-            ImageDraw.Draw(front).rectangle([x - 0.06 * w, 0, x + 0.06 * w, h], tint)
-        elif kind == "box":
-            ImageDraw.Draw(front).rectangle([x - 0.3 * w, 0.7 * h, x + 0.3 * w, h], tint)
-        elif kind == "passer":
-            _draw_person(front, passer, phase=i, yaw=math.pi / 2, x=x, y=1.02 * h, height=0.95 * h)
+            _draw_person(layer, person, phase=phase + 2 * math.pi * person.frequency * i / 8,
+                         yaw=yaw, x=0.5 * width + shift[0] * height,
+                         y=(0.965 + shift[1]) * height,
+                         height=0.91 * height * person.height * rng.uniform(0.94, 1.06))
         image.paste(layer, mask=layer)
-        image.paste(front, mask=front)
-        visible = layer.getchannel("A")
-        visible.paste(0, mask=front)
-        mask = visible.reduce(_SUPERSAMPLING).point(lambda share: 255 if share > 127 else 0)
-        image = image.reduce(_SUPERSAMPLING)
-        blur = camera.blur + (rng.uniform(0.4, 1.0) if rng.random() < 0.12 else 0)
-        image = image.filter(ImageFilter.GaussianBlur(blur * height / 128))
-        pixels = 255 * (np.asarray(image) * colour).clip(0, 1) ** np.float32(camera.gamma)
-        pixels += camera.noise * rng.standard_normal((height, width, 1), np.float32)
+        mask = layer.getchannel("A")
+        if post:
+            middle = width * (0.5 + (i - when) / 6)
+            box = (round(middle - 0.15 * width), 0, round(middle + 0.15 * width), height)
+            image.paste("dimgray", box)
+            mask.paste(0, box)
+        pixels = np.asarray(image.reduce(_SUPERSAMPLING)) * camera.light
+        pixels += rng.normal(0, 2, (*size, 1))  # the same noise in red, green and blue
+        mask = mask.reduce(_SUPERSAMPLING).point(lambda value: 255 if value > 127 else 0)
         yield Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
 
 
@@ -1960,8 +1854,10 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
 
     Every identity has one or two tracklets under each camera; in the test part the first of them
     is a query. The test part also has a junk tracklet and two distractors for each camera. The same
-    arguments give the same bytes. Only one process draws at a time. It draws into a temporary
-    folder and renames it at the end, so that an interrupted drawing leaves no incomplete set.
+    arguments give the same bytes, with the same versions of the libraries. If several processes
+    make a folder at the same time, the first one draws, and the others wait for it and take what it
+    has drawn. It draws into a temporary folder and renames it at the end, so that an interrupted
+    drawing leaves no incomplete set under that name.
 
     Args:
         folder: the folder to make, which must not exist yet.
@@ -1969,25 +1865,25 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
         test_identities: number of test identities, who are other people, at least 1.
         cameras: number of cameras, 2 to 9.
         frames: the least and the largest number of frames in a tracklet, 1 to 999.
-        size: (height, width) of a frame in pixels.
-        group: number of people in a group, who share the upper clothes.
-        occlusion: probability that something passes in front of the person of a tracklet, 0 to 1.
+        size: (height, width) of a frame in pixels; the width is at most the height.
+        group: number of people in a group, who wear the same shirt and sash.
+        occlusion: probability that a post passes in front of the person of a tracklet, 0 to 1.
         gait: True lets the people of a group differ in their gait only.
         seed: a whole number from 0 on.
         masks: True also writes a mask of the person for each frame, in black and white (mode "L"):
-            it is 255 where the person is visible, with the shadow at the feet, and 0 elsewhere,
-            that is, in the background and where something is in front of the person. The mask of
+            it is 255 where the person is visible and 0 elsewhere, that is, in the background and
+            where the post is in front of the person. The mask of
             bbox_test/0001/0001C1T0001F001.jpg is masks/bbox_test/0001/0001C1T0001F001.png. The
             frames are the same with and without masks.
 
     Raises UserError if the folder exists already or cannot be written.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.part")
     lock_file = None
     try:
         if folder.exists():
             raise UserError(f"{folder} exists already: name another folder, or remove it first")
+        temporary = folder.with_name(f".{folder.name}.part")
         lock_file = locked(folder.with_name(f".{folder.name}.lock"), wait=True)
         if folder.exists():  # another process has made it while this one waited
             return
@@ -1999,10 +1895,10 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
         people += [(0, person) for person in strangers]  # distractors, each under one camera
         people += enumerate(trained + tested, 1)
         views = [_random_camera(cam, np.random.default_rng([seed, 4, cam]),
-                                zoom=_SUPERSAMPLING * size[0] / 128) for cam in range(cameras)]
+                                height=_SUPERSAMPLING * size[0]) for cam in range(cameras)]
         names = {"train": [], "test": []}
         rows = {"train": [], "test": []}  # rows of MARS's tables
-        queries = []  # the numbers of the test rows that are queries
+        queries = []  # the numbers of the test rows that are queries, from 1
         for number, (pid, person) in enumerate(progress(people, "drawing", unit=" people")):
             part = "train" if 0 < pid <= identities else "test"
             for cam, tracklet in itertools.product(range(cameras), (1, 2)):
@@ -2011,16 +1907,17 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
                     continue
                 if tracklet == 2 and (pid < 1 or rng.random() < 0.75):
                     continue
-                # distractors share the pid 0, and their tracklets have numbers of their own
-                start = f"{pid:0>4}C{cam + 1}T{number if pid == 0 else tracklet:04}"
-                first = len(names[part]) + 1
-                length = rng.integers(*frames, endpoint=True)
-                passer = strangers[rng.integers(2 * cameras)]
-                drawn = _draw_tracklet(person, passer, views[cam], frames=length, size=size,
+                count = rng.integers(*frames, endpoint=True)
+                drawn = _draw_tracklet(person, views[cam], frames=count, size=size,
                                        occlusion=occlusion, rng=rng)
+                # distractors share the pid 0, so their tracklets have numbers of their own
+                tracklet_number = number if pid == 0 else tracklet
+                person_name = f"{pid:0>4}"  # 00-1 for junk, as in MARS
+                tracklet_name = f"{person_name}C{cam + 1}T{tracklet_number:04}"
+                first = len(names[part]) + 1
                 for i, (image, mask) in enumerate(drawn, 1):
-                    names[part].append(f"{start}F{i:03}.jpg")
-                    file = f"bbox_{part}/{pid:0>4}/{start}F{i:03}"
+                    names[part].append(f"{tracklet_name}F{i:03}.jpg")
+                    file = f"bbox_{part}/{person_name}/{tracklet_name}F{i:03}"
                     _save(image, temporary / f"{file}.jpg", quality=90)
                     if masks:
                         _save(mask, temporary / f"masks/{file}.png")
@@ -2040,8 +1937,8 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
     finally:
         if lock_file:
             shutil.rmtree(temporary, ignore_errors=True)
-            # The file of the lock is not deleted: a process that waits for it would get the lock of
-            # a deleted file, while a third one makes and locks a new file.
+            # The lock's file stays. If it were deleted, a process that waits for it would lock the
+            # deleted file while a third one locks a new file, and both would draw.
             lock_file.close()
 
 
@@ -2052,8 +1949,8 @@ def _save(image, path, **options):
 
 
 def _write_mat(path, variable, values):
-    """Like scipy's savemat, but without the time in the header: the same values give the same
-    bytes."""
+    """Writes `values` as scipy's savemat does, but without the time in the header: the same values
+    give the same bytes."""
     from scipy.io import savemat
     with open(path, "wb") as file:
         savemat(file, {variable: values})
@@ -2096,7 +1993,8 @@ def _main():
         ("--height", 128, 32, 1024, "height of a frame in pixels"),
         ("--width", 64, 8, 1024, "width of a frame in pixels; at least a quarter of the height and "
                                  "at most the height"),
-        ("--group", 4, 1, 4999, "number of people in a group, who share the upper clothes"),
+        ("--group", 4, 1, 4999, "number of people in a group, who wear the same shirt and "
+                                 "sash"),
         ("--occlusion", 20, 0, 100, "percentage of the tracklets that are occluded"),
         ("--seed", 0, 0, 2 ** 32, "seed of all random numbers; the same seed gives the same files"),
     ):
