@@ -1794,8 +1794,8 @@ def _draw_person(image, person, *, phase, yaw, x, y, height):
         start = (side * distance * cosine, top)
         middle = (start[0] + right / 2, top - down / 2)  # the elbow or the knee
         end = (start[0] + right, top - down)
-        bar(middle, end, thickness, colours[1], light)
-        bar(start, middle, 1.3 * thickness, colours[0], light)
+        bar(middle, end, thickness, colours[1], light=light)
+        bar(start, middle, 1.3 * thickness, colours[0], light=light)
 
     arm = dict(distance=chest, top=shoulder - 0.03, length=0.3, swing=-person.arms,  # against a leg
                thickness=0.05 * person.build, colours=(person.shirt, person.skin))
