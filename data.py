@@ -1720,6 +1720,7 @@ class TrackletSampler(PKSampler):
 # one sees best. They differ in the colours of their cap, trousers and boots, in skin, build and
 # height, and in their gait.
 
+# the colours of shirts and sashes, of caps, trousers and boots, and of skins
 _SHIRTS = "#c4242a #2a54ba #248442 gold #ececdf #26262a #e87624 hotpink #703c92 #22808f".split()
 _OTHERS = "#2c3e70 #222226 #84848a #ccb892 #68462e #e4e4de #5c6238 #86222c".split()
 _SKINS = "#f0ccb2 #d8a882 #a87450 #62402c".split()
@@ -1797,7 +1798,8 @@ def _draw_person(image, person, *, phase, yaw, x, y, height):
         bar(middle, end, thickness, colours[1], light=light)
         bar(start, middle, 1.3 * thickness, colours[0], light=light)
 
-    arm = dict(distance=chest, top=shoulder - 0.03, length=0.3, swing=-person.arms,  # against a leg
+    # an arm swings against the leg of its side
+    arm = dict(distance=chest, top=shoulder - 0.03, length=0.3, swing=-person.arms,
                thickness=0.05 * person.build, colours=(person.shirt, person.skin))
     leg = dict(distance=0.055 * person.build, top=hip, length=hip - 0.03, swing=person.stride,
                thickness=0.075 * person.build, colours=(person.trousers, person.boots))
@@ -1825,7 +1827,8 @@ def _draw_tracklet(person, camera, *, frames, size, occlusion, rng):
     for i in range(frames):
         shift = rng.normal(0, 0.01, 2)  # of the person against the background
         left = height * (start + 0.02 * i * math.sin(yaw) + shift[0])
-        left = int(np.clip(left, 0, camera.background.width - width))  # stays where it ends
+        # the view stops at the end of the background, while the person walks on
+        left = int(np.clip(left, 0, camera.background.width - width))
         image = camera.background.crop((left, 0, left + width, height))
         layer = Image.new("RGBA", image.size)  # transparent where no person is drawn
         if person:

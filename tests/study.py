@@ -9,11 +9,12 @@ Every variant of every script starts from its weights, as the papers start from 
 ImageNet's weights respond to people, the trunk is trained to do so: its loss has the share of the
 last map's energy that lies outside the person, which is known for synthetic people.
 
-In the set `hard` all people wear the same shirt and sash, each walks behind a post, and the frames
-of 36x18 pixels are enlarged to 128x64. It was chosen so that SINet's variant `base` has between 50
-and 80 mAP after eight epochs, before any other variant was run. M3D takes five epochs; with two,
-its 2D network had 23 and 45 mAP (seeds 0 and 1). In the set `gait` all people look alike except
-for their walk. Results on synthetic people say nothing about MARS.
+In the set `hard` all training people wear one shirt and sash, and all test people another; a post
+passes in front of each, and the frames of 36x18 pixels are enlarged to 128x64. The set was chosen
+so that SINet's variant `base` has between 50 and 80 mAP after eight epochs, before any other
+variant was run. M3D takes five epochs; with two, its 2D network had 23 and 45 mAP (seeds 0 and 1).
+In the set `gait`, people of a part look alike except for their walk. Results on synthetic people
+say nothing about MARS.
 """
 
 import argparse
