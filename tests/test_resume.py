@@ -615,8 +615,8 @@ def test_only_a_training_draws(refuses, tmp_path, script, monkeypatch):
         UserError(f"draws {folder}")))
     script = f"{script}.py"
     for flags in (("--evaluate",), ("--export", "x"), ("--figure", "f")):
-        for root in ("nowhere", "."):
-            says = f"{tmp_path}{'/nowhere: no such folder' * (root == 'nowhere')}"
+        for root, says in (("nowhere", f"{tmp_path}/nowhere: no such folder"),
+                           (".", f"{tmp_path}")):
             refuses((*flags, "--root", root), says, "only a training run", script=script)
     refuses(("--root", "nowhere"), "draws nowhere/synthetic", script=script)
     refuses(("--root", "nowhere", "--export", "x", "--no-evaluate"), "draws", script=script)
