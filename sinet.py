@@ -404,8 +404,7 @@ class IntegrationDistributionModule(nn.Module):
         release: True takes the form of the authors' release, y = BN(G^I F),
             F_output = ReLU(G^D (L^D BN(L^I y) + y) + F), with biases where no BatchNorm follows.
 
-    Raises ValueError for a reduction out of range, and for maps with another number of channels or
-    of positions.
+    Raises ValueError for a reduction out of range, and for maps of another shape.
     """
 
     def __init__(self, channels: int, frames: int, height: int, width: int, *, reduction: int = 4,
@@ -415,6 +414,7 @@ class IntegrationDistributionModule(nn.Module):
         if not 1 <= reduction <= min(channels, m):
             raise ValueError(f"IDM takes a reduction of 1 to {min(channels, m)}, for {channels} "
                              f"channels and {m} positions, not {reduction}")
+        self.expected_shape = (frames, channels, height, width)
         reduced_channels = channels // reduction                          # c'
         reduced_m = m // reduction                                        # m'
         self.g_i = nn.Conv2d(channels, reduced_channels, 1, bias=False)
@@ -430,12 +430,10 @@ class IntegrationDistributionModule(nn.Module):
             nn.init.zeros_(self.g_d.bias)
 
     def forward(self, x):
+        if x.shape[1:] != self.expected_shape:
+            raise ValueError(f"IDM was built for (T, C, H, W) = {self.expected_shape}, not "
+                             f"{tuple(x.shape[1:])}")
         B, T, C, H, W = x.shape
-        if T * H * W != self.l_i.in_features:
-            raise ValueError(f"IDM was built for {self.l_i.in_features} positions, not {T}x{H}x{W} "
-                             f"= {T * H * W}")
-        if C != self.g_i.in_channels:
-            raise ValueError(f"IDM was built for {self.g_i.in_channels} channels, not {C}")
         # F' = G^D G^I F (L^I L^D + I)                                              Eq. 7
         f = self.bn_g(self.g_i(x.flatten(0, 1)))                          # G^I F: (B*T, c', H, W)
         f = f.view(B, T, -1, H, W).transpose(1, 2).flatten(2)             # (B, c', m)

@@ -2,6 +2,7 @@
 complexity."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -349,8 +350,9 @@ def test_idm_starts_as_identity_and_learns():
         assert p.grad.abs().sum() > 0, name
     for value in (0.0, 1.0):
         assert idm(torch.full((1, 4, 8, 3, 2), value, dtype=torch.float64)).isfinite().all()
-    with pytest.raises(ValueError, match="24 positions, not 8x3x2"):
-        idm(torch.zeros(1, 8, 8, 3, 2))
+    for shape in ((8, 8, 3, 2), (4, 8, 2, 3), (4, 4, 3, 2)):  # the second has as many positions
+        with pytest.raises(ValueError, match=re.escape(f"(4, 8, 3, 2), not {shape}")):
+            idm(torch.zeros(1, *shape))
 
 
 @SIZES
