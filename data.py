@@ -260,7 +260,7 @@ SAFE_NUMPY_GLOBALS = [
     _numpy_scalar("numpy.core.multiarray"),   # before NumPy 2
     _numpy_scalar("numpy._core.multiarray"),  # since NumPy 2
 ]
-SAFE_NUMPY_GLOBALS += [type(np.dtype(code)) for code in "fdeilqhbIBQH?"]
+SAFE_NUMPY_GLOBALS += [type(np.dtype(code)) for code in "fdeilqhbIBLQH?"]
 
 
 def load_file(path) -> dict:
@@ -268,7 +268,7 @@ def load_file(path) -> dict:
 
     The file may hold tensors and NumPy numbers; no code in it is run. Unlike torch.load, this
     verifies the checksums of a zip file. The result is {} if the file holds anything but a dict.
-    Raises UserError if the file is missing or damaged.
+    Raises UserError if the file is missing or damaged, or holds other objects.
     """
     damaged = None
     state = {}
@@ -301,7 +301,8 @@ class Tracklet(NamedTuple):
     """The frames of one person under one camera, in temporal order.
 
     Args:
-        frames: paths of the frames, or the frames themselves, uint8 arrays (H, W, 3).
+        frames: paths of the frames. `extract` of common.py also takes the frames themselves, uint8
+            arrays (H, W, 3); a `Dataset` does not.
         pid: identity. In `train` it is a label 0..n-1 for the classifier. In `query` and `gallery`
             it is a number of the test set; 0 is a distractor, which only MARS and the synthetic
             set have.
@@ -374,9 +375,8 @@ class Dataset(NamedTuple):
         return "\n".join(lines)
 
 
-SPLIT_SETS = ("ilids", "prid")  # the data sets with ten splits into training and test
-# The default of --chunk, 0 for the other data sets. A script's RELEASE may have another default for
-# a data set, which holds with and without --release.
+# The default of --chunk, 0 for the other data sets. A script may replace it in its RELEASE, whether
+# or not --release is given.
 CHUNK = {"duke": 32, "lsvid": 64}
 PRID_PERSONS = 178  # the number of persons that the published splits of PRID-2011 divide
 NO_MATCH = ("no query has a match, that is, a gallery tracklet of its identity under another "
@@ -401,19 +401,15 @@ def load_dataset(name: str, root, split: int = 0, chunk: int = 0, *, training: b
             is missing is made, and "folder" needs its subfolder `train`.
         images: whether the frames will be read. If so, the first frame of every tracklet must
             exist, of the training ones only if `training` is True. False is for work with the index
-            alone.
+            alone. For the sets without an index of their frames, "duke", "lsvid", "ilids" and
+            "prid", the frames of both parts must be there in any case.
 
     Raises UserError if a file is missing or the files contradict each other.
     """
     source = DATA_SETS[name]
     folder = Path(root) / name
-    options = {}
-    if name in SPLIT_SETS:
-        options["split"] = split
-    if name == "folder":
-        options["training"] = training
-    if source.load is load_mars:
-        options["images"] = images
+    options = {"split": split, "training": training, "images": images}
+    options = {option: options[option] for option in source.options}
     _warnings.clear()
     try:
         if not folder.is_dir() and source.is_in(root):
@@ -687,7 +683,7 @@ def _are_decimals(names):
     shortest = min(map(len, endings), default=0)
     # Digits of unequal lengths are either decimals without trailing zeros (.05, .5) or a counter
     # without padding (.5, .10). A leading zero in one of the longer ones speaks for decimals, a
-    # trailing zero for a counter.
+    # trailing zero in one of several digits for a counter.
     looks_decimal = any(len(digits) > shortest and digits[0] == "0" for digits in endings)
     looks_counted = any(len(digits) > 1 and digits[-1] == "0" for digits in endings)
     if looks_decimal == looks_counted:
@@ -780,7 +776,8 @@ def _read_table(path, variable, columns=None):
 
 # the loaders
 
-def load_mars(folder: Path, name: str = "mars", *, images: bool = True) -> Dataset:
+def load_mars(folder: Path, name: str = "mars", *, training: bool = True,
+              images: bool = True) -> Dataset:
     """MARS (Zheng et al., ECCV 2016). Only its official lists are read; no image is opened.
 
     Of the 12,180 test tracklets the 870 junk ones (pid -1, false detections) are dropped and the
@@ -791,12 +788,15 @@ def load_mars(folder: Path, name: str = "mars", *, images: bool = True) -> Datas
     Args:
         folder: holds bbox_train, bbox_test and info.
         name: name of the data set.
-        images: False allows the folders of the images to be missing.
+        training: False allows bbox_train to be missing.
+        images: False allows both folders of images to be missing.
     """
     wanted = ["info/train_name.txt", "info/test_name.txt", "info/tracks_train_info.mat",
               "info/tracks_test_info.mat", "info/query_IDX.mat"]
     if images:
-        wanted = ["bbox_train", "bbox_test", *wanted]
+        wanted.insert(0, "bbox_test")
+    if images and training:
+        wanted.insert(0, "bbox_train")
     _check_layout(folder, wanted, "bbox_train/0001/*.jpg, bbox_test/0000/*.jpg and info/*, which "
                   "is the folder info of MARS-evaluation")
     persons = [t for t in _mars_part(folder, "train") if t.pid > 0]
@@ -1170,16 +1170,18 @@ class Source(NamedTuple):
     """How a data set is found and read.
 
     Args:
-        load: its loader, a function of (folder, name). Some loaders have a further keyword, which
-            load_dataset gives them.
+        load: its loader, a function of (folder, name).
         folders: names of its top-level folders; a folder with any of them is taken for the data
             set.
         counts: the published numbers of training, query and gallery tracklets, None where there
             are none.
+        options: those of the arguments `split`, `training` and `images` of load_dataset that the
+            loader takes, too.
     """
     load: object
     folders: tuple
     counts: tuple
+    options: tuple = ()
 
     def is_in(self, folder):
         """Whether a folder looks like the data set itself."""
@@ -1189,14 +1191,20 @@ class Source(NamedTuple):
 # A new data set needs a loader, which is a function of (folder, name) that returns a Dataset, and a
 # line in this table.
 DATA_SETS = {
-    "mars": Source(load_mars, ("info", "bbox_train", "bbox_test"), (8298, 1980, 11310)),
+    "mars": Source(load_mars, ("info", "bbox_train", "bbox_test"), (8298, 1980, 11310),
+                   options=("training", "images")),
     "duke": Source(load_duke, ("train", "query", "gallery"), (2196, 702, 2636)),
     "lsvid": Source(load_lsvid, ("list_sequence", "test"), (2831, 3504, 11333)),
-    "ilids": Source(load_ilids, ("i-LIDS-VID", "train-test people splits"), (300, 150, 150)),
-    "prid": Source(load_prid, ("multi_shot",), (178, 89, 89)),
-    "synthetic": Source(load_mars, ("info", "bbox_train", "bbox_test"), (None, None, None)),
-    "folder": Source(load_folder, ("train", "query", "gallery"), (None, None, None)),
+    "ilids": Source(load_ilids, ("i-LIDS-VID", "train-test people splits"), (300, 150, 150),
+                    options=("split",)),
+    "prid": Source(load_prid, ("multi_shot",), (178, 89, 89), options=("split",)),
+    "synthetic": Source(load_mars, ("info", "bbox_train", "bbox_test"), (None, None, None),
+                        options=("training", "images")),
+    "folder": Source(load_folder, ("train", "query", "gallery"), (None, None, None),
+                     options=("training",)),
 }
+# the data sets with ten splits into training and test
+SPLIT_SETS = [name for name, source in DATA_SETS.items() if "split" in source.options]
 
 
 # ------------------------------------------------------------------------------------ clip sampling
@@ -1244,7 +1252,7 @@ def split_whole(n: int, T: int):
 
 def split_segments(n: int, T: int):
     """ceil(n / T) clips, each with one frame of each of T equal parts, in order, as in training.
-    Every frame is used. If T does not divide n, some are used twice."""
+    Every frame is used. If T does not divide n, some are used more than once."""
     clips = math.ceil(n / T)
     frames = np.arange(clips * T) * n // (clips * T)
     return frames.reshape(T, clips).T
@@ -1384,8 +1392,8 @@ MAX_NAMED = {"missing": 5, "damaged": 100}
 
 
 def check_images(dataset: Dataset) -> int:
-    """Decodes every frame of a data set, prints the bad ones and returns their number. Also warns
-    of PNGs of 16 bits that become nearly black. Decodes in 16 threads."""
+    """Decodes every frame of the three parts of a data set, prints the bad ones and returns their
+    number. Also warns of PNGs of 16 bits that become nearly black. Decodes in 16 threads."""
     paths = sorted({frame for part in (dataset.train, dataset.query, dataset.gallery)
                     for tracklet in part for frame in tracklet.frames})
     count = collections.Counter()
@@ -1633,8 +1641,8 @@ class PKSampler(torch.utils.data.Sampler):
         return self.batches - self.start
 
     def _batches_of_identities(self, rng):
-        """Yields batches of P pairs (pid, its K tracklets), in which every identity occurs at least
-        once."""
+        """Yields batches of P identities, for each its K tracklets, in which every identity occurs
+        at least once."""
         order = rng.permutation(self.pids)
         free = self.batches * self.P - len(order)  # places in the last batch, 0 if it is full
         order = np.concatenate([order, order[:free]])
@@ -1643,12 +1651,12 @@ class PKSampler(torch.utils.data.Sampler):
             for pid in batch:
                 shuffled = rng.permutation(self.tracklets_of[pid])
                 # np.resize repeats the tracklets if there are fewer than K
-                groups.append((pid, np.resize(shuffled, self.K)))
+                groups.append(np.resize(shuffled, self.K))
             yield groups
 
     def _batches_of_tracklets(self, rng):
-        """Yields batches of P pairs (pid, its K tracklets), in which each identity occurs once for
-        each of its groups that the epoch shows."""
+        """Yields batches of P identities, for each its K tracklets, in which each identity occurs
+        once for each of its groups that the epoch shows."""
         shuffled = [rng.permutation(self.tracklets_of[pid]) for pid in self.pids]
         left = self.groups.copy()  # for each identity, the number of groups still to be shown
         surplus = left.sum() - self.P * self.batches  # groups that do not fill a last batch
@@ -1672,7 +1680,7 @@ class PKSampler(torch.utils.data.Sampler):
                 if len(tracklets) < self.K:
                     tracklets = np.resize(tracklets, self.K)  # repeats them
                 first = left[i] * self.K
-                groups.append((self.pids[i], tracklets[first:first + self.K]))
+                groups.append(tracklets[first:first + self.K])
             yield groups
 
     def __iter__(self):
@@ -1686,16 +1694,16 @@ class PKSampler(torch.utils.data.Sampler):
                 continue
             items = []
             for p in range(self.rank, self.P, self.world):
-                _, tracklets = batch[p]
                 for k in range(self.K):
                     position = (number * self.P + p) * self.K + k
-                    items.append((int(tracklets[k]), self.seed, self.epoch, position))
+                    items.append((int(batch[p][k]), self.seed, self.epoch, position))
             yield items
 
 
 class TrackletSampler(PKSampler):
-    """Batches of P * K different tracklets of any identities. An epoch shows every tracklet once;
-    its last batch is completed with its first tracklets. Yields the same items as PKSampler.
+    """Batches of P * K different tracklets of any identities. An epoch shows every tracklet at
+    least once: its last batch is completed with its first tracklets. Yields the same items as
+    PKSampler.
 
     Args:
         pids: labels of the training tracklets, of which only the number matters.
@@ -1779,12 +1787,12 @@ def _draw_person(image, person, *, phase, yaw, x, y, height):
 
     def bar(start, end, thickness, colour, light=1.0):
         """Draws a straight bar with round ends, or a disc if it starts where it ends."""
-        ends = [(x + right * height, y - up * height) for right, up in (start, end)]
+        pixels = [(x + right * height, y - up * height) for right, up in (start, end)]
         radius = thickness * height / 2
         colour = tuple(round(light * channel) for channel in ImageColor.getrgb(colour))
-        draw.line(ends, colour, round(2 * radius))
-        for right, down in ends:
-            draw.ellipse([right - radius, down - radius, right + radius, down + radius], colour)
+        draw.line(pixels, colour, round(2 * radius))
+        for column, row in pixels:
+            draw.ellipse([column - radius, row - radius, column + radius, row + radius], colour)
 
     def limb(side, *, distance, top, length, swing, thickness, colours):
         """Draws an arm or a leg that hangs from `top`, `distance` beside the middle of the body,
@@ -1816,8 +1824,8 @@ def _draw_person(image, person, *, phase, yaw, x, y, height):
 
 def _draw_tracklet(person, camera, *, frames, size, occlusion, rng):
     """Yields `frames` pairs of a frame and its mask, which `draw_synthetic` describes. The person
-    walks past the camera; None leaves the background empty. `size` is (height, width) of a frame.
-    With probability `occlusion` a post passes in front, from left to right."""
+    walks past the camera; if `person` is None, the background stays empty. `size` is (height,
+    width) of a frame. With probability `occlusion` a post passes in front, from left to right."""
     height, width = _SUPERSAMPLING * size[0], _SUPERSAMPLING * size[1]
     yaw = camera.yaw + rng.uniform(-0.3, 0.3)
     phase = rng.uniform(0, 2 * math.pi)
@@ -1859,19 +1867,20 @@ def draw_synthetic(folder, identities: int = 64, test_identities: int = 20, came
     is a query. The test part also has a junk tracklet and two distractors for each camera. The same
     arguments give the same bytes, with the same versions of the libraries. If several processes
     make a folder at the same time, the first one draws, and the others wait for it and take what it
-    has drawn. It draws into a temporary folder and renames it at the end, so that an interrupted
-    drawing leaves no incomplete set under that name.
+    has drawn (not on Windows and on file systems without locks). It draws into a temporary folder
+    and renames it at the end, so that an interrupted drawing leaves no incomplete set under that
+    name.
 
     Args:
         folder: the folder to make, which must not exist yet.
-        identities: number of training identities, at least 1.
-        test_identities: number of test identities, who are other people, at least 1.
+        identities: number of training identities, 1 to 4999.
+        test_identities: number of test identities, who are other people, 1 to 4999.
         cameras: number of cameras, 2 to 9.
         frames: the least and the largest number of frames in a tracklet, 1 to 999.
         size: (height, width) of a frame in pixels; the width is at most the height.
         group: number of people in a group, who wear the same shirt and sash.
         occlusion: probability that a post passes in front of the person of a tracklet, 0 to 1.
-        gait: True lets the people of a group differ in their gait only.
+        gait: True makes the people of a group differ in their gait only.
         seed: a whole number from 0 on.
         masks: True also writes a mask of the person for each frame, in black and white (mode "L"):
             it is 255 where the person is visible and 0 elsewhere, that is, in the background and
@@ -1981,8 +1990,8 @@ def _main():
     action.add_argument("--synthetic", metavar="DIR", type=os.path.expanduser,
                         help="make a synthetic data set in this folder, which must not exist yet")
     action.add_argument("--check", action="store_true",
-                        help="decode every frame of --data; the exit code is 1 if any is missing "
-                             "or damaged")
+                        help="decode every frame of the training and the test part of --data; the "
+                             "exit code is 1 if any is damaged, or missing though a list names it")
     parser.add_argument("--data", choices=DATA_SETS, default="mars", help="data set to check")
     parser.add_argument("--root", metavar="DIR", default="datasets", type=os.path.expanduser,
                         help="folder that holds the data sets, or the data set itself")
@@ -1998,18 +2007,18 @@ def _main():
                                  "at most the height"),
         ("--group", 4, 1, 4999, "number of people in a group, who wear the same shirt and "
                                  "sash"),
-        ("--occlusion", 20, 0, 100, "percentage of the tracklets that are occluded"),
+        ("--occlusion", 20, 0, 100, "probability in per cent that a tracklet is occluded"),
         ("--seed", 0, 0, 2 ** 32, "seed of all random numbers; the same seed gives the same files"),
     ):
         parser.add_argument(name, type=_whole_number(low, high), default=default, metavar="N",
                             help=f"{meaning}, {low} to {high}")
     parser.add_argument("--gait", action="store_true",
-                        help="let the people of a group differ in their gait only")
+                        help="make the people of a group differ in their gait only")
     parser.add_argument("--masks", action="store_true",
                         help="also write a mask of the person for each frame, into DIR/masks")
     args = parser.parse_args()
     if args.check:
-        # images=False, because check_images reports missing images itself
+        # images=False, because check_images reports the missing images of an index itself
         dataset = load_dataset(args.data, args.root, training=False, images=False)
         print(dataset.summary())
         return check_images(dataset) > 0

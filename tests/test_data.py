@@ -85,6 +85,15 @@ def test_mars_real_index(mars_index):
         assert text in mars.summary()
 
 
+def test_the_test_part_needs_no_images_of_the_training_part(small_root, tmp_path):
+    shutil.copytree(small_root / "synthetic", tmp_path / "mars")
+    shutil.rmtree(tmp_path / "mars/bbox_train")
+    dataset = load_dataset("mars", tmp_path, training=False)
+    assert dataset.query and dataset.gallery
+    with pytest.raises(UserError, match="missing bbox_train"):
+        load_dataset("mars", tmp_path)
+
+
 def test_mars_labels_follow_sorted_pids(mars_index):
     rows = loadmat(MARS_INFO / "tracks_train_info.mat")["track_train_info"]
     pids = sorted(set(rows[:, 2].tolist()))

@@ -61,7 +61,8 @@ def released(tmp_path_factory):
     @functools.cache
     def file(name):
         path = folder / f"{name}.pth.tar"
-        content = {"state_dict": made("sinet", name), "epoch": 160, "rank1": np.float64(0.909)}
+        content = {"state_dict": made("sinet", name), "epoch": np.uint64(160),
+                   "rank1": np.float64(0.909)}
         torch.save(content, path)
         return path
 
@@ -269,7 +270,8 @@ def test_nothing_in_a_file_is_executed(refuses, tmp_path):
 
 def test_settings_that_a_released_network_does_not_have(released, refuses):
     evaluate = ["--evaluate", "--data", "mars", "--resume", released("idnet")]
-    refuses([*evaluate, "--reduction", 4], "was trained with --reduction 16, not --reduction 4")
+    refuses([*evaluate, "--reduction", 4],
+            "was trained with --reduction 16, not with --reduction 4")
     refuses([*evaluate, "--variant", "base"], "--variant base+idm, not --variant base")
     refuses([*evaluate, "--no-release"], "was trained with --release")
     refuses(["--data", "mars", "--resume", released("idnet")], "contains only the network",
