@@ -240,7 +240,7 @@ def cmc_and_map(distances, q_pids, q_cams, g_pids, g_cams, *, top=20):
 def smallest_indices(distances, k):
     """Returns the indices of the k smallest entries of each row of a float32 matrix (M, N), in
     ascending order. Equal entries rank in the order of their indices, where `topk` alone would
-    take any order. At most one entry of a row may be negative."""
+    take any order. At most one entry of a row may be negative (see below)."""
     values, indices = distances.topk(min(k + 1, distances.shape[1]), largest=False)
     tied = (values[:, 1:] == values[:, :-1]).any(1)
     # Rows with equal entries are sorted by integers instead. Read as integers, the bits of two
@@ -281,16 +281,17 @@ def rerank(query_features, gallery_features, metric="cosine", *, k1=20, k2=6, or
     exponent = 2 if metric == "euclidean" else 1
     k1 = min(k1, n - 1)
     k2 = min(k2, n)
+    num_neighbours = max(k1 + 1, k2)
 
     def sparse(values, rows, columns):
         return csr_array((values, (rows, columns)), shape=(n, n))
 
-    neighbours = torch.empty(n, k1 + 1, dtype=torch.long)
+    neighbours = torch.empty(n, num_neighbours, dtype=torch.long)
     largest_distance = torch.empty(n)
     for rows, d in distance_blocks(x, x, metric):
         own_columns = torch.arange(rows.start, rows.stop)
         d[torch.arange(len(d)), own_columns] = -1  # a sample comes before its exact duplicates
-        neighbours[rows] = smallest_indices(d, k1 + 1).cpu()
+        neighbours[rows] = smallest_indices(d, num_neighbours).cpu()
         largest_distance[rows] = d.amax(1).cpu() ** exponent
     if not largest_distance.any():  # all features are equal: all distances are 0
         return np.zeros((Q, n - Q), np.float32)
@@ -418,6 +419,8 @@ def extract(model, tracklets, *, split_clips, clip_length, size, batch_size=32, 
     Raises UserError for tracklets and frames that cannot be used.
     """
     tracklets = as_tracklets(tracklets)
+    if not tracklets:
+        raise UserError("there are no tracklets to extract features from")
     device = next(model.parameters()).device
     was_training = model.training
     clips = AllClips(tracklets, split_clips, clip_length, size)
@@ -711,7 +714,8 @@ FLAGS = {
                     bool),
     "seed": Flag(0, "random seed of the initial weights, the batches and the augmentation", int),
     "output": Flag(None, "folder for log.csv, args.json and last.pt (default: "
-                   "runs/SCRIPT-DATA[-VARIANT])", str),
+                   "runs/SCRIPT-DATA[-VARIANT][/split-SPLIT], or the folder of --resume FILE)",
+                   str),
     "init": Flag(None, "start from the weights in this file: last.pt of another run, or a file "
                  "with weights only; implies --weights none", str),
     "resume": Flag(None, "continue from this last.pt (a file, or the folder that holds it); "
@@ -993,11 +997,13 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     checkpoint = None
     saved = {}
     if resume is not None and flags["split"] != "all":
-        # A run that has no parts may change these four settings, too. The parts of a run (see
+        # A run that has no parts may also change these two settings. The parts of a run (see
         # `part_of`) must agree in them, because a mean over different settings says nothing.
-        may_differ = MAY_CHANGE_ON_RESUME | {"init", "weights", "amp", "rerank"}
+        may_differ = MAY_CHANGE_ON_RESUME | {"amp", "rerank"}
         if evaluate:
             may_differ = MAY_CHANGE_ON_EVALUATE
+        if flags["resume"] != "auto":  # refused below, whatever their values
+            may_differ = may_differ | {"init", "weights"}
         checkpoint = load_checkpoint(resume, script=script.name, recipe=recipe, rows=rows,
                                      expected=chosen, may_differ=may_differ, chosen=chosen,
                                      for_training=not evaluate, release=release)
@@ -1040,7 +1046,8 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     values.update(saved)
     values.update(chosen)
     # No source overrides these: they are determined above, or given by the script.
-    values.update(resume=resume, evaluate=evaluate, output=output, chosen=[*chosen],
+    turned_on = [name for name, value in chosen.items() if value is not False]
+    values.update(resume=resume, evaluate=evaluate, output=output, chosen=turned_on,
                   script=script.name)
     # These are not settings; `Run` removes them from the Namespace.
     values.update(checkpoint=checkpoint, authors_release=release, recipe=recipe,
@@ -1074,8 +1081,8 @@ def settings_of_release(path, release, chosen):
 
 def refuse_flags_without_effect(chosen, *, evaluate, saved, is_resumed):
     """Raises UserError for a flag that has no effect in what the command does. Allowed are flags
-    that repeat the checkpoint's value, and flags for training settings that an older checkpoint
-    does not have.
+    that repeat the checkpoint's value, flags that turn something off, such as --no-compile, and
+    flags for training settings that an older checkpoint does not have.
 
     Args:
         chosen: the flags that the user has given, {name: value}.
@@ -1178,9 +1185,6 @@ def part_of(args, rows, folder, variant=None, **changes):
                                           expected=vars(part), may_differ=MAY_CHANGE_ON_RESUME,
                                           chosen=args.chosen)
         part.resume = last
-        epochs = len(part.checkpoint["history"])
-        if epochs > part.epochs:
-            raise UserError(f"{last}: has {epochs} epochs, but --epochs says {part.epochs}")
     return part
 
 
@@ -1191,7 +1195,7 @@ def train_all_splits(train, args, rows):
     for split in map(str, range(10)):
         part = part_of(args, rows, f"split-{split}", split=split)
         history = part.checkpoint["history"] if part.checkpoint else []
-        is_finished = len(history) == args.epochs and history[-1]["mAP"] != ""
+        is_finished = len(history) == args.epochs and history[-1]["mAP"] != "" and not args.export
         result = history[-1] if is_finished else train(part)
         results.append([result["mAP"], result["rank-1"]])
         note = " (finished before)" if is_finished else ""
@@ -1325,14 +1329,13 @@ class Run:
         device: the torch device.
         size: (height, width) of the frames.
         extract_options: the arguments batch_size, workers and amp of `extract`, a dict.
-        evaluates_first: whether the untrained network is tested before the training; set by
-            `start`.
+        evaluates_first: whether the network is tested before the training; set by `start`.
         history: the rows of log.csv so far, a list of dicts.
         before_training: {"mAP": percent, "rank-1": percent} of the network before its training, {}
             where it was not tested.
         origin: a phrase that says how the network was trained, such as "after epoch 3".
 
-    Attributes that only the methods use:
+    Of the attributes that only the methods use:
         steps: number of steps of the current epoch so far.
         loss_sums: sums of the losses of these steps, {name: number or tensor}.
     """
@@ -1361,6 +1364,9 @@ class Run:
         self.checkpoint_file = Path(args.output) / "last.pt"
         self.log_file = Path(args.output) / "log.csv"
         self.history = self.checkpoint["history"] if self.checkpoint else []
+        if len(self.history) > args.epochs and not args.evaluate:
+            raise UserError(f"{args.resume}: has {len(self.history)} epochs, but --epochs says "
+                            f"{args.epochs}")
         self.before_training = {}
         if self.checkpoint:
             self.before_training = self.checkpoint.get("before_training", {})
@@ -1377,8 +1383,9 @@ class Run:
         """A context in which a script makes the data set and the network: the first process of each
         machine runs it before the others do, because it may download weights or make data.
 
-        On entry the file of --weights is read: inside the context `args.weights` holds its
-        state_dict. Errors about the settings or a download are raised as UserError.
+        A file of --weights is read on entry, unless the run is resumed: inside the context
+        `args.weights` holds its state_dict. Errors about the settings or a download are raised as
+        UserError.
         """
         args = self.args
         weights = args.weights
@@ -1511,9 +1518,9 @@ class Run:
         return model
 
     def epochs(self):
-        """Returns the epochs to train. A run that is resumed after a finished epoch starts again at
-        this epoch: `batches` then yields nothing, but the epoch's test (if missing) and its
-        scheduler step are made up for."""
+        """Returns the epochs to train. A run that is resumed after a finished epoch begins with
+        that epoch once more: `batches` yields nothing for it, and only its test, if it is missing,
+        and its scheduler step are made up for."""
         first = self.current_epoch()
         return range(max(1, first), self.args.epochs + 1)
 
@@ -1574,8 +1581,8 @@ class Run:
             line = (f"epoch {epoch}/{self.args.epochs}: {text}  ({seconds:.0f} s, "
                     f"{num_clips / seconds:.3g} clips/s)")
         signal_number = stop_signal()
-        is_due = (epoch == self.args.epochs or self.test_is_due(epoch)
-                  or epoch % self.args.checkpoint_every == 0)
+        is_due = is_complete and (epoch == self.args.epochs or self.test_is_due(epoch)
+                                  or epoch % self.args.checkpoint_every == 0)
         if is_due or signal_number:
             self.save()
         elif line:
@@ -1670,14 +1677,15 @@ class Run:
 
     def test_is_due(self, epoch):
         """Returns whether a test follows this epoch, which is complete: after the last one and
-        after every --eval-every epochs, unless the epoch was tested already."""
+        after every --eval-every epochs, unless the epoch was tested already. --export makes a test
+        after the last epoch in any case, even where there is nothing to test."""
         is_last = epoch == self.args.epochs
+        if is_last and self.args.export is not None:
+            return True
         is_due = is_last
         if self.args.eval_every:
             is_due = is_last or epoch % self.args.eval_every == 0
-        if not self.can_be_tested:  # only the export remains, after the last epoch
-            is_due = is_last and self.args.export is not None
-        return is_due and self.history[-1]["mAP"] == ""
+        return is_due and self.can_be_tested and self.history[-1]["mAP"] == ""
 
     def test(self, model, dataset, split, metric):
         """Tests the network, adds the result to the row of the epoch if there is one, and returns
@@ -1806,7 +1814,7 @@ def trained_for(checkpoint):
 #     num_classes       number of identities of the classifier
 #     history           the rows of log.csv, a list of dicts; mAP and rank-1 of an epoch that was
 #                       not tested are ""
-#     before_training   test result of the untrained network, {} if it was not tested
+#     before_training   test result before the training, {} if there was no such test
 #     progress          (steps done in the unfinished epoch, {name of a loss: its sum over these})
 #     model, optimizer, scheduler, random
 #                       states, as `state_dict` returns them; random is that of `RandomStates`
@@ -2004,8 +2012,10 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen,
     compared = (expected.keys() & saved.keys()) - may_differ
     for name in sorted(compared):
         if expected[name] != saved[name]:
-            raise UserError(f"{path}: was trained with {as_flag(name, saved[name])}, not "
-                            f"{as_flag(name, expected[name])}")
+            ours, theirs = (f"without {as_flag(name)}" if value is None
+                            else f"with {as_flag(name, value)}"
+                            for value in (expected[name], saved[name]))
+            raise UserError(f"{path}: was trained {theirs}, not {ours}")
     return checkpoint
 
 
@@ -2200,9 +2210,9 @@ def weights_with_prefix(path, checkpoint, prefix, network_state=None):
         prefix: such as "streams.spatial."; "" takes all weights.
         network_state: state_dict of the network, or None if it is not known.
 
-    In the file the names may have another prefix before this one, such as "module.", which
-    `without_prefix` removes. It returns the part of the file of which some names are in
-    network_state or, if this is None, begin with `prefix`.
+    In the file the names may have another prefix before this one, such as "module.", which is
+    removed. The right part of the file is the one that has a name of network_state or, if this is
+    None, a name that begins with `prefix`.
 
     Raises UserError when there are no such weights.
     """
@@ -2292,7 +2302,7 @@ def process_rank():
 
 def pick_device(gpu=None):
     """Returns the device of this process and prints it. A GPU becomes torch's current device. Under
-    torchrun, the process joins the others first.
+    torchrun, the process then joins the others.
 
     gpu: what --gpu says: the number of a GPU, also as "cuda:1", or "cpu". None: the first GPU
     (under torchrun, the GPU of LOCAL_RANK), or the CPU if there is no GPU. Raises UserError for a
@@ -2769,7 +2779,7 @@ def rows_with_common_ranges(pictures):
                 panels = picture.rows[label].panels(float(low - margin), float(high + margin))
                 drawn.append(SheetRow(text, panels))
             else:
-                drawn.append(SheetRow(f"{text}: not drawn, because all values are "
+                drawn.append(SheetRow(f"{text}: not drawn, because all values are about "
                                       f"{x.mean():.3g}", []))
     return drawn
 
@@ -2936,7 +2946,7 @@ def rows_of_training(history, before_training):
 
     Args:
         history: the rows of log.csv.
-        before_training: the result of the untrained network, which is drawn at epoch 0, or {}.
+        before_training: the result before the training, which is drawn at epoch 0, or {}.
     """
     losses = {}
     results = {}
@@ -2955,7 +2965,7 @@ def rows_of_training(history, before_training):
     if any(results.values()):
         label = "mAP and rank-1 in %, where measured"
         if before_training:
-            label += "; at epoch 0 of the untrained network"
+            label += "; at epoch 0 before the training"
         panel = curves(results, len(history), "epoch", y_range=(0, 100))
         rows.append(SheetRow(label, [panel]))
     return rows

@@ -386,10 +386,10 @@ def test_all_splits_one_after_another(tmp_path, monkeypatch, capsys, refuses):
     assert start("--epochs", 3).count("last.pt after epoch 2\n") == 10
     command = ("--data", "ilids", "--root", tmp_path, *TINY, "--split", "all", "--epochs", 3)
     for flags, says in (
-        (("--lr", 1), "was trained with --lr 0.0003, not --lr 1.0"),
-        (("--weights", "none"), "was trained with --weights imagenet, not --weights none"),
-        (("--amp",), "was trained with --no-amp, not --amp"),
-        (("--rerank",), "was trained with --no-rerank, not --rerank"),
+        (("--lr", 1), "was trained with --lr 0.0003, not with --lr 1.0"),
+        (("--weights", "none"), "was trained with --weights imagenet, not with --weights none"),
+        (("--amp",), "was trained with --no-amp, not with --amp"),
+        (("--rerank",), "was trained with --no-rerank, not with --rerank"),
         (("--epochs", 1), "has 3 epochs, but --epochs says 1"),
     ):  # a mean of different settings would say nothing
         refuses((*command, *flags), f"split-0/last.pt: {says}")

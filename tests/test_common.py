@@ -225,7 +225,7 @@ def slow_rerank(q, g, metric, k1, k2, weight):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("k1, k2, weight", [(6, 3, 0.3), (20, 6, 0.3), (4, 1, 0.0)])
+@pytest.mark.parametrize("k1, k2, weight", [(6, 3, 0.3), (20, 6, 0.3), (4, 1, 0.0), (4, 6, 0.3)])
 def test_rerank(metric, k1, k2, weight):
     centres = torch.randn(6, 8)
     q, g = centres + 0.3 * torch.randn(6, 8), centres.repeat(5, 1) + 0.3 * torch.randn(30, 8)
@@ -437,6 +437,8 @@ def test_a_tracklet_without_frames_is_named(small_root, place, empty):
         extract(Mean(), tracklets, **options)
     with pytest.raises(UserError, match="tracklet 1 of 1 .* has no frames"):
         extract(Mean(), [empty], **options)
+    with pytest.raises(UserError, match="there are no tracklets"):
+        extract(Mean(), [], **options)
     with pytest.raises(UserError, match="identity 8, camera 3"):
         evaluate(Mean(), dataset._replace(gallery=tracklets), **options)
 

@@ -69,7 +69,8 @@ def test_the_papers_pictures(name, tmp_path, one_backbone):
     drawn = common.rows_with_common_ranges([common.Picture(name, title, rows)])
     # of random weights a row can be constant
     assert [label.split(": not drawn")[0] for label, _ in drawn] == [*rows] and drawn[0].panels
-    assert all(panels or "not drawn, because all values are" in label for label, panels in drawn)
+    left_out = "not drawn, because all values are about"
+    assert all(panels or left_out in label for label, panels in drawn)
     common.save_sheet(title, drawn, tmp_path / "a.png")
     image = Image.open(tmp_path / "a.png").convert("RGB")
     assert image.width < 830 and len(image.getcolors(10**6)) > 50
@@ -245,9 +246,9 @@ def test_small_differences_are_not_stretched():
                                                          np.mean(values) + 0.025))]
     for value in (0.0, 0.5, -7.0):
         (row,) = drawn(value, value * 1.001)
-        assert row == (f"x: not drawn, because all values are {value:.3g}", [])
+        assert row == (f"x: not drawn, because all values are about {value:.3g}", [])
     (row,) = compared(a={"T": common.bars(3 * [torch.ones(4)], "abc")})
-    assert row == ("T: not drawn, because all values are 1", [])
+    assert row == ("T: not drawn, because all values are about 1", [])
 
 
 def test_bars_share_their_axis():
@@ -502,12 +503,12 @@ def test_charts(monkeypatch, small_root, tmp_path, sheets):
     (_, (panel,)) = sheets["training.png"][1]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes_of(panel).lines}
     assert lines == {"mAP": [[2, 50]], "rank-1": [[2, 60]]}
-    run.before_training = {"mAP": 20.0, "rank-1": 30.0}  # the untrained network is the first dot
+    run.before_training = {"mAP": 20.0, "rank-1": 30.0}  # the first dot
     draw()
     (label, (panel,)) = sheets["training.png"][1]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes_of(panel).lines}
     assert lines == {"mAP": [[0, 20], [2, 50]], "rank-1": [[0, 30], [2, 60]]}
-    assert "untrained" in label and axes_of(panel).get_xlim()[0] < 0
+    assert "before the training" in label and axes_of(panel).get_xlim()[0] < 0
     sheets.clear()
     args.figure = tmp_path / "g"
     monkeypatch.setattr(common, "tracklet_features", lambda *_, **__: (q, g))

@@ -113,6 +113,8 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
     refuses(("--evaluate", "--resume", "--output", "none"), "none/last.pt: no such file")
     refuses(("--resume", ""), "--resume: the value is empty")
     assert "resuming a/last.pt after epoch 1\n" in small("--epochs", 2, "--resume", "a")
+    with pytest.raises(UserError, match="^a/last.pt: has 2 epochs, but --epochs says 1"):
+        small("--epochs", 1, "--resume", "a")
 
 
 def resumed(path, monkeypatch, *flags):
@@ -222,7 +224,7 @@ def test_a_checkpoint_of_an_earlier_version_lacks_settings(
         sinet.load("old.pt")
     model = sinet.load("old.pt", scale="none", epoch="tracklets")
     assert (model.args.scale, model.args.epoch) == ("none", "tracklets")
-    with pytest.raises(UserError, match="was trained with --beta 5.0, not --beta 1.0"):
+    with pytest.raises(UserError, match="was trained with --beta 5.0, not with --beta 1.0"):
         sinet.load("old.pt", scale="none", epoch="tracklets", beta=1.0)
     with pytest.raises(TypeError, match="settings of the recipe, not scaled"):
         sinet.load("old.pt", scaled=True)
@@ -394,7 +396,8 @@ def test_the_small_recipe_on_any_data_set(small, refuses, tmp_path):
     old = state["args"]
     assert old["small"] and (old["weights"], old["erase"], old["lr"]) == ("none", 0.0, 5e-4)
     assert "after epoch 2" in small("--epochs", 2, "--output", "a", "--resume", *real)
-    refuses(("--no-small", "--resume", "a"), "a/last.pt: was trained with --small, not --no-small")
+    refuses(("--no-small", "--resume", "a"),
+            "a/last.pt: was trained with --small, not with --no-small")
     del old["small"]
     torch.save(state, tmp_path / "a/last.pt")
     for flags in ((), ("--small",), ("--data", "ilids")):
@@ -443,10 +446,17 @@ def test_a_run_starts_from_the_network_of_another(small, refuses, tmp_path):
         alone = small("--evaluate", *flags, "--init", "a/last.pt", "--output", "none")
         assert f"from a/last.pt, all frames: {first}" in alone and not (tmp_path / "none").exists()
         assert first in small("--evaluate", *flags, "--resume", "a/last.pt")
+    os.rename(tmp_path / "a", tmp_path / "moved")
     again = ("--lr", 0, "--epochs", 2, "--output", "same", "--resume")
-    for flags in ((), ("--init", "gone.pt")):
+    for flags in ((), ("--init", "a/last.pt")):
         out = small(*again, *flags)
         assert "after epoch 2" in out and "starting" not in out
+    for name, init, says in (
+        ("same", "gone.pt", "was trained with --init a/last.pt, not with --init gone.pt"),
+        ("moved", "gone.pt", "was trained without --init, not with --init gone.pt"),
+    ):
+        with pytest.raises(UserError, match=f"^{name}/last.pt: {says}"):
+            small("--output", name, "--resume", "--init", init)
     torch.save({}, tmp_path / "empty.pt")
     torch.save({"model": {"neck.weight": torch.zeros(4), "x": 3}}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("text")
@@ -592,6 +602,8 @@ def test_export_with_an_evaluation_and_at_the_end_of_a_training(small, refuses, 
     assert out.count("all frames") == 3 and out.count("wrote features.npz") == 1
     assert sorted(file.name for file in (tmp_path / "x").iterdir()) == exported
     whole = (tmp_path / "x/queries.csv").read_text()
+    out = small("--no-evaluate", "--export", "w", "--resume", "a")
+    assert "epoch 2/2" not in out and (tmp_path / "w/queries.csv").read_text() == whole
     out = small("--export", "y", "--resume", "a")
     assert "epoch 2/2" not in out and (tmp_path / "y/queries.csv").read_text() == whole
     assert "export" not in (tmp_path / "a/log.csv").read_text()
@@ -656,7 +668,7 @@ def test_without_a_match_the_training_leaves_out_its_test(small, tmp_path, scrip
     test_sets.rename_gallery(folder)
     flags = (*FOLDER, "--root", tmp_path, "--small")
     often = ("--eval-first", "--eval-every", 1, "--checkpoint-every", 3)
-    more = ("--in-stages",) if script is m3d else ()
+    more = ("--in-stages", "--no-evaluate") if script is m3d else ()
     out = small(*flags, "--epochs", 2, *often, *more, "--output", "a", script=script)
     assert "epoch 2/2" in out and "all frames" not in out and "mAP" not in out
     says = "no query has a match"

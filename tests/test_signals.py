@@ -304,8 +304,9 @@ def test_at_a_terminal_long_work_has_a_bar(monkeypatch, capsys):
     assert "work: 100%|" in sys.stderr.getvalue() and not capsys.readouterr().out
 
 
-def test_a_signal_in_the_last_step_of_an_epoch(small, tmp_path, monkeypatch, signalled):
-    """An epoch of one step: it ends the run, too."""
+@pytest.fixture
+def signals_itself(monkeypatch, signalled):
+    """A run gets SIGTERM in its first step."""
     log = common.Run.log
 
     def killed(*inputs):
@@ -313,9 +314,21 @@ def test_a_signal_in_the_last_step_of_an_epoch(small, tmp_path, monkeypatch, sig
         log(*inputs)
 
     monkeypatch.setattr(common.Run, "log", killed)
+
+
+def test_a_signal_in_the_last_step_of_an_epoch(small, tmp_path, signals_itself):
+    """An epoch of one step: it ends the run, too."""
     with pytest.raises(common.Stop):
         small("--ids", 6, "--epochs", 3, "--output", "a")
     assert [row["epoch"] for row in read_log(tmp_path / "a")] == ["1"]
+
+
+def test_a_signal_in_the_first_epoch_if_every_epoch_is_tested(small, tmp_path, signals_itself):
+    """There is no epoch yet of which one could ask whether it was tested."""
+    with pytest.raises(common.Stop):
+        small("--epochs", 3, "--eval-every", 1, "--output", "a")
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    assert state["history"] == [] and state["progress"][0] == 1
 
 
 def test_a_signal_that_reaches_the_workers(capsys, signalled):
