@@ -36,28 +36,27 @@ it, if anything.
 Deviations from the paper (what the paper says; what we do and why; the flag for the paper's form):
   Eq. 3         The paper has softmax(Q * K). We divide the response by k^2, which makes it a mean
                 over the window, as in the authors' release, from which the paper's results come.
-                With the plain sum, the softmax is almost one-hot, so that S suppresses a single
-                position and hardly any gradient reaches KGM. --scale none restores the plain sum.
-                In our study on synthetic people the same happens with k^2; from ImageNet's weights
-                on MARS this was not measured. The small run divides by sqrt(c), too, because it
-                starts from random weights.
+                --scale none restores the plain sum. In our study on synthetic people the softmax
+                is almost one-hot with either of the two, so that S suppresses a single position
+                and hardly any gradient reaches KGM; on MARS, from ImageNet's weights, this was not
+                measured. The small run, which starts from random weights, divides by sqrt(c), too.
   Fig. 1, 6     The paper shows class activation maps. --figure shows the root mean square of the
                 last feature maps over their channels, which needs no class; there is no flag.
 
 Unspecified in the paper; our choice, which follows the authors' release where (release) is added:
-  KGM           The attention is a 1x1 convolution to k^2 maps, BatchNorm and ReLU. The L1 norms
-                are clamped to a small eps. If the attention is zero everywhere, the kernel is
-                therefore zero and nothing is suppressed (S = 1).
-  Eq. 1         w_ctr is computed for each clip, and no gradient flows through it.
+  KGM           The attention is a 1x1 convolution to k^2 maps, BatchNorm and ReLU (release). The
+                L1 norms are clamped to a small eps. If the attention is zero everywhere, the kernel
+                is therefore zero and nothing is suppressed (S = 1).
+  Eq. 1         w_ctr is computed for each clip, and no gradient flows through it (release).
   SE            w_se is computed for each clip, by two linear layers without biases. Its reduction
                 is 4 (release). The SE paper uses 16; --se-reduction 16 selects it. The 0.014 GFLOPs
                 that Sec. 4.5 gives for SBM fit 16 (0.0145) or no SE block at all (0.0142) better
                 than 4 (0.0157), if the product K = P A_p^T is not counted.
-  Eq. 3         The convolution has replicate padding.
+  Eq. 3         The convolution has replicate padding (release).
   IDM           It has neither biases nor BatchNorm, as in Eq. 7, and G^D starts at zero. One IDM
                 follows block 4 of layer2; three IDMs follow blocks 2, 3 and 4.
-  SBM           We take "plugged evenly into the third layer" to mean after blocks 2, 4 and 6. In
-                "Same Pos." of Table 3 all three SBMs follow block 6.
+  SBM           We take "plugged evenly into the third layer" to mean after blocks 2, 4 and 6
+                (release). In "Same Pos." of Table 3 all three SBMs follow block 6.
   pooling       The last feature map of each frame is pooled by its maximum, and the resulting
                 vectors of the frames are averaged (release).
   classifier    Its weights start from a normal distribution with a standard deviation of 0.001
@@ -70,10 +69,12 @@ Unspecified in the paper; our choice, which follows the authors' release where (
                 SBM creates.
   triplet       The loss takes the embedding after the BN neck, the cosine distance and a margin
                 of 0.3.
-  backbone      The stride of ResNet-50's layer4 is 1.
+  backbone      The stride of ResNet-50's layer4 is 1 (release).
   epoch         One epoch goes through the training tracklets in groups of K tracklets of one
-                identity (release); on MARS this takes 235 steps. --epoch identities visits every
-                identity once, in 79 steps.
+                identity (release); on MARS this takes 235 steps. Tracklets that fill no group, and
+                groups that fill no batch, are left out. --epoch identities visits every identity
+                once, in 79 steps.
+  erasing       All frames of a clip share one box, which gets the mean colour of ImageNet.
   resizing      Frames are resized by bicubic interpolation (release).
   test clips    A tracklet is cut into T equal parts, as in training. Clip i consists of the i-th
                 frame of every part. All frames are used, and some twice where T does not divide the
@@ -84,8 +85,8 @@ Unspecified in the paper; our choice, which follows the authors' release where (
                 reduction of 16, replace both IDMs. "Non-local (1)" is the mean over all positions,
                 and "Non-local (inverse)" the softmax of the negated affinity.
   GFLOPs        We count 1.074 for two IDMs. We could reproduce neither the 1.081 that Sec. 4.5
-                gives for them, nor its 2.216 for two Non-local blocks, with any position and width
-                that we tried.
+                gives for them, nor its 2.216 for Non-local blocks, with any position and width that
+                we tried.
   Fig. 5        The text gives only the best values, k = 3 and reduction 4. We guess the other
                 values, and that the network of Fig. 5a has no IDMs and that of Fig. 5b no SBMs.
 
@@ -402,7 +403,7 @@ class IntegrationDistributionModule(nn.Module):
         frames, height, width: T, H and W of the maps.
         reduction: c / c' and m / m', 1 to the smaller one of C and m.
         release: True takes the form of the authors' release, y = BN(G^I F),
-            F_output = ReLU(G^D (L^D BN(L^I y) + y) + F), with biases where no BatchNorm follows.
+            F_output = ReLU(G^D (BN(y L^I) L^D + y) + F), with biases where no BatchNorm follows.
 
     Raises ValueError for a reduction out of range, and for maps of another shape.
     """
@@ -637,9 +638,11 @@ class SINet(nn.Module):
             if frames <= max(sbm_splits, default=0):
                 raise ValueError(f"SBMs with s = {sbm_splits} need at least {max(sbm_splits) + 1} "
                                  f"frames, not {frames}")
-            # layer3 has a stride of 16: 32 pixels give maps of 2, and CAL needs at least 3
-            if cal and min(height, width) < 33:
-                raise ValueError("CAL needs frames of at least 33x33 pixels, not "
+            # CAL needs maps of at least 3x3 positions. Those of layer3, whose stride is 16, would
+            # have fewer for smaller frames.
+            smallest = 37 if release else 33
+            if cal and min(height, width) < smallest:
+                raise ValueError(f"CAL needs frames of at least {smallest}x{smallest} pixels, not "
                                  f"{height}x{width}")
         net = resnet50(weights)
         if release:
@@ -800,7 +803,7 @@ def losses(outputs, pids, args):
 
 # ---------------------------------------------------------------------------- Sec. 4.2: the recipe
 
-RECIPE = {  # flag: (the paper's value, the small run's value, meaning and source[, choices])
+RECIPE = {  # flag: (the paper's value, or ours; the small run's; meaning and source[, choices])
     "frames": (4, 4, "number of frames in a clip, T (Sec. 4.2)"),
     "height": (256, 128, "height of the resized frames (Sec. 4.2)"),
     "width": (128, 64, "width of the resized frames (Sec. 4.2)"),
@@ -849,7 +852,8 @@ RECIPE = {  # flag: (the paper's value, the small run's value, meaning and sourc
                 "from the paper)"),
     "lambda2": (0.01, 0.01,
                 "weight of L_mi (Eq. 8, Sec. 4.2); 0 leaves out the loss and its projection"),
-    "temperature": (0.07, 0.07, "temperature of L_mi, t (our choice)"),
+    "temperature": (0.07, 0.07,
+                    "temperature of L_mi, t (not in the paper; as in the authors' release)"),
     "margin": (0.3, 0.3, "margin of the triplet loss, in cosine distance (our choice)"),
 }
 SAMPLER = PKSampler            # a batch: K clips of each of P identities

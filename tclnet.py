@@ -30,16 +30,17 @@ Where the paper's parts are:
                                   clips; SPLIT, METRIC: clips and distance of the test; CMC and
                                   mAP are computed by evaluate in common.py
             Sec. 4.1, Adam        make_optimizer; StepLR in train lowers the learning rate
-            Tables 1-4            ROWS: the variants; --complexity prints parameters and GFLOPs as
-                                  we count them, beside the paper's
+            Tables 1-4            ROWS: the variants (the paper's TCLNet is tclnet-xent, and its
+                                  TCLNet-tri is tclnet, the default); --complexity prints
+                                  parameters and GFLOPs as we count them, beside the paper's
             Sec. 4.3              single-shot re-ID: --variant base+tse --frames 1 gives one image
                                   to all learners. The paper has 85.3 mAP (baseline: 80.3, though
                                   it calls the difference 3.2) on Market-1501, for which there is
                                   no loader here.
             Sec. 4.4, Table 4     NonLocalBlock, TemporalConv (3D); DropBlock is in TCLNet; random
                                   erasing (RE) of input frames is --erase
-            Fig. 2, 3 (b), 5, 6   --figure FOLDER draws them (function picture), with a PCA instead
-                                  of the t-SNE of Fig. 6
+            Fig. 2, 3 (b), 5, 6   --figure FOLDER draws them (function picture); in place of the
+                                  t-SNE of Fig. 6, common.py draws a PCA
 
 The shapes of one clip through the network, for T = 4 frames of 256x128 and N = 2 learners:
   clip              4 x    3 x 256 x 128
@@ -60,8 +61,7 @@ The shapes of one clip through the network, for T = 4 frames of 256x128 and N = 
   test              1 x 4096               The outputs of both BatchNorms are concatenated and
                                            averaged over all clips of a tracklet. Then `finish`
                                            L2-normalises each half of 2048 by itself, which gives
-                                           v = [v_1 / |v_1|, v_2 / |v_2|]. Tracklets are compared
-                                           by the cosine of their v.
+                                           v. Tracklets are compared by the cosine of their v.
 
 To reuse a class elsewhere, also copy the classes and functions that its docstring names at its end.
 
@@ -89,10 +89,11 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
                 costs only the 2,048 parameters of the BN, whose weight starts at zero.
   first frame   Nothing is erased: B = 1. An empty product of correlation maps is 1 everywhere, so
                 that G is uniform. The BN term of the erased map is added to the first frame, too.
-  SEO           All frames of a segment, also the first, share one BN. This BN and the two blocks
-                that the learners share take the first frames of all segments as one batch, then the
-                second frames as the next batch, and so on (release). f_k is always an average over
-                positions, even with --pool max (release).
+  SEO           All frames of a segment, also the first, share one BN. The learners run in turn:
+                this BN and the two blocks that they share are called once for the first frames of
+                all segments, once for the second frames, and so on, each time with the statistics
+                of these frames (release). f_k is always an average over positions, even with --pool
+                max (release).
   block         If several blocks have the highest sum, the first is erased. h_e and w_e refer to a
                 16x8 map and are scaled to the size of the actual map. The strides are not scaled.
   TSB           tau = 5; the weight of the BN starts at zero.
@@ -102,7 +103,7 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
                 ResNet-50.
   backbone      The last stride of ResNet-50 is removed, which the paper's GFLOPs confirm.
   neck          Each v_i goes through its own BatchNorm (neck). Classifier, triplet loss and test
-                take its output.
+                take its output, so that v has BN(v_i) in place of v_i.
   losses        They are summed over the learners. The triplet loss has the cosine distance and a
                 margin of 0.4.
   batch         32 clips are 8 identities with 4 clips each.
@@ -111,7 +112,8 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
                 (release), and leaves out the tracklets that remain beyond full groups and batches.
                 On MARS this takes 235 steps. With --epoch identities an epoch shows every identity
                 once, in 79 steps.
-  frames        In training the frames of a clip are 8 apart. A tracklet of 4 to 31 frames gives 4
+  frames        Sec. 4.1 says only that four frames are sampled, and Sec. 3.3 calls the frames of a
+                clip consecutive. In training ours are 8 apart. A tracklet of 4 to 31 frames gives 4
                 different frames, which are drawn at random and kept in temporal order. A tracklet
                 of fewer than 4 frames gives some of its frames more than once (release). In the
                 test the frames of a clip are consecutive, and the last clip is filled by starting
@@ -122,7 +124,7 @@ Unspecified in the paper; our choice ("release": the authors' release does the s
                 (release). --chunk 0 keeps them whole.
   parameters    For N = 2 learners with SEO and without Non-local the paper has 29.9 million, but
                 the modules that it describes have 30.07 million. The paper's values for N = 3 and 4
-                agree with our count.
+                agree with our count, if it is cut off after one decimal.
   Table 4, NL   One Non-local block comes after stage 3. Its inner layers have half the channels,
                 and its convolutions have biases. (The paper's parameter count fits both with and
                 without biases. The GFLOPs that the paper gives for the block are four times ours.)
@@ -403,7 +405,8 @@ class TemporalSaliencyErasing(nn.Module):
 
 def query_and_memory(x):
     """Sec. 3.2: takes maps (B, T, D, H, W) and returns q, (B, T, D), the average of every frame
-    over its positions, and M, (B, T*H*W, D), the local descriptors of all frames."""
+    over its positions, and the local descriptors of all frames, (B, T*H*W, D). The memory M of a
+    frame is those of the other frames; `probability_map` leaves out its own."""
     memory = x.movedim(2, 4).flatten(1, 3)
     dtype = torch.promote_types(x.dtype, torch.float32)       # float16 cannot hold the sum of a map
     query = memory.unflatten(1, (x.shape[1], -1)).mean(2, dtype=dtype)    # GAP
@@ -419,7 +422,7 @@ def probability_map(query, memory, *, tau: float = 5.0):
 
     Args:
         query: q, (B, T, D), the average of every frame over its positions.
-        memory: M, (B, T*H*W, D), the local descriptors of all frames, frame after frame.
+        memory: (B, T*H*W, D), the local descriptors of all frames, frame after frame.
         tau: the temperature: the larger it is, the more A prefers the best matches.
     """
     T = query.shape[1]
@@ -711,7 +714,8 @@ class TCLNet(nn.Module):
         return torch.stack(embeddings, 1), torch.stack(logits, 1)
 
     def finish(self, embeddings):
-        """Computes the video representation v = [v_1 / |v_1|, ..., v_N / |v_N|] of Sec. 3.3.
+        """Computes the video representation v = [v_1 / |v_1|, ..., v_N / |v_N|] of Sec. 3.3, in
+        which we take the outputs of the BatchNorms for v_1 ... v_N.
 
         Takes the outputs of eval mode, averaged over the clips of each tracklet, (B, N * 2048).
         Returns v of the same shape, in which the part of each learner has the length 1.
@@ -895,12 +899,12 @@ ROWS = {
     ),
     "base+tse-n3": Row(
         "Table 3a: N = 3 learners",
-        learners=3, frames=3, tsb=(), loss="xent",
+        learners=3, seo=True, frames=3, tsb=(), loss="xent",
         mars=(82.4, 88.4), gflops_of_4_frames=16.252, million_parameters=34.5,
     ),
     "base+tse-n4": Row(
         "Table 3a: N = 4 learners",
-        learners=4, frames=4, tsb=(), loss="xent",
+        learners=4, seo=True, frames=4, tsb=(), loss="xent",
         mars=(81.0, 87.0), gflops_of_4_frames=16.253, million_parameters=38.9,
     ),
 

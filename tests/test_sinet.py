@@ -641,6 +641,16 @@ def test_a_network_with_idms_starts_as_the_baseline():
     close(idm(clips), base(clips))
 
 
+@pytest.mark.parametrize("release, smallest", [(False, 33), (True, 37)])
+def test_the_smallest_frames_of_cal(release, smallest):
+    """Smaller ones are refused when the network is built, not in its forward pass."""
+    network = SINet(5, 4, smallest, smallest, release=release).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 4, 3, smallest, smallest)).shape == (1, 2048)
+    with pytest.raises(ValueError, match=f"at least {smallest}x{smallest} pixels"):
+        SINet(5, 4, smallest, smallest - 1, release=release)
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
