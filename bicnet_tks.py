@@ -62,18 +62,19 @@ flag restores the paper's form; all three flags together give the network of the
 
 Two of these choices rest on the parameter counts in the paper's tables. The first is to add CSPs
 after stages 1 to 3, which gives the 27.6 million of TB+CSP (Table 2). The second is the reduction
-of 16 in the bottleneck of W_i: with TKS after stage 4 ours then has 53.59 million, not counting DAO
-and the BatchNorms of TKS, and the paper has 53.5 million (Table 6). The paper truncates its values,
-so the two agree. The counts are too coarse to show whether CSP has a bias (5,376 parameters) or how
-DAO is built (27,648 weights).
+of 16 in the bottleneck of W_i: with TKS after stage 4 ours then has 53.59 million, or 53.63 million
+with DAO and the BatchNorms of TKS, and the paper has 53.5 million (Table 6). As the paper truncates
+its values, the former agrees. With a single kernel (28.3 million in Table 5) and without the
+selection (BiCnet-TK, 29.1 million in Table 2), ours has 0.1 million more. The counts are too coarse
+to show whether CSP has a bias (5,376 parameters) or how DAO is built (27,648 weights).
 
 Unspecified in the paper; our choice. "(release)" marks what we took from the authors' code:
   small frames    They are resized at the input, as the text says, by bilinear interpolation with
-                  antialiasing. (The GFLOPs that the paper gives for two branches suggest that the
-                  maps were resized after the first convolution instead.)
+                  antialiasing. (The GFLOPs of Table 4 suggest that the maps were resized after the
+                  first convolution instead.)
   CSP             The features of the first big frame are added to the first alpha small frames,
                   those of the second to the next alpha, and so on. The convolution has no bias.
-  CSP order       A CSP comes before TKS and DAO of the same stage.
+  order           In a stage, CSP comes before TKS, and TKS before DAO.
   DAO, k > 1      The attention module is a 1x1 convolution from C channels to one, then a linear
                   layer over the H * W positions, both without bias. Each branch has modules of its
                   own.
@@ -97,7 +98,9 @@ Unspecified in the paper; our choice. "(release)" marks what we took from the au
                   because 8 frames cannot be split in these ratios.
   pooling         We take the maximum over the last map of each frame, then the mean over the frames
                   of a branch (release).
-  triplet loss    It uses the embedding after the BN neck, the cosine distance and a margin of 0.5.
+  losses          Cross entropy and the batch-hard triplet loss have the weight 1. The embedding
+                  goes through a BatchNorm (BN neck), whose output both losses and the test take.
+                  The triplet loss has the cosine distance and a margin of 0.5.
   short tracklets A tracklet of 8 to 31 frames gives 8 different frames, which are drawn at random
                   and kept in temporal order. A tracklet of fewer than 8 frames gives some of its
                   frames more than once. Both are as in the release.
@@ -109,9 +112,10 @@ Unspecified in the paper; our choice. "(release)" marks what we took from the au
   test clips      The last clip of a tracklet is filled by starting the tracklet again: 10 frames
                   give a clip of frames 1 to 8 and one of frames 9, 10 and 1 to 6.
   epoch           An epoch goes through the tracklets, in groups of K tracklets of the same identity
-                  (release): 117 steps on MARS. Tracklets that fill no group, or whose group fits
-                  in no batch, are left out; the next epoch forms other groups. With --epoch
-                  identities it goes through the identities, each with K clips: 40 steps.
+                  (release): 117 steps on MARS. An identity with fewer tracklets has one group, in
+                  which they repeat. Tracklets that fill no group, or whose group fits in no batch,
+                  are left out; the next epoch forms other groups. With --epoch identities it goes
+                  through the identities, each with K clips: 40 steps.
   initial values  The classifier starts with normal weights (standard deviation 0.001). The
                   BatchNorms before the residual sums of DAO and TKS start with a weight of zero.
                   All other new layers have torch's default initialisation.
@@ -134,7 +138,7 @@ Where the authors' release differs from the paper's text, we follow the text:
                       -log(exp(16 s+) / (exp(16 s+) + sum of exp(16 s-)))
                   where s+ is the cosine to the positive, and s- that to a clip of another identity.
                   The sum is over all clips of other identities. The paper's 75.1 / 84.6 thus come
-                  from another loss than its text names.
+                  from another loss than the triplet loss that Sec. 4.3.1 names.
   batches         A batch of the release has clips from 16 groups of K tracklets (see "epoch"). In
                   some of its batches two groups have the same identity; in ours this never happens.
 """
@@ -191,8 +195,9 @@ class CrossScalePath(nn.Module):
 
 
 class DiverseAttentionsOperation(nn.Module):
-    """DAO, Fig. 3b, Eq. 3: gives each frame of a branch an attention map, and adds to the frame's
-    features their mean over the positions, weighted by this map, after a BatchNorm.
+    """DAO, Fig. 3b, Eq. 3: gives each frame of a branch an attention map. The mean of the frame's
+    features over the positions, weighted by this map, goes through a BatchNorm and is added to the
+    features at every position.
 
     The first frame's attention map comes from its features alone, that of each other frame from a
     module of its own. `divergence_loss` makes the attention maps attend to different regions. At

@@ -41,7 +41,7 @@ every frame of a tracklet, the M3D stream floor(L / T) clips of T frames from a 
 frames. f_s and f_t are the means of each stream's outputs over its frames or clips.
 
 These flags take a checkpoint (last.pt): --resume resumes or evaluates the run that wrote it; --init
-starts a new training from those of its weights that fit the new network; --init-2d starts the M3D
+starts a new training, with the checkpoint's weights wherever they fit; --init-2d starts the M3D
 stream from a run of --variant 2d; --join evaluates a 2D stream and an M3D stream that were trained
 separately, as one network; --beside, with --figure, draws a second network, too.
 
@@ -66,7 +66,8 @@ Deviations from the paper (what it says, what we do, the flag for the paper's fo
                 fits the 90.6 MB that I3D adds in the paper. P3D's stem stays 2D.
   megabytes     ROWS gives the size of each network in Table 1 minus that of the 2D network. We
                 compare these differences, at 4 bytes per parameter, because the paper's 95.7 MB for
-                the 2D network match no count of its parameters.
+                the 2D network match no count of its parameters. P3D then adds 15.1 MB, and 15.2 MB
+                in the paper.
   T = 16        Table 1 gives the same size for T = 8 and T = 16. By Eq. 6 a layer has seven
                 temporal kernels for T = 16 and three for T = 8, so that M3D adds 9.75 MB instead of
                 4.2 MB.
@@ -76,15 +77,17 @@ Deviations from the paper (what it says, what we do, the flag for the paper's fo
 Unspecified in the paper; our choice (no release is known):
   time          Temporal convolutions pad a clip with zeros. There is no BatchNorm or ReLU between
                 the spatial and the temporal convolution in M3D layers, P3D-B and P3D-C.
-  where         The docstring of Stream shows where M3D layers and RALs are. The paper also replaces
-                "all the 2D convolution layers" by M3D layers: we take these to be the sixteen 3x3
-                convolutions, not the 1x1 ones (--all-blocks). I3D and P3D replace the same sixteen,
-                and I3D also the stem.
+  where         "We totally replace 4 residual blocks at the beginning of each stage": we replace
+                the 3x3 convolution of the first block of each stage. The docstring of Stream shows
+                where M3D layers and RALs are. The paper also replaces "all the 2D convolution
+                layers" by M3D layers: we take these to be the sixteen 3x3 convolutions, not the 1x1
+                ones (--all-blocks). I3D and P3D replace the same sixteen, and I3D also the stem.
   backbone      Stage 4 of ResNet-50 keeps its stride of 2.
-  start         The M3D stream starts from a 2D network: from the run that --init-2d names, else
-                from --weights. Variants with the M3D stream alone therefore start from ImageNet's
-                weights by default. Temporal kernels start at zero, except in P3D-A (identity) and
-                I3D (the 2D kernel is the middle tap, the others are zero).
+  start         The 2D network starts from --weights, by default ImageNet's. The M3D stream starts
+                from a 2D network: from the run that --init-2d names, else from --weights. Variants
+                with the M3D stream alone therefore start from ImageNet's weights by default.
+                Temporal kernels start at zero, except in P3D-A (identity) and I3D (the 2D kernel is
+                the middle tap, the others are zero).
   average       The M3D stream, too, averages over frames. The paper says so for f_s alone (Eq. 2).
   fusion        f_s and f_t are concatenated as they are, without a normalisation.
   P3D-A         The paper says that its "serial connection ... increases the nonlinearity". We take
@@ -99,8 +102,8 @@ Unspecified in the paper; our choice (no release is known):
                 classifier, which starts with normal weights (standard deviation 0.001).
   SGD           Momentum 0.9, weight decay 5e-4; "reduced ten times" means divided by 10.
   augmentation  Each clip is flipped left to right with a probability of 0.5.
-  epoch         An epoch shows every tracklet once. When the streams are trained in stages, an epoch
-                of the 2D stream shows every frame once. --variant 2d by itself shows one random
+  epoch         An epoch shows every tracklet at least once. When the streams are trained in stages,
+                an epoch of the 2D stream shows every frame. --variant 2d by itself shows one random
                 frame of each tracklet; with --chunk 1 it shows every frame.
   resizing      Frames are resized by bicubic interpolation.
   --chunk       Training tracklets are cut into chunks of 32 frames on Duke and of 64 on LS-VID.
@@ -537,7 +540,7 @@ class Stream(nn.Module):
             raise ValueError(f"the layers are 2d, m3d, i3d, p3d-a, p3d-b and p3d-c, not {layer}")
         if pool not in ("max", "avg"):
             raise ValueError(f"the pooling of the last maps must be max or avg, not {pool}")
-        net = resnet50(weights, last_stride=2)
+        net = resnet50(weights if init_2d is None else "none", last_stride=2)
         if init_2d is not None:
             try:
                 net.load_state_dict(init_2d)
@@ -703,10 +706,12 @@ def losses(outputs, pids, args):
     Args:
         outputs: the logits of each stream, {"spatial" or "temporal": (B, num_classes)}.
         pids: the identities as class numbers, (B,).
-        args: the settings, which these losses do not need.
+        args: the settings.
     """
-    return {f"xent-{name}": F.cross_entropy(at_least_float32(logits), pids)
-            for name, logits in outputs.items()}
+    weights = loss_weights(args)
+    terms = {f"xent-{name}": F.cross_entropy(at_least_float32(logits), pids)
+             for name, logits in outputs.items()}
+    return {name: weights[name] * term for name, term in terms.items()}
 
 
 # -------------------------------------------------------------- Implementation Details: the recipe
@@ -729,7 +734,7 @@ RECIPE = {
     "momentum": (0.9, 0.9, "momentum of SGD (our choice)"),
     "weight_decay": (5e-4, 5e-4, "weight decay of SGD (our choice)"),
     "weights": ("imagenet", "none",
-                "initial weights of each ResNet-50: imagenet, none or a file (below Eq. 6)"),
+                "initial weights of each ResNet-50: imagenet, none or a file (our choice)"),
     "pool": ("avg", "max", "pooling over the positions of the last map (our choice)",
              ("avg", "max")),
     "stream": ("two", "two", "which streams: spatial (2D), temporal (M3D) or two (Fig. 3, Table 2)",

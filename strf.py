@@ -6,8 +6,8 @@ STRF is a unit in front of a temporal convolution. It computes four masks. A mas
 each pair of positions of a feature map, which says how similar the two are. Two masks compare
 features pooled over time (one for dynamic, one for static content), two compare features pooled
 over space (one for fine, one for coarse content). Multiplying the map by a mask replaces each
-position by a weighted average of the positions that are like it. The only learnable parameters of a
-unit are four 1x1 convolutions.
+position by an average of all positions, in which those that are like it have the largest weights.
+The only learnable parameters of a unit are four 1x1 convolutions.
 
     python strf.py                            # quick run on synthetic data, also without a GPU
     python strf.py --data mars --gpu 0        # the paper's recipe
@@ -86,14 +86,14 @@ are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) fo
   order         Time comes before space, as in Sec. 4.2; the caption of Fig. 4 says the opposite.
   Eq. 5, 7, 8   These equations have no residual connection and no scale, so we use none. If
                 --factors names no mask of a dimension, the FFM of that dimension is left out.
-  place         STRF works on the input of the 3x1x1 (P3D) or 3x3x3 (I3D) convolution. In P3D-B and
-                I3D, and in the first block of stage 2 and of stage 3, this input comes before the
-                stride. There a unit works on four times as many positions as in P3D-A and P3D-C: on
-                1,568 instead of 392 in stage 2, and on 392 instead of 98 in stage 3.
-  3D blocks     The 3D blocks start as the 2D network: the temporal kernels of P3D are zero (P3D-A:
-                identity), I3D has the 2D weights as the centre tap and zeros beside it. With STRF,
-                only P3D-B and P3D-C start with the outputs of the 2D network. There is no BatchNorm
-                or ReLU between P3D's two convolutions.
+  place         STRF works on the input of the 3x1x1 (P3D) or 3x3x3 (I3D) convolution. In the first
+                block of stages 2 and 3 of I3D and P3D-B, this input comes before the stride. There
+                a unit works on four times as many positions as in P3D-A and P3D-C: on 1,568 instead
+                of 392 in stage 2, and on 392 instead of 98 in stage 3.
+  3D blocks     Without STRF, the 3D blocks start as the 2D network: the temporal kernels of P3D are
+                zero (P3D-A: identity), I3D has the 2D weights as the centre tap and zeros beside
+                it. With STRF, only those of P3D-B and P3D-C do. There is no BatchNorm or ReLU
+                between P3D's two convolutions.
   Table 5       Stages 2 and 3 are 3D in every variant; stages 1 and 4 become 3D if they get STRF.
   Fig. 6 (a)    Without FAM there is a "non-weighted multiplication" of f with itself: we take
                 M = f^T f / (h w), one mask for each dimension, and L2-normalise the columns of f
@@ -105,8 +105,9 @@ are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) fo
                 --complexity leaves out.
   non-local     The non-local blocks replace the five STRF units and compute attention with half the
                 channels. They add 0.46M parameters; the paper says "~5 million".
-  iLIDS         Table 3 does not say which network its iLIDS-VID result is of. We assume P3D-C, as
-                for its MARS result; its Duke result is P3D-B's (Table 2).
+  iLIDS         We take the iLIDS-VID result of Table 3 to be P3D-C's: "For all subsequent
+                experiments, we report results with STRF-P3DC" (Sec. 4.1). The table's Duke result,
+                however, is P3D-B's (Table 2).
   recipe        The paper leaves its recipe to a supplement that we do not have. RECIPE says which
                 values the paper itself gives. We train for 240 epochs and divide the learning
                 rate by 10 after every 60 (AP3D). Random flips are the only augmentation. The
@@ -116,8 +117,8 @@ are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) fo
   short         From a training tracklet of fewer than 32 frames, we draw 8 different frames at
                 random and keep their order. If it has fewer than 8, some are repeated (AP3D).
   resizing      Frames are resized by bicubic interpolation (AP3D).
-  triplet       The triplet loss is computed on the embedding after the BN neck, with a margin of
-                0.3.
+  neck          The embedding goes through a BatchNorm (BN neck), whose output the classifier, the
+                triplet loss and the test take. The margin of the triplet loss is 0.3.
   frame size    The paper gives neither the size of the frames nor the last stride of ResNet-50,
                 only the size of the last map, 14 x 7 (Sec. 4.2). We remove the last stride. The
                 network then divides height and width by 16, so that 14 x 7 needs frames of
@@ -131,6 +132,8 @@ are those of AP3D's code (Gu et al., ECCV 2020), so the choices marked (AP3D) fo
                 (AP3D). On MARS this takes 235 steps. With --epoch identities an epoch shows
                 every identity once, in 79 steps.
 """
+import inspect
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -657,6 +660,9 @@ class STRFNet(nn.Module):
             raise ValueError(f"the stages must be numbers from 1 to 4, not {stages}")
         if attention not in ("strf", "nonlocal"):
             raise ValueError(f"the attention must be strf or nonlocal, not {attention}")
+        for name in strf_options:  # also where no unit is built that would refuse it
+            if name not in inspect.signature(STRF).parameters:
+                raise TypeError(f"STRFNet takes no argument {name}")
         if attention == "nonlocal" and not strf_options.get("fam", True):
             raise ValueError("fam=False needs the attention strf, because a non-local block has "
                              "no FAM to leave out")
@@ -810,7 +816,7 @@ ROWS = {
     # Tables 2 and 3: four 3D networks with and without STRF. On Duke, Table 3 reports the values of
     # strf-p3db for STRF.
     "strf-p3dc": Row(
-        "Tables 2-5: P3DC + STRF, the best",
+        "Tables 2-5: P3DC + STRF, the best on MARS",
         layer="p3d-c", stages=(2, 3),
         mars=(86.10, 90.30), duke=(96.20, 97.20), ilids=(None, 89.30), million_parameters=25.53,
     ),

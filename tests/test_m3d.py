@@ -4,6 +4,7 @@ and rows, and its complexity."""
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,7 +343,7 @@ def test_network(T, H, W, pool, float64, one_backbone):
     outputs = model(clips)
     shapes = {name: logits.shape for name, logits in outputs.items()}
     assert shapes == {"spatial": (2, 5), "temporal": (2, 5)}
-    parts = m3d.losses(outputs, torch.tensor([0, 1]), None)
+    parts = m3d.losses(outputs, torch.tensor([0, 1]), SimpleNamespace(stream="two"))
     assert list(parts) == ["xent-spatial", "xent-temporal"]
     for part, logits in zip(parts.values(), outputs.values()):
         xent = -sum(logits[b].log_softmax(0)[b] for b in range(2)) / 2

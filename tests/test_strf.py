@@ -711,6 +711,12 @@ def test_wrong_arguments(make, says):
         make()
 
 
+@pytest.mark.parametrize("options", [{"stages": ()}, {"attention": "nonlocal"}])
+def test_an_unknown_argument_of_strf_is_refused_where_no_unit_is_built(options):
+    with pytest.raises(TypeError, match="no argument kapa"):
+        STRFNet(5, kapa=3, **options)
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
