@@ -1046,8 +1046,10 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
     values.update(saved)
     values.update(chosen)
     # No source overrides these: they are determined above, or given by the script.
-    turned_on = [name for name, value in chosen.items() if value is not False]
-    values.update(resume=resume, evaluate=evaluate, output=output, chosen=turned_on,
+    names = [*chosen]
+    if chosen.get("evaluate") is False:  # --no-evaluate asks for no evaluation
+        names.remove("evaluate")
+    values.update(resume=resume, evaluate=evaluate, output=output, chosen=names,
                   script=script.name)
     # These are not settings; `Run` removes them from the Namespace.
     values.update(checkpoint=checkpoint, authors_release=release, recipe=recipe,
@@ -1190,7 +1192,8 @@ def part_of(args, rows, folder, variant=None, **changes):
 
 def train_all_splits(train, args, rows):
     """--split all: trains the ten splits one after another, each in its own folder, skipping those
-    that are finished. Prints the mean and the standard deviation of the results."""
+    that are finished, unless --export needs their networks. Prints the mean and the standard
+    deviation of the results."""
     results = []
     for split in map(str, range(10)):
         part = part_of(args, rows, f"split-{split}", split=split)
@@ -1262,7 +1265,7 @@ def print_training_plan(args, dataset, sampler, weights):
     losses. weights: {name of a loss: its weight}."""
     batch = args.ids * args.clips
     steps = len(make_sampler(sampler, [t.pid for t in dataset.train], args))
-    shown = "show all tracklets once"
+    shown = "show every tracklet at least once"
     if "epoch" in args:  # not in M3D's recipe
         shown = f"go through the {args.epoch}"
     print(f"an epoch: {steps:,} steps of {batch} clips, which {shown}, in all {steps * batch:,} "
@@ -1364,9 +1367,6 @@ class Run:
         self.checkpoint_file = Path(args.output) / "last.pt"
         self.log_file = Path(args.output) / "log.csv"
         self.history = self.checkpoint["history"] if self.checkpoint else []
-        if len(self.history) > args.epochs and not args.evaluate:
-            raise UserError(f"{args.resume}: has {len(self.history)} epochs, but --epochs says "
-                            f"{args.epochs}")
         self.before_training = {}
         if self.checkpoint:
             self.before_training = self.checkpoint.get("before_training", {})
@@ -1985,7 +1985,8 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen,
         may_differ: names of settings that are exempt from this.
         chosen: names of the flags given by the user; a setting of the recipe that an older
             checkpoint lacks must be among them.
-        for_training: whether optimizer, scheduler, progress and random must be there.
+        for_training: whether optimizer, scheduler, progress and random must be there, and the
+            epochs must not be more than expected.
         release: the script's `Release`, or None.
 
     Raises UserError if the file is not such a checkpoint or contradicts `expected`.
@@ -2016,6 +2017,12 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen,
                             else f"with {as_flag(name, value)}"
                             for value in (expected[name], saved[name]))
             raise UserError(f"{path}: was trained {theirs}, not {ours}")
+    if for_training:
+        steps, _ = checkpoint["progress"]
+        begun = len(checkpoint["history"]) + (steps > 0)
+        if begun > expected.get("epochs", begun):
+            raise UserError(f"{path}: stopped {trained_for(checkpoint)}, but --epochs says "
+                            f"{expected['epochs']}")
     return checkpoint
 
 

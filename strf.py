@@ -643,8 +643,8 @@ class STRFNet(nn.Module):
             pools, order, reduction, kappa, normalize, fam. With attention="nonlocal" they have no
             effect, and fam=False is refused.
 
-    Raises ValueError on invalid arguments and on clips of another number of frames, OSError and
-    RuntimeError if the weights cannot be loaded.
+    Raises ValueError on invalid arguments and on clips of another number of frames, TypeError for
+    other strf_options, OSError and RuntimeError if the weights cannot be loaded.
 
     Copy along: all that is above this class.
     """
@@ -660,9 +660,9 @@ class STRFNet(nn.Module):
             raise ValueError(f"the stages must be numbers from 1 to 4, not {stages}")
         if attention not in ("strf", "nonlocal"):
             raise ValueError(f"the attention must be strf or nonlocal, not {attention}")
-        for name in strf_options:  # also where no unit is built that would refuse it
-            if name not in inspect.signature(STRF).parameters:
-                raise TypeError(f"STRFNet takes no argument {name}")
+        known = inspect.signature(STRF).parameters.keys() - {"channels"}
+        for name in strf_options.keys() - known:  # also where no unit is built that would refuse it
+            raise TypeError(f"STRFNet takes no argument {name}")
         if attention == "nonlocal" and not strf_options.get("fam", True):
             raise ValueError("fam=False needs the attention strf, because a non-local block has "
                              "no FAM to leave out")

@@ -267,7 +267,7 @@ def tse(features=32, seo=True):
 REFUSED = [
     (lambda: sinet.SalientToBroadModule(16, 1), [(2, 4, 8, 8, 4)], "16 channels, not 8"),
     (lambda: sinet.IntegrationDistributionModule(16, 4, 8, 4), [(2, 4, 8, 8, 4)],
-     "16 channels, not 8"),
+     r"\(T, C, H, W\) = \(4, 16, 8, 4\), not \(4, 8, 8, 4\)"),
     (tse, [(2, 4, 8, 8, 4)], "16 channels, not 8"),
     (lambda: tse(seo=False), [(2, 4, 8, 8, 4)], "16 channels, not 8"),
     (lambda: tse(features=24), [(2, 4, 16, 8, 4)], "24 channels, not 32"),

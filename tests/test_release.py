@@ -272,7 +272,7 @@ def test_settings_that_a_released_network_does_not_have(released, refuses):
     evaluate = ["--evaluate", "--data", "mars", "--resume", released("idnet")]
     refuses([*evaluate, "--reduction", 4],
             "was trained with --reduction 16, not with --reduction 4")
-    refuses([*evaluate, "--variant", "base"], "--variant base+idm, not --variant base")
+    refuses([*evaluate, "--variant", "base"], "--variant base+idm, not with --variant base")
     refuses([*evaluate, "--no-release"], "was trained with --release")
     refuses(["--data", "mars", "--resume", released("idnet")], "contains only the network",
             "--init")

@@ -113,7 +113,7 @@ def test_checkpoints_that_are_refused(small, refuses, tmp_path):
     refuses(("--evaluate", "--resume", "--output", "none"), "none/last.pt: no such file")
     refuses(("--resume", ""), "--resume: the value is empty")
     assert "resuming a/last.pt after epoch 1\n" in small("--epochs", 2, "--resume", "a")
-    with pytest.raises(UserError, match="^a/last.pt: has 2 epochs, but --epochs says 1"):
+    with pytest.raises(UserError, match="^a/last.pt: stopped after epoch 2, but --epochs says 1"):
         small("--epochs", 1, "--resume", "a")
 
 
