@@ -57,15 +57,58 @@ def test_a_closed_pipe_ends_the_table_without_a_traceback():
     assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
-def test_a_row_is_compared_with_the_baseline_of_its_seed():
-    """Of seeds that both have; the baseline itself has no difference."""
-    assert all(study.BASELINES[script] in names for (_, script), names in study.ROWS.items())
+def test_rows_are_compared_seed_by_seed():
+    """Of seeds that both have, and only where both have the quantity."""
     rows = [{"script": script, "row": row, "seed": seed, "mAP": mAP} for script, row, seed, mAP in (
         ("sinet", "base", "1", "40.25"), ("sinet", "base", "0", "50.5"),
         ("sinet", "sinet", "0", "48"), ("sinet", "sinet", "1", "44.3"),
-        ("sinet", "sinet", "2", "90"), ("strf", "p3dc", "2", "10"))]
-    assert study.differences(rows, "sinet", "sinet") == "-2.5, +4.0"
-    assert study.differences(rows, "sinet", "base") == ""
+        ("sinet", "sinet", "2", "90"), ("tclnet", "base", "2", "10"))]
+    found = study.differences(rows, "sinet", "mAP", of="sinet", minus="base")
+    assert found == pytest.approx([-2.5, 4.05])
+    assert study.differences(rows, "sinet", "A alike", of="sinet", minus="base") == []
+
+
+def test_the_interval_is_students():
+    """With three values, the quantile of a table of Student's t for two degrees of freedom."""
+    assert study.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)
+
+
+def test_a_claim_is_decided_by_the_interval(capsys):
+    """Beyond the interval on the paper's side, on the other, and within it. A row with one seed is
+    left out, and so is another set. The paper's values are those of the scripts."""
+    seeds = {
+        "base": ((50, 0.8), (52, 0.82), (48, 0.78)),
+        "base+sbm": ((55, 0.9), (57.5, 0.93), (52.5, 0.87)),
+        "base+idm": ((45,), (46.5,), (43.5,)),
+        "sinet": ((50, 0.7), (57, 0.73), (43, 0.67)),
+    }
+    rows = [{"set": "hard", "script": "sinet", "row": row, "seed": str(seed),
+             **dict(zip(("mAP", "maps alike"), map(str, values)))}
+            for row, runs in seeds.items() for seed, values in enumerate(runs)]
+    rows.append({**rows[0], "row": "sinet-release"})
+    rows.append({**rows[0], "set": "gait", "mAP": "0"})
+    study.claims(rows)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| sinet")]
+    assert lines == [
+        "| sinet | mAP | base+sbm | base | +2.5 | +5.0 ± 1.2 | agrees |",
+        "| sinet | mAP | base+idm | base | +2.7 | -5.0 ± 1.2 | contradicts |",
+        "| sinet | mAP | sinet | base | +3.0 | +0.0 ± 12.4 | open |",
+        "| sinet | maps alike | base+sbm | base | lower | +0.10 ± 0.02 | contradicts |",
+        "| sinet | maps alike | sinet | base | lower | -0.10 ± 0.02 | agrees |",
+    ]
+
+
+def test_the_readme_has_the_claims_as_they_are_printed(capsys):
+    study.claims(study.results(study.RESULTS))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(study.CLAIMS)
+    assert "\n".join(lines) in (study.ROOT / "README.md").read_text()
+
+
+def test_the_claims_are_about_rows_of_the_study():
+    for script, quantity, name, other in study.CLAIMS:
+        assert {name, other} <= {*study.ROWS["hard", script]}
+        assert quantity in study.QUANTITIES
 
 
 def test_a_name_of_no_row_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
