@@ -12,9 +12,9 @@ too, its loss includes the share of the last map that lies outside the person's 
 In the set `hard` all training people wear one shirt and sash, and all test people, except for six
 distractors, another; a post passes in front of each, and the frames of 36x18 pixels are enlarged to
 128x64. The set was chosen so that SINet's variant `base` has between 50 and 80 mAP after eight
-epochs, before any other variant was run. There M3D trains for five epochs; after two, its 2D network had 23 and 45 mAP
-(seeds 0 and 1). In the set `gait`, the training people look alike except for their walk, and so do
-the test people. Results on synthetic people say nothing about MARS.
+epochs, before any other variant was run. There M3D trains for five epochs; after two, its 2D
+network had 23 and 45 mAP (seeds 0 and 1). In the set `gait`, the training people look alike except
+for their walk, and so do the test people. Results on synthetic people say nothing about MARS.
 
 Results are written to results.csv in the folder of --output. Those of tests/study.csv have six
 seeds in the set `hard` and three in `gait` (--seeds 0 1 2 --only gait).
