@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests/study.csv"
 sys.path.insert(0, str(ROOT))
 
-from common import energy, watch  # noqa: E402
+from common import command_line, energy, watch  # noqa: E402
 from data import load_dataset, normalize, progress, read_clip, replacing  # noqa: E402
 
 SETS = {  # flags of data.py. No person is in two of the sets.
@@ -721,9 +721,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # such as by `--table | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes at its end
-        sys.exit(141)
+    command_line(main)
