@@ -4,6 +4,7 @@ script, and small helpers."""
 import contextlib
 import copy
 import csv
+import gc
 import importlib
 import multiprocessing
 import os
@@ -81,6 +82,13 @@ def multiply_adds(model, T, height, width):
     """Those of `complexity`, which counts none of BatchNorm: without it, as it is slow on meta."""
     with mock.patch.object(nn.functional, "batch_norm", lambda x, *_, **__: x):
         return common.complexity(model, T, height, width)[1]
+
+
+def pytest_collection_finish():
+    """Lets Python's garbage collector skip what exists before the first test. Otherwise it goes
+    through all of torch and thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):
