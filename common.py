@@ -782,6 +782,14 @@ def as_flag(name, value=()):
     return " ".join([flag, *map(str, value)])
 
 
+def with_or_without(name, value):
+    """Returns "with" and a setting as it is typed, or "without" and its flag if the value is
+    None."""
+    if value is None:
+        return f"without {as_flag(name)}"
+    return f"with {as_flag(name, value)}"
+
+
 def number_type(name, kind):
     """Returns an argparse type for this setting: a function that converts text to a number and
     checks it against MINIMUM and MAXIMUM. kind: int or float."""
@@ -1045,10 +1053,10 @@ def resolve_settings(chosen, *, recipe, rows, script, release):
         values["weights"] = "none"
     values.update(saved)
     values.update(chosen)
-    # No source overrides these: they are determined above, or given by the script.
     names = [*chosen]
     if chosen.get("evaluate") is False:  # --no-evaluate asks for no evaluation
         names.remove("evaluate")
+    # No source overrides these: they are determined above, or given by the script.
     values.update(resume=resume, evaluate=evaluate, output=output, chosen=names,
                   script=script.name)
     # These are not settings; `Run` removes them from the Namespace.
@@ -1338,7 +1346,7 @@ class Run:
             where it was not tested.
         origin: a phrase that says how the network was trained, such as "after epoch 3".
 
-    Of the attributes that only the methods use:
+    Some of the attributes that only the methods use:
         steps: number of steps of the current epoch so far.
         loss_sums: sums of the losses of these steps, {name: number or tensor}.
     """
@@ -1519,8 +1527,8 @@ class Run:
 
     def epochs(self):
         """Returns the epochs to train. A run that is resumed after a finished epoch begins with
-        that epoch once more: `batches` yields nothing for it, and only its test, if it is missing,
-        and its scheduler step are made up for."""
+        that epoch once more: `batches` yields nothing for it, and only its test, if one is due, and
+        its scheduler step are made up for."""
         first = self.current_epoch()
         return range(max(1, first), self.args.epochs + 1)
 
@@ -2013,10 +2021,8 @@ def load_checkpoint(path, *, script, recipe, rows, expected, may_differ, chosen,
     compared = (expected.keys() & saved.keys()) - may_differ
     for name in sorted(compared):
         if expected[name] != saved[name]:
-            ours, theirs = (f"without {as_flag(name)}" if value is None
-                            else f"with {as_flag(name, value)}"
-                            for value in (expected[name], saved[name]))
-            raise UserError(f"{path}: was trained {theirs}, not {ours}")
+            raise UserError(f"{path}: was trained {with_or_without(name, saved[name])}, not "
+                            f"{with_or_without(name, expected[name])}")
     if for_training:
         steps, _ = checkpoint["progress"]
         begun = len(checkpoint["history"]) + (steps > 0)

@@ -398,7 +398,7 @@ def load_dataset(name: str, root, split: int = 0, chunk: int = 0, *, training: b
         chunk: training tracklets are cut into pieces of this many frames, the last of which also
             takes the remainder; 0 keeps the tracklets whole.
         training: whether a network will be trained on the data set. If so, a "synthetic" set that
-            is missing is made, and "folder" needs its subfolder `train`.
+            is missing is made, "folder" needs its subfolder `train`, and "mars" its `bbox_train`.
         images: whether the frames will be read. If so, the first frame of every tracklet must
             exist, of the training ones only if `training` is True. False is for work with the index
             alone. For the sets without an index of their frames, "duke", "lsvid", "ilids" and

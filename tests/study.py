@@ -553,7 +553,7 @@ def study(folder, which, script, row, seed, threads):
 
 def drop_states(folder, row):
     """Keeps the network of a row whose results are written if its seed is 0 (for pictures) or if
-    other rows start from it (2d), and deletes it else."""
+    other rows start from it (2d). Otherwise deletes it."""
     last = folder / f"runs/{row['set']}/{row['script']}/{row['row']}-{row['seed']}/last.pt"
     if row["seed"] and row["row"] != "2d":
         last.unlink()
